@@ -1,0 +1,365 @@
+"""COVIDx CT as a TFDS dataset: slices cropped to the body, grey, square, as PNG in ArrayRecord.
+
+`prepare` is the way in: it turns a raw directory into record files once, and opens them ever after. TensorFlow is not
+needed, neither to write nor to read.
+
+The builder is shard-based because TFDS's `GeneratorBasedBuilder` sorts a split of more than 1 GB through `tf.io.gfile`;
+this one writes each shard as it comes, in list order, in little memory.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import io
+import itertools
+import logging as py_logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import filelock
+import joblib
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from joblib.externals import loky
+from tensorflow_datasets.proto import tf_example_pb2
+from tqdm import tqdm
+
+from covidjax.data import lists, preprocess
+from covidjax.errors import UserError
+
+BATCH_SIZE = 32  # slices per task of a worker process: a quarter of a second of work
+SHARD_SIZE = 4096  # slices per record file: 100 MB at 224 pixels, and the most that is held in memory
+
+BadImages = dict[tuple[str, str], str]  # (split, file) -> reason
+
+
+@dataclasses.dataclass
+class CovidxCtConfig(tfds.core.BuilderConfig):
+    """What to prepare.
+
+    Attributes:
+      image_size: side of the prepared slices in pixels.
+      skip_bad: whether missing and unreadable images are dropped and recorded, or are an error.
+      fingerprint: sha256, in hex, of the lists and of these settings.
+    """
+
+    image_size: int = 224
+    skip_bad: bool = False
+    fingerprint: str = ''
+
+
+class CovidxCt(tfds.core.ShardBasedBuilder):
+    """TFDS builder of COVIDx CT-1, CT-2A and CT-3A; `manual_dir` is the raw directory."""
+
+    name = 'covidx_ct'
+    VERSION = tfds.core.Version('1.0.0')  # raise it when the same lists and settings no longer give the same records
+    BUILDER_CONFIGS = tuple(
+        CovidxCtConfig(name=version.lower(), description=f'COVIDx CT-{version}') for version in lists.VERSIONS
+    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        'Download COVIDx CT from https://www.kaggle.com/hgunraj/covidxct. The manual directory is the one that holds '
+        'the lists, train_COVIDx_CT-2A.txt for example, and the image folder.'
+    )
+
+    # Nothing is downloaded, so there is no file of checksums beside this one; TFDS's search for it needs a package,
+    # importlib_resources, that it does not always bring along.
+    code_path = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.image_size
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description='Chest CT slices with COVID-19, with pneumonia and with neither, cropped to the body.',
+            homepage='https://github.com/haydengunraj/COVIDNet-CT',
+            features=tfds.features.FeaturesDict(
+                {
+                    'image': tfds.features.Image(shape=(size, size, 1), encoding_format='png'),
+                    'label': tfds.features.ClassLabel(names=lists.CLASSES),
+                    'file': tfds.features.Text(),
+                    'scan': tfds.features.Text(),
+                    'patient': tfds.features.Text(),
+                    'slice_index': np.int64,
+                }
+            ),
+            supervised_keys=('image', 'label'),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        raw_dir = os.fspath(dl_manager.manual_dir)
+        self._rows = lists.read_lists(raw_dir)
+        self._images = lists.find_images(raw_dir, lists.find_version(raw_dir))
+        self._bad = _find_missing(self._rows, self._images)
+        self._check_bad()  # a wrong image folder is found before anything is decoded
+        with tqdm(total=sum(map(len, self._rows.values())), desc='preparing', unit=' slices') as self._progress:
+            super()._download_and_prepare(dl_manager, download_config)
+        self._check_bad()
+        self.info.metadata['dropped'] = [[split, file, reason] for (split, file), reason in self._bad.items()]
+
+    def _check_bad(self) -> None:
+        if self._bad and not self.builder_config.skip_bad:
+            _raise_bad_images(self._bad, self._rows, self._images)
+        _check_remaining(_drop_rows(self._rows, self._bad), self._images)
+
+    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list]:
+        del dl_manager
+        return {
+            split: [functools.partial(self._generate_shard, split, start) for start in range(0, len(rows), SHARD_SIZE)]
+            for split, rows in self._rows.items()
+        }
+
+    def _generate_shard(self, split: str, start: int) -> Iterator[tuple[int, dict]]:
+        """Yields key and features of the slices of one shard, and records the bad ones."""
+        rows = self._rows[split][start : start + SHARD_SIZE]
+        present = [row for row in rows if (split, row.file) not in self._bad]
+        self._progress.update(len(rows) - len(present))
+        encoded = _encode_slices(present, self._images, self.builder_config.image_size)
+        for key, (row, (png, fault)) in enumerate(zip(present, encoded, strict=True), start):
+            self._progress.update()
+            if fault:
+                self._bad[split, row.file] = fault
+                continue
+            yield key, {'image': io.BytesIO(png), **{name: getattr(row, name) for name in RECORDED_COLUMNS}}
+
+
+RECORDED_COLUMNS = ('label', 'file', 'scan', 'patient', 'slice_index')
+
+
+class SliceSource:
+    """Random access to the prepared slices of a split, in record order. It can be pickled and shared by threads."""
+
+    def __init__(self, records: Sequence[bytes]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        """Returns {'image': uint8 [size, size, 1], 'label': int} of the record at an index."""
+        # TFDS's own decoding, of all features, takes more than twice as long.
+        features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        return {
+            'image': preprocess.decode_png(features['image'].bytes_list.value[0]),
+            'label': features['label'].int64_list.value[0],
+        }
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Returns the records at several indices."""
+        return [self[index] for index in indices]
+
+
+class Prepared(NamedTuple):
+    """A dataset on disk, open for reading.
+
+    Attributes:
+      version: '1', '2A' or '3A'.
+      fingerprint: sha256, in hex, of the lists and of the settings of the preparation.
+      path: folder of the record files.
+      rows: the rows of each split in the order of its records, dropped ones left out.
+      sources: the records of each split.
+      dropped: file and reason of each image that is listed but was missing or unreadable.
+    """
+
+    version: str
+    fingerprint: str
+    path: str
+    rows: dict[str, list[lists.Row]]
+    sources: dict[str, SliceSource]
+    dropped: list[tuple[str, str]]
+
+
+def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool = False) -> Prepared:
+    """Prepares a raw directory, unless that was done before, and opens the result.
+
+    The dataset is keyed by a fingerprint of the lists and the settings, so a changed list or size is a new dataset. It
+    is written beside its place and renamed when it is whole; another process that wants the same one waits.
+
+    Args:
+      raw_dir: the directory that holds the three lists and the image folder.
+      image_size: side of the prepared slices in pixels.
+      prepared_dir: where datasets are kept; '' is TFDS's own place, $TFDS_DATA_DIR or else ~/tensorflow_datasets.
+      skip_bad: drop missing and unreadable images, and record them, instead of refusing to go on.
+
+    Raises:
+      UserError: bad lists (see `lists.read_lists`); no image folder; missing or unreadable images, all of them counted
+        and the first 20 named; with `skip_bad`, a class lost from train or a split left empty; a prepared directory
+        that can't be written, or holds damaged records.
+    """
+    version = lists.find_version(raw_dir)
+    rows = lists.read_lists(raw_dir)
+    data_dir = prepared_dir or os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
+    data_dir = os.path.abspath(os.path.expanduser(data_dir))
+    # A complete dataset also serves a run that would skip bad images: it has none.
+    configs = [_create_config(version, rows, image_size, skip) for skip in ([True, False] if skip_bad else [False])]
+    with _quiet_tfds():
+        for config in configs:
+            builder = CovidxCt(config=config, data_dir=data_dir)
+            if builder.is_prepared():
+                return _open(builder, version, rows)
+        config_dir = os.path.join(data_dir, CovidxCt.name, configs[0].name)
+        with _report_write_errors(config_dir), _lock(config_dir):
+            # Only now: a builder looks at the disk when it is made, and another process may just have written.
+            builder = CovidxCt(config=configs[0], data_dir=data_dir)
+            if not builder.is_prepared():
+                _write(builder, os.path.abspath(raw_dir))
+        return _open(builder, version, rows)
+
+
+def _create_config(version: str, rows: Mapping, image_size: int, skip_bad: bool) -> CovidxCtConfig:
+    """Returns the configuration whose name, and so whose place on disk, is keyed by what goes into the dataset."""
+    fingerprint = lists.compute_fingerprint(
+        rows, version=version, image_size=image_size, skip_bad=skip_bad, format=str(CovidxCt.VERSION)
+    )
+    plain = next(config for config in CovidxCt.BUILDER_CONFIGS if config.name == version.lower())
+    name = f'{plain.name}_{image_size}px_{fingerprint[:12]}'
+    return dataclasses.replace(plain, name=name, image_size=image_size, skip_bad=skip_bad, fingerprint=fingerprint)
+
+
+def _write(builder: CovidxCt, raw_dir: str) -> None:
+    """Writes a dataset. Whoever holds its lock is the only one who does."""
+    for leftover in glob.glob(os.path.join(glob.escape(os.path.dirname(builder.data_dir)), 'incomplete.*')):
+        shutil.rmtree(leftover)  # of a run that was killed
+    logging.info('Preparing %s at %d pixels in %s', raw_dir, builder.builder_config.image_size, builder.data_dir)
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=raw_dir), file_format='array_record'
+        )
+    finally:
+        # The workers would linger, and on an interrupt go on decoding.
+        loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+
+
+def _open(builder: CovidxCt, version: str, rows: Mapping[str, list[lists.Row]]) -> Prepared:
+    bad = {(split, file): reason for split, file, reason in builder.info.metadata['dropped']}
+    if bad:
+        logging.warning('%d images were dropped when %s was prepared', len(bad), builder.data_dir)
+    rows = _drop_rows(rows, bad)
+    sources = {}
+    for split in lists.SPLITS:
+        try:
+            records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            sources[split] = SliceSource(records.data_source)
+            found = len(sources[split])
+        except Exception as error:  # whatever the reader of damaged files raises
+            raise _make_damage_error(builder.data_dir, str(error)) from error
+        if found != len(rows[split]):
+            raise _make_damage_error(builder.data_dir, f'{found} records of {split} instead of {len(rows[split])}')
+    dropped = [(file, reason) for (_, file), reason in bad.items()]
+    return Prepared(version, builder.builder_config.fingerprint, builder.data_dir, rows, sources, dropped)
+
+
+def _make_damage_error(path: str, reason: str) -> UserError:
+    return UserError(f'the prepared dataset in {path} is damaged ({" ".join(reason.split())}): delete it and run again')
+
+
+def _encode_slices(rows: Sequence[lists.Row], images: str, size: int) -> Iterator[tuple[bytes, str]]:
+    """Yields PNG bytes and '', or b'' and the reason, for each row in order, decoded on all cores."""
+    tasks = [(os.path.join(images, row.file), row.box) for row in rows]
+    batches = [tasks[start : start + BATCH_SIZE] for start in range(0, len(tasks), BATCH_SIZE)]
+    num_workers = max(1, min(joblib.cpu_count(), len(batches)))
+    # Batches of paths are too small to be worth the memory-mapped files that joblib makes of large inputs.
+    parallel = joblib.Parallel(n_jobs=num_workers, return_as='generator', batch_size=1, max_nbytes=None)
+    results = parallel(joblib.delayed(preprocess.encode_slices)(batch, size) for batch in batches)
+    try:
+        yield from itertools.chain.from_iterable(results)
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that tasks were cancelled, which after an error is what is wanted
+            results.close()
+
+
+def _find_missing(rows: Mapping[str, Sequence[lists.Row]], images: str) -> BadImages:
+    """Returns the listed images that are not there, from one listing of each folder."""
+    listings: dict[str, set[str]] = {}
+    missing = {}
+    for split, split_rows in rows.items():
+        for row in split_rows:
+            folder, name = os.path.split(row.file)
+            if folder not in listings:
+                listings[folder] = _list_files(os.path.join(images, folder))
+            if name not in listings[folder]:
+                missing[split, row.file] = 'missing'
+    return missing
+
+
+def _list_files(folder: str) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise UserError(f'{folder} cannot be listed: {error.strerror}') from error
+
+
+def _drop_rows(rows: Mapping[str, Sequence[lists.Row]], bad: BadImages) -> dict[str, list[lists.Row]]:
+    return {split: [row for row in rows[split] if (split, row.file) not in bad] for split in lists.SPLITS}
+
+
+def _raise_bad_images(bad: BadImages, rows: Mapping[str, Sequence[lists.Row]], images: str) -> None:
+    order = {(split, row.file): i for i, (split, row) in enumerate((s, row) for s in lists.SPLITS for row in rows[s])}
+    faults = [f'{key[1]} ({bad[key]})' for key in sorted(bad, key=order.get)]
+    raise UserError(
+        f'images listed but missing or unreadable in {images}: {lists.join_faults(faults)}: restore them, or drop them '
+        'with --config.data.skip_bad=True'
+    )
+
+
+def _check_remaining(rows: Mapping[str, Sequence[lists.Row]], images: str) -> None:
+    """Raises UserError if dropping images emptied a split or lost a class from train."""
+    lost = [f'{split} is empty' for split in lists.SPLITS if not rows[split]]
+    present = {row.label for row in rows['train']}
+    lost += [
+        f'train has no {lists.CLASSES[i]}' for i in range(len(lists.CLASSES)) if rows['train'] and i not in present
+    ]
+    if lost:
+        raise UserError(f'too many images are missing or unreadable in {images}: without them {", ".join(lost)}')
+
+
+@contextlib.contextmanager
+def _lock(config_dir: str) -> Iterator[None]:
+    """Makes a dataset's folder and locks it against other processes; the lock of a killed process is void."""
+    os.makedirs(config_dir, exist_ok=True)
+    lock = filelock.FileLock(os.path.join(config_dir, 'prepare.lock'))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logging.info('Another process is preparing %s, waiting for it', config_dir)
+        lock.acquire()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        yield
+
+
+@contextlib.contextmanager
+def _report_write_errors(config_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the record writer reports a full disk as a RuntimeError
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+        raise UserError(
+            f'the dataset cannot be prepared in {config_dir}: {reason}: make room or get permission there, '
+            'or set --config.data.prepared_dir'
+        ) from error
+
+
+class _DropTfdsRecords(py_logging.Filter):
+    def filter(self, record: py_logging.LogRecord) -> bool:
+        return record.levelno >= py_logging.ERROR or not record.pathname.startswith(os.path.dirname(tfds.__file__))
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Silences what TFDS logs and prints about a dataset of one's own; what matters of it is logged here."""
+    log_filter = _DropTfdsRecords()
+    logging.get_absl_logger().addFilter(log_filter)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.get_absl_logger().removeFilter(log_filter)

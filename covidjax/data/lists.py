@@ -1,0 +1,296 @@
+"""The split lists of COVIDx CT: one text line per slice, read into rows and checked.
+
+A raw directory holds `{train,val,test}_COVIDx_CT-<version>.txt`, of version 1, 2A or 3A, and a folder of images.
+A line is `file class xmin ymin xmax ymax`. Scan and patient are not columns; they are spelt in the file name.
+"""
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from covidjax.errors import UserError
+
+CLASSES = ('normal', 'pneumonia', 'covid19')  # the index is the label
+SPLITS = ('train', 'val', 'test')
+VERSIONS = ('1', '2A', '3A')
+
+MAX_FAULTS_SHOWN = 20
+
+# One good line. Anything else is taken apart by `_explain_line`, which need not be fast.
+_LINE = re.compile(r'(\S+)\s+([0-2])\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})', re.ASCII)
+_INTEGER = re.compile(r'-?\d{1,9}', re.ASCII)
+_SLICE_NAME = re.compile(r'(.*[^/])[-_](?:IM)?(\d{1,9})\.\w+', re.ASCII)
+
+# What of a scan id names the patient, spelt as in metadata.csv. Sources that are absent here have one scan per patient.
+_PATIENT = re.compile(
+    r'^(?:NCP|CP|Normal)_\d+(?=_)'  # CNCB: class_patient_scan
+    r'|patient\d+(?=_SR_)'  # COVID-CTset: group_patient_SR_series
+    r'|^LIDC-IDRI-\d+(?=-)'  # LIDC-IDRI: patient-series
+    r'|^radiopaedia_\d+_\d+(?=_)'  # radiopaedia.org in COVID-19-CT-Seg: case_study_stack
+    r'|^radiopaedia-\d+(?=-)'  # radiopaedia.org: case-study-stack
+    r'|^volume-covid19-A-\d+(?=_ct$)'  # COVID-19-20 challenge
+    r'|^A\d{6}(?=-)',  # Stony Brook: patient-study-series
+    re.ASCII,
+)
+
+
+class Row(NamedTuple):
+    """One slice of a list.
+
+    Attributes:
+      file: path of the image, relative to the image folder, with forward slashes.
+      label: index into `CLASSES`.
+      box: xmin, ymin, xmax, ymax of the body in pixels, half-open; it may reach beyond the image, but is not empty.
+      scan: id of the scan, the file name less its last part.
+      patient: id of the patient, spelt as in metadata.csv.
+      slice_index: the number in the last part of the file name; it orders the slices of a scan.
+    """
+
+    file: str
+    label: int
+    box: tuple[int, int, int, int]
+    scan: str
+    patient: str
+    slice_index: int
+
+
+def parse_scan(file: str) -> tuple[str, int]:
+    """Returns the scan id and the slice number that a file name spells.
+
+    `CP_12_345_0007.png` is slice 7 of `CP_12_345`; the last part may also be `-0007` or `_IM0007`.
+
+    Raises:
+      ValueError: the name does not end in a slice number and an extension.
+    """
+    match = _SLICE_NAME.fullmatch(file)
+    if match is None:
+        raise ValueError(f'{_show(file)} does not end in a slice number such as _0012.png')
+    return match[1], int(match[2])
+
+
+@functools.lru_cache(maxsize=1024)  # the rows of a scan stand together
+def parse_patient(scan: str) -> str:
+    """Returns the patient id that a scan id spells; a scan of an unknown source is a patient of its own."""
+    name = scan.rsplit('/', 1)[-1]
+    match = _PATIENT.search(name)
+    return match[0] if match else name
+
+
+def find_version(raw_dir: str) -> str:
+    """Returns which version of COVIDx CT a raw directory holds: '1', '2A' or '3A'.
+
+    Raises:
+      UserError: no such directory, no list in it, or lists of several versions.
+    """
+    names = set(_list_directory(raw_dir))
+    found = [v for v in VERSIONS if any(get_list_name(split, v) in names for split in SPLITS)]
+    if not found:
+        raise UserError(
+            f'{raw_dir} holds no COVIDx CT lists: expected {get_list_name("train", "2A")} (or -1, -3A) and the same '
+            'for val and test; name the directory that contains them'
+        )
+    if len(found) > 1:
+        raise UserError(
+            f'{raw_dir} holds lists of several COVIDx CT versions ({", ".join(found)}): keep those of one, '
+            'or give each version a directory of its own'
+        )
+    return found[0]
+
+
+def find_images(raw_dir: str, version: str) -> str:
+    """Returns the folder of a raw directory that holds the images of a version.
+
+    Raises:
+      UserError: there is none.
+    """
+    candidates = (f'{version}_images', 'images')
+    for name in candidates:
+        if os.path.isdir(os.path.join(raw_dir, name)):
+            return os.path.join(raw_dir, name)
+    raise UserError(f'{raw_dir} holds no image folder: expected {" or ".join(candidates)} beside the lists')
+
+
+def get_list_name(split: str, version: str) -> str:
+    """Returns the file name of a list."""
+    return f'{split}_COVIDx_CT-{version}.txt'
+
+
+def read_list(path: str) -> list[Row]:
+    """Reads one list. Byte order marks, CRLF and blank lines at the end are accepted.
+
+    Raises:
+      UserError: the list is missing, unreadable or empty, or has bad rows: all are counted, the first 20 named.
+    """
+    rows, faults = _parse_list(path, {})
+    _raise_faults(faults, os.path.dirname(path) or '.')
+    return rows
+
+
+def read_lists(raw_dir: str) -> dict[str, list[Row]]:
+    """Reads the three lists of a raw directory.
+
+    Returns:
+      The rows of 'train', 'val' and 'test', in list order.
+
+    Raises:
+      UserError: as `find_version` and `read_list`, with the faults of all three lists in one message; also for a file
+        that stands in two lists, and for a class without a row in train.
+    """
+    version = find_version(raw_dir)
+    first_seen: dict[str, str] = {}
+    rows, faults = {}, []
+    for split in SPLITS:
+        rows[split], list_faults = _parse_list(os.path.join(raw_dir, get_list_name(split, version)), first_seen)
+        if split == 'train' and not list_faults:
+            list_faults = _find_absent_classes(rows[split], get_list_name(split, version))
+        faults += list_faults
+    _raise_faults(faults, raw_dir)
+    return rows
+
+
+def compute_fingerprint(rows: Mapping[str, Sequence[Row]], **settings: str | int | bool) -> str:
+    """Returns the sha256, in hex, of the lists' rows in their order and of the settings they are prepared with."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for split in SPLITS:
+        # Scan, patient and slice index follow from the file name.
+        lines = (f'{split}\t{row.file}\t{row.label}\t{row.box}\n' for row in rows[split])
+        digest.update(''.join(lines).encode())
+    return digest.hexdigest()
+
+
+def read_metadata(path: str) -> dict[str, dict[str, str]]:
+    """Reads metadata.csv.
+
+    Returns:
+      The columns of every patient by name, keyed by patient id.
+
+    Raises:
+      UserError: the file is missing, is not UTF-8 text, has no column 'patient id', or contradicts itself on a patient.
+    """
+    patients: dict[str, dict[str, str]] = {}
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            reader = csv.DictReader(file)
+            if 'patient id' not in (reader.fieldnames or ()):
+                raise UserError(f"{path} has no column 'patient id': use the metadata.csv that comes with COVIDx CT")
+            for columns in reader:
+                patient = columns['patient id']
+                if patients.setdefault(patient, columns) != columns:
+                    raise UserError(f'{path}:{reader.line_num}: patient {_show(patient)} again, with other columns')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'{path} is not a CSV file in UTF-8: {error}') from error
+    return patients
+
+
+def _parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[str]]:
+    """Reads one list into good rows and faults ('<list>:<line>: <reason>').
+
+    Args:
+      path: the list.
+      first_seen: where each file was first listed, '<list>:<line>'; extended with the files of this list.
+    """
+    name = os.path.basename(path)
+    try:
+        with open(path, 'rb') as file:
+            data = file.read()
+    except FileNotFoundError:
+        return [], [f'{name}: the list is missing']
+    except OSError as error:
+        return [], [f'{name}: cannot be read: {error.strerror}']
+    # Bytes that are not UTF-8 become lone surrogates, which are not printable and so are found with their line.
+    text = data.decode('utf-8-sig', errors='surrogateescape').rstrip()
+    if not text:
+        return [], [f'{name}: the list is empty']
+    rows, faults = [], []
+    for number, line in enumerate(text.split('\n'), start=1):
+        try:
+            row = _parse_line(line.strip(' \t\r'))
+            here = f'{name}:{number}'
+            earlier = first_seen.setdefault(row.file, here)
+            if earlier is not here:
+                raise ValueError(f'{_show(row.file)} is already listed in {earlier}')
+        except ValueError as error:
+            faults.append(f'{name}:{number}: {error}')
+        else:
+            rows.append(row)
+    return rows, faults
+
+
+def _parse_line(line: str) -> Row:
+    """Returns the row of a line; raises ValueError with the reason if it is bad."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise ValueError(_explain_line(line))
+    file, label, *sides = match.groups()
+    box = xmin, ymin, xmax, ymax = tuple(map(int, sides))
+    _check_name(file)
+    if xmax <= max(xmin, 0) or ymax <= max(ymin, 0):
+        raise ValueError(f'the box {" ".join(sides)} is empty')
+    scan, slice_index = parse_scan(file)
+    return Row(file, int(label), box, scan, parse_patient(scan), slice_index)
+
+
+def _explain_line(line: str) -> str:
+    """Returns what is wrong with a line that is not `file class xmin ymin xmax ymax`."""
+    fields = line.split()
+    if len(fields) != 6:
+        return f'{len(fields)} fields instead of 6 (file class xmin ymin xmax ymax)'
+    if fields[1] not in ('0', '1', '2'):
+        return f'class {_show(fields[1])} is not 0, 1 or 2'
+    for field in fields[2:]:
+        if not _INTEGER.fullmatch(field):
+            return f'box value {_show(field)} is not a whole number of pixels'
+    return f'{_show(line)} has separators other than spaces and tabs'
+
+
+def _check_name(file: str) -> None:
+    """Raises ValueError if a file name is not a plain path inside the image folder."""
+    if not file.isprintable():
+        raise ValueError(f'file name {_show(file)} has characters that are not printable UTF-8')
+    if '\\' in file:
+        raise ValueError(f'file name {_show(file)} has a backslash; write /')
+    if '/' in file or ':' in file:
+        if file.startswith('/') or re.match('[A-Za-z]:', file):
+            raise ValueError(f'file name {_show(file)} is absolute; names are relative to the image folder')
+        if not {'', '.', '..'}.isdisjoint(file.split('/')):
+            raise ValueError(f'file name {_show(file)} is not a plain path inside the image folder')
+
+
+def _find_absent_classes(rows: Sequence[Row], name: str) -> list[str]:
+    present = {row.label for row in rows}
+    return [f'{name}: no row of class {i} ({CLASSES[i]})' for i in range(len(CLASSES)) if i not in present]
+
+
+def _raise_faults(faults: Sequence[str], directory: str) -> None:
+    if faults:
+        raise UserError(f'bad lists in {directory}, mend them and run again: {join_faults(faults)}')
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """Returns faults on one line: the first 20, and how many there are in all."""
+    shown = '; '.join(faults[:MAX_FAULTS_SHOWN])
+    if len(faults) == 1:
+        return shown
+    more = ', the first 20 shown' if len(faults) > MAX_FAULTS_SHOWN else ''
+    return f'{shown} ({len(faults)} in all{more})'
+
+
+def _list_directory(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except FileNotFoundError as error:
+        raise UserError(f'there is no directory {path}: name the raw COVIDx CT directory') from error
+    except OSError as error:
+        raise UserError(f'{path} cannot be listed: {error.strerror}') from error
+
+
+def _show(text: str) -> str:
+    """Returns text as one short printable word."""
+    return ascii(text if len(text) <= 80 else f'{text[:77]}...')

@@ -1,0 +1,121 @@
+"""From an image file to the square grey slice that the networks see. Preparation and prediction share it.
+
+Imports numpy and Pillow only: every worker process of a preparation imports this module.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+# CT slices are 512 to 1024 pixels wide. Far beyond that lies only a file made, or damaged, to exhaust memory.
+MAX_PIXELS = 64_000_000
+
+Box = tuple[int, int, int, int]
+
+
+def load_slice(path: str, box: Box | None, size: int) -> np.ndarray:
+    """Reads an image file, crops it to the body, makes it grey and resizes it.
+
+    Args:
+      path: an image that Pillow reads. Truncated ones are an error, not padded.
+      box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
+      size: side of the result in pixels.
+
+    Returns:
+      uint8 [size, size], 0 to 255.
+
+    Raises:
+      ValueError: the file is missing or damaged, no image, larger than `MAX_PIXELS`, or the box misses the image; the
+        message is the reason on one line, without the path.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns of images between one and two times its own limit.
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            return crop_grey_resize(image, box, size)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f'more than {MAX_PIXELS:,} pixels, taken for a decompression bomb') from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError('not an image') from error
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except Exception as error:  # a decoder that meets damaged bytes may raise anything
+        raise ValueError(' '.join(str(error).split()) or type(error).__name__) from error
+
+
+def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarray:
+    """Crops an image to a box, makes it grey, then resizes it to a square, aspect ratio not kept.
+
+    Args:
+      image: of any size; 16-bit ones are scaled to 8 bits.
+      box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
+      size: side of the result in pixels. The filter is bicubic and antialiased.
+
+    Returns:
+      uint8 [size, size], 0 to 255.
+
+    Raises:
+      ValueError: the box misses the image, or the pixels are neither of 8 nor of 16 bits.
+    """
+    if box is not None:
+        image = image.crop(_clip_box(box, image.width, image.height))
+    return np.asarray(_convert_grey(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def encode_slices(tasks: Sequence[tuple[str, Box]], size: int) -> list[tuple[bytes, str]]:
+    """Loads slices and compresses them: the unit of work of a preparation.
+
+    Args:
+      tasks: path and box of each slice.
+      size: side of the result in pixels.
+
+    Returns:
+      For each task, the bytes of a grey PNG of [size, size], or b'' and the reason why there is none.
+    """
+    results = []
+    for path, box in tasks:
+        try:
+            results.append((encode_png(load_slice(path, box, size)), ''))
+        except ValueError as error:
+            results.append((b'', str(error)))
+    return results
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Returns a grey PNG of uint8 [height, width]."""
+    buffer = io.BytesIO()
+    # Level 3 takes 60 % of the time of the default, 6, for 10 % more bytes.
+    Image.fromarray(pixels).save(buffer, format='PNG', compress_level=3)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Returns uint8 [height, width, 1] of a grey PNG."""
+    return np.asarray(Image.open(io.BytesIO(data)))[..., np.newaxis]
+
+
+def _clip_box(box: Box, width: int, height: int) -> Box:
+    xmin, ymin, xmax, ymax = max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
+    if xmin >= xmax or ymin >= ymax:
+        raise ValueError(f'the box {" ".join(map(str, box))} misses the image of {width} x {height} pixels')
+    return xmin, ymin, xmax, ymax
+
+
+def _convert_grey(image: Image.Image) -> Image.Image:
+    """Returns an image in mode L."""
+    if image.mode == 'F':
+        raise ValueError('floating-point pixels; save the slice with 8 or 16 bits')
+    if not image.mode.startswith('I'):
+        return image.convert('L')
+    # Pillow would clip these modes at 255.
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f'pixels from {pixels.min()} to {pixels.max()}; save the slice with 8 or 16 bits')
+    return Image.fromarray(np.round(pixels / 257).astype(np.uint8))

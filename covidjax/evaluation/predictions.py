@@ -1,0 +1,51 @@
+"""Logits of a whole split, each example once, and the table of them that a run leaves."""
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from covidjax.data.lists import CLASSES, Row
+from covidjax.files import replace_file
+
+
+def compute_logits(
+    apply: Callable[[dict, jax.Array], jax.Array], variables: dict, batches: Iterable[dict], sharding: jax.sharding.Sharding
+) -> np.ndarray:
+    """Returns the logits of a padded pass, padding removed.
+
+    Args:
+      apply: compiled (variables, images uint8 [B, S, S, 1]) -> logits [B, K].
+      variables: the model's.
+      batches: see `data.loader.load_eval_batches`.
+      sharding: of the batches.
+
+    Returns:
+      float32 [N, K], in the order of the batches.
+    """
+    results = []
+    pending = None
+    for batch in batches:
+        logits = apply(variables, jax.device_put(batch['image'], sharding))
+        if pending is not None:  # Read one batch late, so that the device has the next one while we wait.
+            results.append(np.asarray(pending[0])[pending[1]])
+        pending = logits, batch['mask'] > 0
+    results.append(np.asarray(pending[0])[pending[1]])
+    return np.concatenate(results)
+
+
+def softmax(logits_NxK: np.ndarray) -> np.ndarray:
+    """Returns probabilities [N, K] in float64."""
+    shifted = logits_NxK.astype(np.float64) - logits_NxK.max(axis=1, keepdims=True)
+    return np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+
+
+def write_predictions(path: Path, rows: Sequence[Row], probabilities_NxK: np.ndarray) -> None:
+    """Writes a CSV with a row per slice: file, scan, patient, slice, label and p_<class> with nine digits."""
+    with replace_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['file', 'scan', 'patient', 'slice', 'label', *(f'p_{name}' for name in CLASSES)])
+        for row, p in zip(rows, probabilities_NxK, strict=True):
+            writer.writerow([row.file, row.scan, row.patient, row.slice_index, row.label, *(f'{x:.9f}' for x in p)])

@@ -1,0 +1,37 @@
+"""Everything that training changes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One point of a training run.
+
+    Attributes:
+      step: int32 scalar, number of updates made.
+      params, batch_stats: the model's variables.
+      opt_state: the optimizer's state.
+      key: the root key of the run; never replaced, each use folds in the step.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    key: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables as `Module.apply` takes them."""
+        return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def create_train_state(variables: dict[str, Any], optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Returns the state before the first step."""
+    params = variables['params']
+    return TrainState(jnp.int32(0), params, variables['batch_stats'], optimizer.init(params), key)

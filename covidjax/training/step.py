@@ -1,0 +1,63 @@
+"""The training step as a pure function; callers bind the keyword arguments and compile it once."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from covidjax.data.augment import AugmentOptions, augment
+from covidjax.models.att2 import normalise
+from covidjax.training.losses import weighted_cross_entropy
+from covidjax.training.state import TrainState
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    class_weights: Sequence[float],
+    augmentation: AugmentOptions | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Augments a batch of slices, makes one update and returns the new state and the batch's sums.
+
+    Args:
+      state: before the update.
+      batch: 'image' uint8 [B, S, S, 1], 'label' int32 [B] (see `data.loader`).
+      model: called as `model.apply(variables, images, train=True)`, its result has `.logits`.
+      optimizer: as the state was created with.
+      class_weights: [K], see `losses.compute_class_weights`.
+      augmentation: None trains on the slices as they are.
+
+    Returns:
+      The state after the update, and scalars 'loss' (sum of weighted losses), 'weight' (sum of weights), 'correct' and
+      'count'; the mean weighted loss is loss / weight.
+    """
+    images = batch['image']
+    if augmentation is not None:
+        keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), len(images))
+        unit = images.astype(jnp.float32) / 255
+        images = 255 * jax.vmap(lambda key, image: augment(key, image, options=augmentation))(keys_B, unit)
+
+    def compute_loss(params):
+        outputs, updates = model.apply(
+            {'params': params, 'batch_stats': state.batch_stats}, normalise(images), train=True, mutable=['batch_stats']
+        )
+        losses_B, weights_B = weighted_cross_entropy(outputs.logits, batch['label'], class_weights)
+        sums = {
+            'loss': losses_B.sum(),
+            'weight': weights_B.sum(),
+            'correct': (outputs.logits.argmax(-1) == batch['label']).sum(),
+            'count': jnp.int32(len(images)),
+        }
+        return sums['loss'] / sums['weight'], (sums, updates['batch_stats'])
+
+    (_, (sums, batch_stats)), gradients = jax.value_and_grad(compute_loss, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+
+

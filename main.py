@@ -1,0 +1,68 @@
+r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.
+
+  python main.py --config=configs/att2.py --workdir=/tmp/run                  demo on generated phantoms
+  python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run  the paper's first experiment
+  python main.py --mode=evaluate --workdir=/tmp/run                           test the best model of a run again
+
+What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
+it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from covidjax.errors import UserError
+
+MODES = ('train', 'evaluate')
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The experiment, e.g. configs/att2.py, and after a colon its raw COVIDx-CT directory.'
+)
+_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/<name of the config>.')
+
+
+def main(argv: list[str]) -> None:
+    """Calls the function of the mode."""
+    if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
+    absl_logging.set_verbosity(absl_logging.WARNING)  # The libraries' own messages.
+    logging.getLogger('covidjax').setLevel(logging.INFO)
+    from covidjax import slice_experiment  # jax is imported only when the flags are right.
+
+    if _MODE.value == 'train':
+        if _CONFIG.value is None:
+            raise UserError('--config is required, e.g. --config=configs/att2.py (python main.py --help)')
+        workdir = _WORKDIR.value or f'runs/{_CONFIG.value.name}'
+        slice_experiment.train(_CONFIG.value, Path(workdir))
+    elif _MODE.value == 'evaluate':
+        if _WORKDIR.value is None:
+            raise UserError('--mode=evaluate needs --workdir=<folder of a finished run>')
+        slice_experiment.evaluate(Path(_WORKDIR.value))
+
+
+def run_main(argv: list[str]) -> None:
+    """Runs main; a user's mistake is one line on stderr and exit status 1."""
+    try:
+        main(argv)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted: the same command goes on after the last finished epoch')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; a misspelt one, config fields included, is one line on stderr and exit status 1."""
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # Config overrides raise many kinds; all come from the command line.
+        sys.exit(f'error: {" ".join(str(error).split())} (python main.py --help)')
+
+
+if __name__ == '__main__':
+    app.run(run_main, flags_parser=parse_flags)
