@@ -1,8 +1,10 @@
 r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.
 
-  python main.py --config=configs/att2.py --workdir=/tmp/run                  demo on generated phantoms
-  python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run  the paper's first experiment
-  python main.py --mode=evaluate --workdir=/tmp/run                           test the best model of a run again
+  python main.py --config=configs/att2.py --workdir=/tmp/run    slices, demo on generated phantoms
+  python main.py --config=configs/seq.py --workdir=/tmp/seq     slices, then scans, demo on generated phantoms
+  python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run     the paper's first experiment
+  python main.py --config=configs/seq.py:/data/covidx-ct --config.extractor=/tmp/run --workdir=/tmp/seq     its second
+  python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
 it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
@@ -33,17 +35,21 @@ def main(argv: list[str]) -> None:
         raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
     absl_logging.set_verbosity(absl_logging.WARNING)  # The libraries' own messages.
     logging.getLogger('covidjax').setLevel(logging.INFO)
-    from covidjax import slice_experiment  # jax is imported only when the flags are right.
+    # jax is imported only now that the flags are right.
+    from covidjax import scan_experiment, slice_experiment
+    from covidjax.training.workdir import load_config
 
+    experiments = {'att2': slice_experiment, 'seq': scan_experiment}
     if _MODE.value == 'train':
-        if _CONFIG.value is None:
+        config = _CONFIG.value
+        if config is None:
             raise UserError('--config is required, e.g. --config=configs/att2.py (python main.py --help)')
-        workdir = _WORKDIR.value or f'runs/{_CONFIG.value.name}'
-        slice_experiment.train(_CONFIG.value, Path(workdir))
+        experiments[config.name].train(config, Path(_WORKDIR.value or f'runs/{config.name}'))
     elif _MODE.value == 'evaluate':
         if _WORKDIR.value is None:
             raise UserError('--mode=evaluate needs --workdir=<folder of a finished run>')
-        slice_experiment.evaluate(Path(_WORKDIR.value))
+        workdir = Path(_WORKDIR.value)
+        experiments[load_config(workdir).name].evaluate(workdir)
 
 
 def run_main(argv: list[str]) -> None:

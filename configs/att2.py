@@ -1,7 +1,7 @@
 """The paper's first experiment: ResNet50-ATT2 classifies single slices (section IV).
 
-`--config=configs/att2.py:/data/covidx-ct` is the paper's setting on that raw COVIDx-CT directory. Without a directory the
-run uses generated phantoms at demo scale: a smaller network, smaller slices and fewer steps of the same code.
+`--config=configs/att2.py:/data/covidx-ct` is the paper's setting on that raw COVIDx-CT directory. Without a directory
+the run uses generated phantoms at demo scale: a smaller network, smaller slices and fewer steps of the same code.
 """
 
 from ml_collections import ConfigDict

@@ -38,7 +38,7 @@ def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int 
     weights = jax.nn.softmax(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     for axis in (0, 1):
         pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
-        padded = jnp.pad(image_HxWxC, pad, mode="reflect")
+        padded = jnp.pad(image_HxWxC, pad, mode='reflect')
         size = image_HxWxC.shape[axis]
         image_HxWxC = sum(weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(kernel_size))
     return image_HxWxC
@@ -72,11 +72,11 @@ def affine(
     y, x = jnp.meshgrid(
         jnp.arange(height) - (height - 1) / 2 - translation_xy[1],
         jnp.arange(width) - (width - 1) / 2 - translation_xy[0],
-        indexing="ij",
+        indexing='ij',
     )
     source_x = inverse[0, 0] * x + inverse[0, 1] * y + (width - 1) / 2
     source_y = inverse[1, 0] * x + inverse[1, 1] * y + (height - 1) / 2
-    sample = functools.partial(map_coordinates, coordinates=[source_y, source_x], order=1, mode="constant", cval=0.0)
+    sample = functools.partial(map_coordinates, coordinates=[source_y, source_x], order=1, mode='constant', cval=0.0)
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image_HxWxC)
 
 

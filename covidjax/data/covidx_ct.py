@@ -142,6 +142,8 @@ class SliceSource:
 
     def __getitem__(self, index: int) -> dict:
         """Returns {'image': uint8 [size, size, 1], 'label': int} of the record at an index."""
+        if not 0 <= index < len(self):
+            raise IndexError(f'record {index} of {len(self)}')
         # TFDS's own decoding, of all features, takes more than twice as long.
         features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
         return {
@@ -236,26 +238,31 @@ def _write(builder: CovidxCt, raw_dir: str) -> None:
 
 
 def _open(builder: CovidxCt, version: str, rows: Mapping[str, list[lists.Row]]) -> Prepared:
-    bad = {(split, file): reason for split, file, reason in builder.info.metadata['dropped']}
+    try:
+        _check_sizes(builder)
+        bad = {(split, file): reason for split, file, reason in builder.info.metadata['dropped']}
+        # Raw bytes: `SliceSource` decodes them itself.
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        sources = {s: SliceSource(builder.as_data_source(s, deserialize_method=raw).data_source) for s in lists.SPLITS}
+    except Exception as error:  # whatever the readers of damaged files raise
+        reason = ' '.join(str(error).split())
+        raise UserError(
+            f'the prepared dataset in {builder.data_dir} is damaged ({reason}): delete it and run again'
+        ) from error
     if bad:
         logging.warning('%d images were dropped when %s was prepared', len(bad), builder.data_dir)
-    rows = _drop_rows(rows, bad)
-    sources = {}
-    for split in lists.SPLITS:
-        try:
-            records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-            sources[split] = SliceSource(records.data_source)
-            found = len(sources[split])
-        except Exception as error:  # whatever the reader of damaged files raises
-            raise _make_damage_error(builder.data_dir, str(error)) from error
-        if found != len(rows[split]):
-            raise _make_damage_error(builder.data_dir, f'{found} records of {split} instead of {len(rows[split])}')
     dropped = [(file, reason) for (_, file), reason in bad.items()]
-    return Prepared(version, builder.builder_config.fingerprint, builder.data_dir, rows, sources, dropped)
+    fingerprint = builder.builder_config.fingerprint
+    return Prepared(version, fingerprint, builder.data_dir, _drop_rows(rows, bad), sources, dropped)
 
 
-def _make_damage_error(path: str, reason: str) -> UserError:
-    return UserError(f'the prepared dataset in {path} is damaged ({" ".join(reason.split())}): delete it and run again')
+def _check_sizes(builder: CovidxCt) -> None:
+    """Raises an error if a record file is missing or cut short; a flipped bit is found when its record is read."""
+    for split in lists.SPLITS:
+        info = builder.info.splits[split]
+        size = sum(os.path.getsize(path) for path in info.filepaths)
+        if size != info.num_bytes:
+            raise ValueError(f'{size} bytes of {split} instead of {info.num_bytes}')
 
 
 def _encode_slices(rows: Sequence[lists.Row], images: str, size: int) -> Iterator[tuple[bytes, str]]:
@@ -265,7 +272,7 @@ def _encode_slices(rows: Sequence[lists.Row], images: str, size: int) -> Iterato
     num_workers = max(1, min(joblib.cpu_count(), len(batches)))
     # Batches of paths are too small to be worth the memory-mapped files that joblib makes of large inputs.
     parallel = joblib.Parallel(n_jobs=num_workers, return_as='generator', batch_size=1, max_nbytes=None)
-    results = parallel(joblib.delayed(preprocess.encode_slices)(batch, size) for batch in batches)
+    results = parallel(joblib.delayed(preprocess.encode_slices)(batch, size, os.getpid()) for batch in batches)
     try:
         yield from itertools.chain.from_iterable(results)
     finally:

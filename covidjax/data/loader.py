@@ -22,10 +22,10 @@ class _Records(grain.sources.RandomAccessDataSource):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self._source[index]
         return {
-            "image": record["image"],
-            "label": np.int32(record["label"]),
-            "index": np.int32(index),
-            "mask": np.float32(1),
+            'image': record['image'],
+            'label': np.int32(record['label']),
+            'index': np.int32(index),
+            'mask': np.float32(1),
         }
 
 
@@ -37,7 +37,7 @@ def load_train_batches(source: Sequence[dict], *, batch_size: int, seed: int, fi
     """
     dataset = grain.MapDataset.source(_Records(source)).seed(seed).shuffle().repeat().batch(batch_size)
     iterator = iter(dataset.to_iter_dataset())
-    iterator.set_state({"next_index": first_step})
+    iterator.set_state({'next_index': first_step})
     return iterator
 
 
@@ -45,7 +45,7 @@ def load_eval_batches(source: Sequence[dict], *, batch_size: int) -> Iterator[di
     """Yields every record once, in order; the last batch is padded with zeros (mask 0)."""
     dataset = grain.MapDataset.source(_Records(source)).batch(batch_size)
     for batch in dataset.to_iter_dataset():
-        missing = batch_size - len(batch["mask"])
+        missing = batch_size - len(batch['mask'])
         yield {
             name: np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
             for name, array in batch.items()

@@ -229,15 +229,15 @@ def _draw_pose(rng: np.random.Generator) -> _Pose:
 def _draw_lung(rng, side, z, x, y, wobble, softness) -> _Lung:
     """One lung before heart and mediastinum are cut out of it: narrow at the apex, hollowed by the diaphragm."""
     growth = 0.6 + 0.4 * np.sin(np.pi / 2 * np.clip(z / rng.uniform(0.42, 0.6), 0, 1))
-    half_width = growth * rng.uniform(0.31, 0.37)
-    half_height = growth * rng.uniform(0.58, 0.70)
+    half_width = growth * rng.uniform(0.3, 0.38)
+    half_height = growth * rng.uniform(0.54, 0.72)
     centre_x = side * rng.uniform(0.42, 0.47) * (0.8 + 0.2 * growth)
     centre_y = np.full_like(z, rng.uniform(-0.06, 0.04))
     u = (x - _per_slice(centre_x)) / _per_slice(half_width)
     v = (y - _per_slice(centre_y)) / _per_slice(half_height)
     cover = _inside(np.sqrt(u * u + v * v) + wobble, softness)
     # The dome of the diaphragm (liver or spleen below it) rises into the lung from its middle, towards the base.
-    dome = np.clip((z - rng.uniform(0.76, 0.86)) / 0.3, 0, 1) ** 0.6 * rng.uniform(0.75, 0.95)
+    dome = np.clip((z - rng.uniform(0.8, 0.88)) / 0.3, 0, 1) ** 0.4 * rng.uniform(0.75, 0.95)
     dome_radius = np.sqrt((u + side * 0.15) ** 2 + (v + 0.2) ** 2) / _per_slice(np.maximum(dome, 0.02))
     cover *= 1 - _inside(dome_radius + wobble, softness)
     return _Lung(side, centre_x, centre_y, half_width, half_height, u, v, cover)
@@ -381,13 +381,13 @@ def _paint_ground_glass(rng, lungs, runs, roughness, cover) -> None:
         trim = int(rng.integers(0, (stop - start) // 4 + 1))
         lead = int(rng.integers(0, trim + 1))
         patches.append((lungs[1 - first], (start + lead, stop - (trim - lead))))
-        for _ in range(rng.integers(2, 5)):
+        for _ in range(rng.integers(1, 4)):
             length = max(2, int((stop - start) * rng.uniform(0.3, 0.8)))
             length = min(length, stop - start)
             begin = start + int(rng.integers(0, stop - start - length + 1))
             patches.append((lungs[rng.integers(2)], (begin, begin + length)))
         for lung, run in patches:
-            angle = rng.uniform(-0.9, 1.35)  # from the side wall; positive towards the back
+            angle = rng.uniform(-1.3, 1.5)  # from the side wall; positive towards the back
             centre = np.array([lung.side * np.cos(angle), np.sin(angle)]) * rng.uniform(0.8, 0.92)
             radii = rng.uniform(0.3, 0.5, 2)
             patch = _blob(lung, run, centre, rng.uniform(-0.12, 0.12, 2), radii, roughness, 0.45)
@@ -401,7 +401,7 @@ def _paint_ground_glass(rng, lungs, runs, roughness, cover) -> None:
 def _distractor_haze(rng, lungs, z) -> np.ndarray:
     """Extra HU in the lungs from breathing and from blood that sinks to the back, float32 [T, H, W]."""
     extra = np.zeros_like(lungs[0].u)
-    haze = rng.uniform(0, 90) if rng.uniform() < 0.4 else 0.0
+    haze = rng.uniform(0, 120) if rng.uniform() < 0.4 else 0.0
     if haze:
         centre, width = rng.uniform(0.1, 0.9), rng.uniform(0.15, 0.5)
         extra += _per_slice(haze * np.exp(-(((z - centre) / width) ** 2)))
@@ -498,7 +498,7 @@ def render_scan(
     vessel_cover = _stamp(shape, vessels[:, 0], columns, rows, radii, 0.35 + 0.6 * vessels[:, 3])
 
     texture = _smooth_field(rng, z, size, (10, 24))
-    lung_hu = rng.uniform(-890, -770) + 22 * texture + _distractor_haze(distractor_rng, lungs, z)
+    lung_hu = rng.uniform(-900, -760) + 22 * texture + _distractor_haze(distractor_rng, lungs, z)
     nodules, calcifications = _draw_spots(distractor_rng, lungs, z, size, pose)
 
     lesion = np.zeros(shape, np.float32)
@@ -509,7 +509,7 @@ def render_scan(
         lung_hu += lesion * (lesion_hu - lung_hu)
     elif label == COVID19:
         _paint_ground_glass(lesion_rng, lungs, _draw_lesion_runs(lesion_rng, num_slices, label), roughness, lesion)
-        opacity = lesion_rng.uniform(0.42, 0.56) + 0.05 * texture
+        opacity = lesion_rng.uniform(0.45, 0.58) + 0.05 * texture
         lung_hu += lesion * opacity * (TISSUE_HU - lung_hu)
     seen_vessels = vessel_cover * (1 - lesion) if label == PNEUMONIA else vessel_cover
     lung_hu += np.maximum(seen_vessels, nodules) * np.maximum(TISSUE_HU - lung_hu, 0)
@@ -524,7 +524,7 @@ def render_scan(
     hounsfield = scipy.ndimage.gaussian_filter(
         hounsfield, noise_rng.uniform(0.45, 0.85) * size / 96, axes=(1, 2), truncate=3.0
     )
-    images = _to_grey(hounsfield, gamma=noise_rng.uniform(0.8, 1.3), gain=noise_rng.uniform(0.82, 1.0))
+    images = _to_grey(hounsfield, gamma=noise_rng.uniform(0.7, 1.4), gain=noise_rng.uniform(0.75, 1.0))
     return images, lesion > 0.5, _find_boxes(body)
 
 

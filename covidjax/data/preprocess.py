@@ -3,7 +3,11 @@
 Imports numpy and Pillow only: every worker process of a preparation imports this module.
 """
 
+import functools
 import io
+import os
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -69,16 +73,19 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
     return np.asarray(_convert_grey(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def encode_slices(tasks: Sequence[tuple[str, Box]], size: int) -> list[tuple[bytes, str]]:
+def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) -> list[tuple[bytes, str]]:
     """Loads slices and compresses them: the unit of work of a preparation.
 
     Args:
       tasks: path and box of each slice.
       size: side of the result in pixels.
+      main_pid: process that waits for the result; a worker exits soon after that process is gone.
 
     Returns:
-      For each task, the bytes of a grey PNG of [size, size], or b'' and the reason why there is none.
+      For each task, the bytes of a grey PNG of [size, size] and '', or b'' and the reason why there is none.
     """
+    if os.getpid() != main_pid:
+        _exit_with(main_pid)
     results = []
     for path, box in tasks:
         try:
@@ -86,6 +93,18 @@ def encode_slices(tasks: Sequence[tuple[str, Box]], size: int) -> list[tuple[byt
         except ValueError as error:
             results.append((b'', str(error)))
     return results
+
+
+@functools.cache  # one watch per process
+def _exit_with(main_pid: int) -> None:
+    """Ends this worker once its parent was killed; without this it would wait for work, and keep its memory."""
+
+    def watch() -> None:
+        while os.getppid() == main_pid:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -26,10 +26,14 @@ def render_training_curves(history: Sequence[dict], best_epoch: int, *, title: s
     figure = Figure(figsize=(9, 3.4), layout='constrained')
     figure.suptitle(title)
     epochs = [entry['epoch'] for entry in history]
-    for axes, name, label in zip(figure.subplots(1, 2), ('loss', 'accuracy'), ('Weighted loss', 'Accuracy'), strict=True):
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ('loss', 'accuracy'), ('Weighted loss', 'Accuracy'), strict=True
+    ):
         for split, colour in (('train', '#767676'), ('val', '#0b62a4')):
             values = [entry[f'{split}_{name}'] for entry in history]
-            axes.plot(epochs, values, marker='o', markersize=3, color=colour, label={'val': 'validation'}.get(split, split))
+            axes.plot(
+                epochs, values, marker='o', markersize=3, color=colour, label={'val': 'validation'}.get(split, split)
+            )
         axes.axvline(best_epoch, color='#c23b22', linewidth=1, linestyle='--', label=f'best epoch ({best_epoch})')
         axes.set_xlabel('Epoch')
         axes.set_ylabel(label)

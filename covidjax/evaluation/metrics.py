@@ -136,15 +136,17 @@ def compute_auc(scores_P: np.ndarray, positive_P: np.ndarray, *, seed: int = 0) 
     return result
 
 
-def format_table(metrics: dict) -> str:
-    """Returns the scores in the form of the paper's Tables III and IV, with intervals."""
+def format_table(metrics: dict, *, unit: str) -> str:
+    """Returns the scores in the form of the paper's Tables III and IV, with intervals; `unit` heads the counts."""
 
     def line(name, scores, intervals):
-        cells = [f'{scores[s]:.3f} [{intervals[s][0]:.3f}, {intervals[s][1]:.3f}]' for s in ('precision', 'recall', 'f1')]
+        cells = [
+            f'{scores[s]:.3f} [{intervals[s][0]:.3f}, {intervals[s][1]:.3f}]' for s in ('precision', 'recall', 'f1')
+        ]
         return f'{name:<18}' + ''.join(f'{cell:<24}' for cell in cells) + f'{scores.get("support", "")}'
 
     intervals = metrics['intervals']
-    lines = [f'{"Class":<18}{"Precision":<24}{"Recall":<24}{"F1":<24}Slices']
+    lines = [f'{"Class":<18}{"Precision":<24}{"Recall":<24}{"F1":<24}{unit}']
     lines += [line(c, metrics['per_class'][c], intervals['per_class'][c]) for c in metrics['classes']]
     lines.append(line('weighted average', metrics['weighted_average'], intervals['weighted_average']))
     low, high = intervals['accuracy']

@@ -10,7 +10,9 @@ from covidjax.evaluation.metrics import compute_auc, compute_interval, draw_resa
 PNEUMONIA, COVID19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
 
 
-def compute_patient_level(scores_NxK: np.ndarray, labels_N: np.ndarray, patients: Sequence[str], *, seed: int = 0) -> dict:
+def compute_patient_level(
+    scores_NxK: np.ndarray, labels_N: np.ndarray, patients: Sequence[str], *, seed: int = 0
+) -> dict:
     """Compares a classifier's mean slice scores per sick patient with the truth.
 
     A patient's score is the mean over the slices of (score of COVID-19 - score of pneumonia); above 0 is called
@@ -28,7 +30,9 @@ def compute_patient_level(scores_NxK: np.ndarray, labels_N: np.ndarray, patients
     """
     sick = np.isin(labels_N, (PNEUMONIA, COVID19))
     groups, members = np.unique(
-        np.array([f'{label}/{patient}' for label, patient in zip(labels_N[sick], np.asarray(patients)[sick], strict=True)]),
+        np.array(
+            [f'{label}/{patient}' for label, patient in zip(labels_N[sick], np.asarray(patients)[sick], strict=True)]
+        ),
         return_inverse=True,
     )
     if not len(groups):

@@ -12,12 +12,12 @@ from covidjax.files import replace_file
 
 
 def compute_logits(
-    apply: Callable[[dict, jax.Array], jax.Array], variables: dict, batches: Iterable[dict], sharding: jax.sharding.Sharding
+    apply: Callable[[dict, dict], jax.Array], variables: dict, batches: Iterable[dict], sharding: jax.sharding.Sharding
 ) -> np.ndarray:
     """Returns the logits of a padded pass, padding removed.
 
     Args:
-      apply: compiled (variables, images uint8 [B, S, S, 1]) -> logits [B, K].
+      apply: compiled (variables, batch) -> logits [B, K].
       variables: the model's.
       batches: see `data.loader.load_eval_batches`.
       sharding: of the batches.
@@ -28,7 +28,7 @@ def compute_logits(
     results = []
     pending = None
     for batch in batches:
-        logits = apply(variables, jax.device_put(batch['image'], sharding))
+        logits = apply(variables, jax.device_put(batch, sharding))
         if pending is not None:  # Read one batch late, so that the device has the next one while we wait.
             results.append(np.asarray(pending[0])[pending[1]])
         pending = logits, batch['mask'] > 0

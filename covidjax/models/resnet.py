@@ -23,6 +23,7 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
         x = x_BxHxWxC[:, :: self.stride, :: self.stride]
         return nn.Dense(self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, name='dense')(x)
 
@@ -53,6 +54,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         inner = self.features // 4
         y = nn.relu(batch_norm(train, 'bn1')(Conv1x1(inner, name='conv1')(x)))
         y = nn.relu(batch_norm(train, 'bn2')(conv3x3(inner, self.stride, 'conv2')(y)))
@@ -70,6 +72,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         y = nn.relu(batch_norm(train, 'bn1')(conv3x3(self.features, self.stride, 'conv1')(x)))
         y = batch_norm(train, 'bn2')(conv3x3(self.features, 1, 'conv2')(y))
         if x.shape != y.shape:

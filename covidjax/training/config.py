@@ -4,6 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from covidjax.data.scans import NUM_SLICES
 from covidjax.errors import UserError
 from covidjax.models.att2 import COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
@@ -14,6 +15,8 @@ _AT_LEAST = {
     'seed': 0,
     'data.image_size': 32,
     'data.phantom_seed': 0,
+    'data.min_slices': 1,
+    'model.hidden': 1,
     'model.width': 1,
     'model.tail_blocks': 1,
     'train.batch_size': 1,
@@ -34,34 +37,35 @@ _ONE_OF = {
 }
 
 
-def flatten_config(config: ConfigDict) -> dict[str, Any]:
+def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
     """Returns {'data.image_size': 64, ...} with JSON-able values."""
-    return {
-        f'{section}.{key}' if section else key: list(value) if isinstance(value, tuple) else value
-        for section, fields in [('', {k: v for k, v in config.items() if not isinstance(v, ConfigDict)})]
-        + [(k, v) for k, v in config.items() if isinstance(v, ConfigDict)]
-        for key, value in fields.items()
-    }
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten_config(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks the range of every field.
+    """Checks the range of every field; those under 'att2' have the rules of the slice experiment.
 
     Raises:
       UserError: values out of range; all of them are listed.
     """
-    flat = flatten_config(config)
-    problems = [
-        f'{name}={flat[name]} must be at least {least}' for name, least in _AT_LEAST.items() if flat[name] < least
-    ]
-    problems += [
-        f'{name}={flat[name]!r} must be one of {", ".join(choices)}'
-        for name, choices in _ONE_OF.items()
-        if flat[name] not in choices
-    ]
-    if not flat['train.learning_rate'] > 0:
-        problems.append(f'train.learning_rate={flat["train.learning_rate"]} must be above 0')
-    if len(flat['model.stage_sizes']) < 2 or min(flat['model.stage_sizes']) < 1:
-        problems.append(f'model.stage_sizes={flat["model.stage_sizes"]} must be two or more positive numbers')
+    problems = []
+    for name, value in flatten_config(config).items():
+        rule = name.removeprefix('att2.')
+        if rule in _AT_LEAST and value < _AT_LEAST[rule]:
+            problems.append(f'{name}={value} must be at least {_AT_LEAST[rule]}')
+        if rule in _ONE_OF and value not in _ONE_OF[rule]:
+            problems.append(f'{name}={value!r} must be one of {", ".join(_ONE_OF[rule])}')
+        if rule == 'train.learning_rate' and not value > 0:
+            problems.append(f'{name}={value} must be above 0')
+        if rule == 'model.stage_sizes' and (len(value) < 2 or min(value) < 1):
+            problems.append(f'{name}={value} must be two or more positive numbers')
+        if rule == 'data.min_slices' and value > NUM_SLICES:
+            problems.append(f'{name}={value} must be at most {NUM_SLICES}')
     if problems:
         raise UserError('config: ' + '; '.join(problems))

@@ -10,7 +10,7 @@ DECAYS = ('decoupled', 'l2')
 
 
 def create_schedule(schedule: str, *, learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up from 0, then 'constant' or a 'cosine' down to 0 at `total_steps`."""
+    """Returns step -> learning rate: linear warm-up from 0, then 'constant' or 'cosine' (to 0 at `total_steps`)."""
     if schedule == 'constant':
         after = optax.constant_schedule(learning_rate)
     elif schedule == 'cosine':
@@ -44,7 +44,9 @@ def create_optimizer(
 
     def label(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: 'frozen' if is_frozen(jax.tree_util.keystr(path, simple=True, separator='/')) else 'trained',
+            lambda path, _: (
+                'frozen' if is_frozen(jax.tree_util.keystr(path, simple=True, separator='/')) else 'trained'
+            ),
             params,
         )
 

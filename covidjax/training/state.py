@@ -31,7 +31,9 @@ class TrainState:
         return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
-def create_train_state(variables: dict[str, Any], optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def create_train_state(
+    variables: dict[str, Any], optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
     """Returns the state before the first step."""
     params = variables['params']
     return TrainState(jnp.int32(0), params, variables['batch_stats'], optimizer.init(params), key)

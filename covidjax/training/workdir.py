@@ -42,10 +42,10 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
       UserError: the workdir holds a run with other fields; the differences are listed.
     """
     path = workdir / 'config.json'
-    flat = flatten_config(config)
     if not path.exists():
-        write_json(path, flat)
+        write_json(path, config.to_dict())
         return
+    flat = flatten_config(config)
     saved = flatten_config(load_config(workdir))
     differences = [
         f'{name} was {saved.get(name, "absent")!r}, now {flat.get(name, "absent")!r}'
@@ -65,19 +65,10 @@ def load_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: there is none.
     """
-    path = Path(workdir) / 'config.json'
+    path = workdir / 'config.json'
     try:
-        flat = json.loads(path.read_text())
+        return ConfigDict(json.loads(path.read_text())).lock()
     except FileNotFoundError as error:
         raise UserError(f'{workdir} is not the workdir of a run (it has no config.json)') from error
     except (OSError, ValueError) as error:
         raise UserError(f'{path} is unreadable: {error}') from error
-    config = ConfigDict()
-    for name, value in flat.items():
-        section, _, key = name.rpartition('.')
-        value = tuple(value) if isinstance(value, list) else value
-        if section:
-            config.setdefault(section, ConfigDict())[key] = value
-        else:
-            config[name] = value
-    return config.lock()

@@ -1,0 +1,201 @@
+"""What the slice and the scan experiment share: their data, the wiring of their training and the facts of a run."""
+
+import functools
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import covidjax
+from covidjax.data import covidx_ct, phantom
+from covidjax.data.augment import AugmentOptions
+from covidjax.data.lists import CLASSES
+from covidjax.errors import UserError
+from covidjax.files import write_json
+from covidjax.training import loop
+from covidjax.training.checkpoints import Checkpoints
+from covidjax.training.devices import create_shardings
+from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
+from covidjax.training.optim import create_optimizer, create_schedule
+from covidjax.training.state import TrainState, create_train_state
+from covidjax.training.step import Forward, train_step
+
+log = logging.getLogger(__name__)
+
+PHANTOM_NOTICE = 'generated phantoms, not patients: these figures say that the code works, nothing about disease'
+
+
+def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
+    """Prepares the slices of the raw directory, or of phantoms written to the workdir where none is named."""
+    raw_dir = config.raw_dir
+    if not raw_dir:
+        log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
+        raw_dir = workdir / 'phantoms'
+        phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
+    data = covidx_ct.prepare(
+        raw_dir, image_size=config.image_size, prepared_dir=config.prepared_dir, skip_bad=config.skip_bad
+    )
+    if data.dropped:
+        log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
+        write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    for split, rows in data.rows.items():
+        log.info('%s: %s', split, format_counts([row.label for row in rows]))
+    return data
+
+
+def count_classes(labels: Sequence[int]) -> dict[str, int]:
+    """Returns the number of examples of every class."""
+    return dict(zip(CLASSES, np.bincount(labels, minlength=len(CLASSES)).tolist(), strict=True))
+
+
+def format_counts(labels: Sequence[int]) -> str:
+    """Returns e.g. '35,996 normal, 25,496 pneumonia, 82,286 covid19'."""
+    return ', '.join(f'{count:,} {name}' for name, count in count_classes(labels).items())
+
+
+def create_template(create: Callable[[jax.Array], Any]) -> Any:
+    """Returns shapes, dtypes and (replicated) shardings of what `create(key)` makes, without making it."""
+    _, replicated = create_shardings()
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(create, jax.random.key(0)),
+    )
+
+
+def fit(
+    config: ConfigDict,
+    *,
+    seed: int,
+    create_variables: Callable[[jax.Array], dict[str, Any]],
+    load_weights: Callable[[dict[str, Any]], dict[str, Any]],
+    forward: Forward,
+    is_frozen: Callable[[str], bool],
+    load_batches: Callable[[int], Iterator[dict]],
+    compute_val_logits: Callable[[dict[str, Any]], np.ndarray],
+    train_labels: Sequence[int],
+    val_labels: Sequence[int],
+    steps_per_epoch: int,
+    checkpoints: Checkpoints,
+    workdir: Path,
+) -> list[dict]:
+    """Trains with the options of `config.train`; returns the history (see `loop.fit`).
+
+    Args:
+      config: the section `train`.
+      seed: of initial weights and augmentation.
+      create_variables: key -> initial variables, compiled here.
+      load_weights: replaces initial variables by stored ones; called in a new run only.
+      forward: see `step.train_step`.
+      is_frozen: path of a parameter -> whether it stays as it is.
+      load_batches: number of the first step -> batches on the host.
+      compute_val_logits: variables -> logits of the validation split, in the order of `val_labels`.
+      train_labels: of the training examples; they set the class weights.
+      val_labels: of the validation examples.
+      steps_per_epoch: updates between two validations.
+      checkpoints, workdir: see `loop.fit`.
+
+    Raises:
+      UserError: the batch does not divide over the devices.
+    """
+    batch_sharding, replicated = create_shardings()
+    num_devices = len(batch_sharding.device_set)
+    if config.batch_size % num_devices:
+        raise UserError(f'config.train.batch_size={config.batch_size} does not divide over {num_devices} devices')
+    class_weights = compute_class_weights(list(count_classes(train_labels).values()))
+    optimizer = create_optimizer(
+        create_schedule(
+            config.schedule,
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.num_epochs * steps_per_epoch,
+        ),
+        weight_decay=config.weight_decay,
+        decay=config.decay,
+        is_frozen=is_frozen,
+    )
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+
+    def create_state() -> TrainState:
+        variables = load_weights(jax.jit(create_variables)(init_key))
+        return jax.device_put(create_train_state(variables, optimizer, train_key), replicated)
+
+    def place_batches(first_step: int) -> Iterator[dict]:
+        for batch in load_batches(first_step):
+            yield jax.device_put(batch, batch_sharding)
+
+    def validate(variables: dict[str, Any]) -> tuple[float, float]:
+        logits, labels = compute_val_logits(variables), np.asarray(val_labels)
+        losses, weights = weighted_cross_entropy(logits, labels, class_weights)
+        return float(losses.sum() / weights.sum()), float((logits.argmax(-1) == labels).mean())
+
+    return loop.fit(
+        create_template(lambda key: create_train_state(create_variables(key), optimizer, key)),
+        create_state,
+        jax.jit(
+            functools.partial(
+                train_step,
+                forward=forward,
+                optimizer=optimizer,
+                class_weights=class_weights,
+                augmentation=AugmentOptions() if config.augment else None,
+            ),
+            donate_argnums=0,
+        ),
+        validate,
+        place_batches,
+        schedule=loop.Schedule(
+            steps_per_epoch=steps_per_epoch,
+            num_epochs=config.num_epochs,
+            patience=config.patience,
+            min_delta=config.min_delta,
+            examples_per_step=config.batch_size,
+        ),
+        checkpoints=checkpoints,
+        workdir=workdir,
+    )
+
+
+def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:
+    """Returns the parts of results.json that say what the run was made on."""
+    return {
+        'data': 'phantoms' if not config.raw_dir else f'COVIDx CT-{data.version} layout',
+        'notice': PHANTOM_NOTICE if not config.raw_dir else '',
+        'dataset': {
+            'raw_dir': config.raw_dir,
+            'version': data.version,
+            'fingerprint': data.fingerprint,
+            'image_size': config.image_size,
+            'slices': {split: count_classes([row.label for row in rows]) for split, rows in data.rows.items()},
+            'num_dropped': len(data.dropped),
+        },
+    }
+
+
+def describe_training(history: Sequence[dict], min_delta: float) -> dict[str, Any]:
+    """Returns the part `training` of results.json."""
+    best_epoch = loop.find_best_epoch([entry['val_loss'] for entry in history], min_delta)
+    return {
+        'num_epochs': len(history),
+        'best_epoch': best_epoch,
+        'best_val_loss': history[best_epoch - 1]['val_loss'],
+        'num_steps': history[-1]['step'],
+        'seconds': round(sum(entry['seconds'] + entry['val_seconds'] for entry in history), 1),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns versions and devices of this process."""
+    return {
+        'covidjax': covidjax.__version__,
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax')},
+        'devices': [device.device_kind for device in jax.devices()],
+        'cpu_cores': os.cpu_count(),
+    }

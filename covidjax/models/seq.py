@@ -1,0 +1,122 @@
+"""ResNet50-LSTM-ATT2: a frozen slice model, a bidirectional LSTM and attention over the scan (the paper's section V).
+
+Shapes: B scans, T slices (padded), S side of a slice, E embedding, H hidden units of both directions, K classes.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from covidjax.models.att2 import Att2
+from covidjax.models.attention import LINEAR_INIT
+
+SLICES_AT_ONCE = 64  # through the extractor: bounds its memory whatever the length of a scan
+
+
+class SeqOutputs(NamedTuple):
+    """What the model says of a batch of scans.
+
+    Attributes:
+      logits: [B, K] of the scan.
+      attention: [B, T] over its slices, sums to 1, 0 on padding.
+      slice_logits: [B, T, K] of the extractor for every slice by itself, arbitrary on padding.
+    """
+
+    logits: jax.Array
+    attention: jax.Array
+    slice_logits: jax.Array
+
+
+def masked_softmax(scores_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """Returns the softmax over the positions where the mask is True, in float32, and 0 elsewhere.
+
+    Every row needs one such position.
+    """
+    return nn.softmax(jnp.where(mask_BxT, scores_BxT.astype(jnp.float32), -jnp.inf), axis=-1)
+
+
+class GlobalAttention(nn.Module):
+    """Attention of the last hidden state over all of them: the paper's equations (1) to (4)."""
+
+    @nn.compact
+    def __call__(self, h_BxTxH: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the context vector [B, H] and the attentions [B, T]; positions from lengths_B on are padding."""
+        width = h_BxTxH.shape[-1]
+        last_BxH = jnp.take_along_axis(h_BxTxH, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        g_BxH = nn.tanh(nn.Dense(width, kernel_init=LINEAR_INIT, name='W_g')(last_BxH))
+        projected_BxTxH = nn.Dense(width, use_bias=False, kernel_init=LINEAR_INIT, name='W_s')(h_BxTxH)
+        scores_BxT = jnp.einsum('bh,bth->bt', g_BxH, projected_BxTxH)
+        mask_BxT = jnp.arange(h_BxTxH.shape[1])[None] < lengths_B[:, None]
+        attention_BxT = masked_softmax(scores_BxT, mask_BxT)
+        return jnp.einsum('bt,bth->bh', attention_BxT, h_BxTxH), attention_BxT
+
+
+class SequenceClassifier(nn.Module):
+    """Bidirectional LSTM, global attention and a linear classifier: equations (1) to (6) and (13) to (17).
+
+    The cell's candidate is tanh; the sigma of eq. (14) is taken for a slip.
+
+    Attributes:
+      hidden: units of each direction.
+      num_classes: K.
+    """
+
+    hidden: int = 128
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns logits [B, K] and attentions [B, T]; positions from lengths_B on have no influence."""
+        forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, name='forward'))
+        backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, name='backward'))
+        h_BxTxH = nn.Bidirectional(forward, backward)(x_BxTxE, seq_lengths=lengths_B)
+        context_BxH, attention_BxT = GlobalAttention(name='attention')(h_BxTxH, lengths_B)
+        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT
+
+
+class Seq(nn.Module):
+    """The paper's ResNet50-LSTM-ATT2 with a frozen extractor.
+
+    The extractor runs with its stored batch statistics and passes no gradient; its parameters must also be kept from
+    the optimizer (see `is_extractor`), since decay moves weights without a gradient.
+
+    Attributes:
+      extractor: the slice model.
+      hidden: units of each direction of the LSTM.
+    """
+
+    extractor: Att2
+    hidden: int = 128
+
+    @nn.compact
+    def __call__(self, images_BxSxSxT: jax.Array, lengths_B: jax.Array) -> SeqOutputs:
+        """Classifies scans.
+
+        Args:
+          images_BxSxSxT: float32 in [-1, 1], the slices of a scan in anatomical order along the last axis.
+          lengths_B: int32 number of slices, at least 1; what lies behind is padding of any content.
+        """
+        b, s, _, t = images_BxSxSxT.shape
+        slices = jnp.moveaxis(images_BxSxSxT, -1, 1).reshape(b * t, s, s, 1)
+        if self.is_initializing():
+            outputs = self.extractor(slices, train=False, full=True)
+        else:
+            variables = self.extractor.variables
+            model = self.extractor.clone(parent=None)
+            outputs = jax.lax.map(
+                lambda image: jax.tree.map(lambda a: a[0], model.apply(variables, image[None], train=False)),
+                slices,
+                batch_size=SLICES_AT_ONCE,
+            )
+        embeddings = jax.lax.stop_gradient(outputs.embedding).reshape(b, t, -1)
+        logits, attention = SequenceClassifier(self.hidden, outputs.logits.shape[-1], name='sequence')(
+            embeddings, lengths_B
+        )
+        return SeqOutputs(logits, attention, jax.lax.stop_gradient(outputs.logits).reshape(b, t, -1))
+
+
+def is_extractor(path: str) -> bool:
+    """Says whether the parameter at `path` ('extractor/backbone/...') belongs to the frozen extractor."""
+    return path.startswith('extractor/')

@@ -1,0 +1,420 @@
+"""The paper's second approach from config to results: a sequence model on scans, and the slice model's votes."""
+
+import csv
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from covidjax import experiment, slice_experiment
+from covidjax.data import covidx_ct, scans
+from covidjax.data.lists import CLASSES, SPLITS
+from covidjax.data.scans import Scan
+from covidjax.errors import UserError
+from covidjax.evaluation import baselines, figures, voting
+from covidjax.evaluation.metrics import compute_metrics, format_table
+from covidjax.evaluation.predictions import softmax
+from covidjax.files import replace_file, write_json
+from covidjax.models.att2 import normalise
+from covidjax.models.seq import Seq, is_extractor
+from covidjax.training import loop
+from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.config import check_config
+from covidjax.training.devices import create_shardings
+from covidjax.training.workdir import claim_workdir, load_config, lock_workdir
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs the experiment, or goes on with it where it stopped, prints its summary and returns its results.
+
+    Args:
+      config: see configs/seq.py.
+      workdir: created if absent. Afterwards it holds what `slice_experiment.train` leaves, predictions.csv with a row
+        per scan, and, where no extractor was named, the slice experiment under extractor/.
+
+    Raises:
+      UserError: bad config, data, extractor or workdir.
+    """
+    check_config(config)
+    extractor_dir = Path(config.extractor) if config.extractor else workdir / 'extractor'
+    if config.extractor:
+        config = adopt_extractor(config, extractor_dir)
+    with lock_workdir(workdir):
+        claim_workdir(workdir, config)
+        results_path = workdir / 'results.json'
+        if results_path.exists():
+            log.info('%s holds a finished run; its summary again:', workdir)
+            results = json.loads(results_path.read_text())
+        else:
+            data = experiment.load_data(config.data, workdir)
+            if not config.extractor:
+                log.info('no config.extractor: training the slice model into %s', extractor_dir)
+                slice_experiment.train(get_slice_config(config), extractor_dir, data)
+            with open_checkpoints(workdir) as checkpoints:
+                history = fit(config, data, extractor_dir, checkpoints, workdir)
+                results = test(config, data, checkpoints, history, workdir)
+    print(format_summary(results, workdir))
+    return results
+
+
+def evaluate(workdir: Path) -> dict[str, Any]:
+    """Tests the best model of a workdir again and writes the same files as the end of `train`."""
+    config = load_config(workdir)
+    with lock_workdir(workdir):
+        history = loop.read_history(workdir)
+        data = experiment.load_data(config.data, workdir)
+        with open_checkpoints(workdir) as checkpoints:
+            results = test(config, data, checkpoints, history, workdir)
+    print(format_summary(results, workdir))
+    return results
+
+
+def get_slice_config(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the slice experiment that a config with nested `att2` asks for."""
+    data = config.data.copy_and_resolve_references().unlock()
+    del data.min_slices
+    return ConfigDict({'name': 'att2', 'data': data, **config.att2}).lock()
+
+
+def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:
+    """Returns the config with the slice model of a finished att2 run.
+
+    Raises:
+      UserError: the folder is not such a run, or it was trained on slices of another size.
+    """
+    extractor = load_config(extractor_dir)
+    if extractor.name != 'att2':
+        raise UserError(
+            f'config.extractor={extractor_dir} is the workdir of a {extractor.name!r} run; it must be one of att2'
+        )
+    if extractor.data.image_size != config.data.image_size:
+        raise UserError(
+            f'config.extractor={extractor_dir} was trained on slices of {extractor.data.image_size} pixels: pass '
+            f'--config.data.image_size={extractor.data.image_size} (now {config.data.image_size})'
+        )
+    config = config.copy_and_resolve_references().unlock()
+    config.att2.model = extractor.model
+    return config.lock()
+
+
+def create_model(config: ConfigDict) -> Seq:
+    """Returns the sequence model with its extractor."""
+    return Seq(extractor=slice_experiment.create_model(config.att2.model), hidden=config.model.hidden)
+
+
+def create_variables(model: Seq, image_size: int, key: jax.Array) -> dict[str, Any]:
+    """Returns initial parameters and batch statistics, the extractor's included."""
+    return model.init(key, jnp.zeros((1, image_size, image_size, 1)), jnp.ones(1, jnp.int32))
+
+
+class Selection(NamedTuple):
+    """The scans of one split that take part.
+
+    Attributes:
+      scans: with the slices that are used.
+      whole: the same scans with all their slices.
+      left_out: number of scans with too few slices, per class.
+    """
+
+    scans: list[Scan]
+    whole: list[Scan]
+    left_out: dict[str, int]
+
+
+def select_scans(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Selection]:
+    """Returns the scans of each split that take part under `config.data.min_slices`.
+
+    Raises:
+      UserError: a split has none.
+    """
+    selections = {}
+    for split in SPLITS:
+        every = scans.group_scans(data.rows[split])
+        whole = [scan for scan in every if len(scan.records) >= config.min_slices]
+        left_out = [scan.label for scan in every if len(scan.records) < config.min_slices]
+        if not whole:
+            raise UserError(
+                f'no scan of {split} has {config.min_slices} slices: lower --config.data.min_slices (1 takes all)'
+            )
+        log.info(
+            '%s scans: %s; left out: %s',
+            split,
+            experiment.format_counts([scan.label for scan in whole]),
+            experiment.format_counts(left_out),
+        )
+        selections[split] = Selection(
+            scans.thin_scans(whole, config.min_slices), whole, experiment.count_classes(left_out)
+        )
+    return selections
+
+
+class ScanPredictions(NamedTuple):
+    """Predictions of M scans in the order of the split.
+
+    Attributes:
+      logits: [M, K] of the sequence model.
+      attention: per scan [T].
+      slice_probabilities: per scan [T, K], of the slice model alone.
+    """
+
+    logits: np.ndarray
+    attention: list[np.ndarray]
+    slice_probabilities: list[np.ndarray]
+
+
+def create_predictor(
+    model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection], batch_size: int
+) -> Callable[[dict[str, Any], str], ScanPredictions]:
+    """Returns (variables, split) -> predictions; compiled once for each padded length."""
+    apply = jax.jit(lambda variables, batch: model.apply(variables, normalise(batch['image']), batch['length']))
+    batch_sharding, _ = create_shardings()
+
+    def predict(variables, split):
+        found = {}
+        for batch in scans.load_eval_scans(data.sources[split], selections[split].scans, batch_size=batch_size):
+            outputs = jax.device_get(apply(variables, jax.device_put(batch, batch_sharding)))
+            for i in np.flatnonzero(batch['mask']):
+                t = batch['length'][i]
+                found[int(batch['index'][i])] = (
+                    outputs.logits[i],
+                    outputs.attention[i, :t],
+                    softmax(outputs.slice_logits[i, :t]),
+                )
+        logits, attention, slice_probabilities = zip(*(found[m] for m in range(len(found))), strict=True)
+        return ScanPredictions(np.stack(logits), list(attention), list(slice_probabilities))
+
+    return predict
+
+
+def fit(
+    config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path, checkpoints: Checkpoints, workdir: Path
+) -> list[dict]:
+    """Trains the sequence part on top of the frozen extractor; returns the history of `loop.fit`."""
+    model = create_model(config)
+    selections = select_scans(config.data, data)
+    chosen = {split: selection.scans for split, selection in selections.items()}
+    predict = create_predictor(model, data, selections, config.train.batch_size)
+
+    def load_weights(variables):
+        with lock_workdir(extractor_dir), open_checkpoints(extractor_dir) as source:
+            slice_config = load_config(extractor_dir)
+            extractor = slice_experiment.restore_best(slice_config, source, extractor_dir)
+        return {name: {**variables[name], 'extractor': extractor[name]} for name in ('params', 'batch_stats')}
+
+    def forward(variables, images, batch):
+        return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
+
+    return experiment.fit(
+        config.train,
+        seed=config.seed,
+        create_variables=functools.partial(create_variables, model, config.data.image_size),
+        load_weights=load_weights,
+        forward=forward,
+        is_frozen=is_extractor,
+        load_batches=lambda first_step: scans.load_train_scans(
+            data.sources['train'],
+            chosen['train'],
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=first_step,
+        ),
+        compute_val_logits=lambda variables: predict(variables, 'val').logits,
+        train_labels=[scan.label for scan in chosen['train']],
+        val_labels=[scan.label for scan in chosen['val']],
+        steps_per_epoch=scans.count_batches(chosen['train'], config.train.batch_size),
+        checkpoints=checkpoints,
+        workdir=workdir,
+    )
+
+
+def test(
+    config: ConfigDict, data: covidx_ct.Prepared, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path
+) -> dict[str, Any]:
+    """Tests the best epoch's model and the slice model's votes on the same scans and the same slices of them.
+
+    Writes predictions.csv, the figures and, last, results.json.
+
+    Returns:
+      The content of results.json: what was run, `compute_metrics` of the sequence model, and `scan_level`, the whole
+      comparison.
+    """
+    start = time.perf_counter()
+    model = create_model(config)
+    selections = select_scans(config.data, data)
+    chosen = {split: selection.scans for split, selection in selections.items()}
+    variables = checkpoints.restore_best(
+        experiment.create_template(functools.partial(create_variables, model, config.data.image_size))
+    )
+    if variables is None:
+        raise UserError(f'{workdir} has no best checkpoint yet: train first')
+    predict = create_predictor(model, data, selections, config.train.batch_size)
+    predictions = {split: predict(variables, split) for split in ('val', 'test')}
+    labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
+
+    rule, val_accuracies = voting.choose_rule(predictions['val'].slice_probabilities, labels['val'])
+    probabilities = softmax(predictions['test'].logits)
+    votes = {r: voting.vote_all(predictions['test'].slice_probabilities, r) for r in voting.RULES}
+    scan_level = compare_on_scans(
+        chosen['test'], labels['test'], probabilities, votes, rule, predictions['test'].slice_probabilities
+    )
+    scan_level['vote']['validation_accuracy'] = val_accuracies
+    scan_level['baselines'] = {
+        name: compute_metrics(labels['test'], s.argmax(1), [scan.patient for scan in chosen['test']], CLASSES)
+        for name, s in {
+            'majority class': baselines.compute_majority_scores(labels['train'], len(labels['test']), len(CLASSES)),
+            'file names only': baselines.compute_file_name_scores(selections['train'].whole, selections['test'].whole),
+        }.items()
+    }
+    training = experiment.describe_training(history, config.train.min_delta)
+    results = {
+        **experiment.describe_data(config.data, data),
+        'model': 'ResNet50-LSTM-ATT2 (scans)',
+        'split': 'test',
+        **scan_level['sequence'],
+        'scan_level': scan_level,
+        'scans': {
+            'min_slices': config.data.min_slices,
+            'taking_part': {split: experiment.count_classes(y) for split, y in labels.items()},
+            'left_out': {split: selection.left_out for split, selection in selections.items()},
+        },
+        'training': training,
+        'environment': experiment.describe_environment(),
+    }
+    write_scan_predictions(
+        workdir / 'predictions.csv', chosen['test'], probabilities, votes[rule], predictions['test'].attention
+    )
+    figures.save_figure(
+        figures.render_training_curves(history, training['best_epoch'], title=f'Sequence model, {results["data"]}'),
+        workdir / 'training_curves.png',
+    )
+    for name, title in (('sequence', 'Sequence model'), ('vote', f'Slice votes ({rule})')):
+        figures.save_figure(
+            figures.render_confusion_matrix(
+                scan_level[name]['confusion_matrix'], CLASSES, title=f'{title}, test scans, {results["data"]}'
+            ),
+            workdir / ('confusion_matrix.png' if name == 'sequence' else 'confusion_matrix_vote.png'),
+        )
+    results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
+    write_json(workdir / 'results.json', results)
+    return results
+
+
+def compare_on_scans(
+    chosen: Sequence[Scan],
+    labels_M: np.ndarray,
+    probabilities_MxK: np.ndarray,
+    votes: dict[str, np.ndarray],
+    rule: str,
+    slice_probabilities: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """Compares the sequence model with the slice model's votes on the same scans.
+
+    Args:
+      chosen: the M scans.
+      labels_M: their classes.
+      probabilities_MxK: of the sequence model.
+      votes: scores [M, K] for every rule.
+      rule: the one chosen on validation scans.
+      slice_probabilities: per scan [T, K].
+
+    Returns:
+      'sequence' and 'vote' (`compute_metrics`, the vote with its 'rule'), 'sequence_minus_vote'
+      (`voting.compare_paired`), 'test_accuracy_of_rules', 'conflicts' (scans with slices called pneumonia and slices
+      called COVID-19, and what each rule makes of them) and 'short_scans' (those of fewer than 16 slices).
+    """
+    patients = [scan.patient for scan in chosen]
+    predicted = {'sequence': probabilities_MxK.argmax(1), **{r: scores.argmax(1) for r, scores in votes.items()}}
+    conflicts = voting.find_conflicts(slice_probabilities)
+    short = np.array([len(scan.records) < scans.NUM_SLICES for scan in chosen])
+
+    def count_right(subset):
+        return {
+            'num_scans': int(subset.sum()),
+            'right': {name: int((p == labels_M)[subset].sum()) for name, p in predicted.items()},
+        }
+
+    return {
+        'sequence': compute_metrics(labels_M, predicted['sequence'], patients, CLASSES),
+        'vote': {'rule': rule, **compute_metrics(labels_M, predicted[rule], patients, CLASSES)},
+        'sequence_minus_vote': voting.compare_paired(predicted['sequence'], predicted[rule], labels_M, patients),
+        'test_accuracy_of_rules': {r: float((predicted[r] == labels_M).mean()) for r in votes},
+        'conflicts': count_right(conflicts),
+        'short_scans': count_right(short),
+    }
+
+
+def write_scan_predictions(
+    path: Path,
+    chosen: Sequence[Scan],
+    probabilities_MxK: np.ndarray,
+    votes_MxK: np.ndarray,
+    attention: Sequence[np.ndarray],
+) -> None:
+    """Writes a CSV with a row per scan: ids, label, p_<class>, vote_<class>, slices used and their attention."""
+    with replace_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.writer(file)
+        columns = [f'{kind}_{name}' for kind in ('p', 'vote') for name in CLASSES]
+        writer.writerow(['scan', 'patient', 'label', *columns, 'slices', 'attention'])
+        for scan, p, vote, a in zip(chosen, probabilities_MxK, votes_MxK, attention, strict=True):
+            numbers = [f'{x:.9f}' for x in (*p, *vote)]
+            slices = ' '.join(map(str, scan.slices))
+            writer.writerow([scan.scan, scan.patient, scan.label, *numbers, slices, ' '.join(f'{x:.6f}' for x in a)])
+
+
+def format_summary(results: dict[str, Any], workdir: Path) -> str:
+    """Returns what a run prints at its end: Table IV, the votes beside it and where things are."""
+    level, training = results['scan_level'], results['training']
+    vote, paired, conflicts, short = (level[k] for k in ('vote', 'sequence_minus_vote', 'conflicts', 'short_scans'))
+    lines = ['', 'Sequence model (Table IV)', format_table(level['sequence'], unit='Scans'), '']
+    lines += [
+        f'Votes of the slice model on the same slices (rule {vote["rule"]!r}, chosen on validation)',
+        format_table(vote, unit='Scans'),
+        '',
+    ]
+    for name, baseline in level['baselines'].items():
+        low, high = baseline['intervals']['accuracy']
+        lines.append(f'{name:<18}{baseline["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
+    low, high = paired['interval']
+    verdict = 'a tie' if low <= 0 <= high else 'the sequence model' if low > 0 else 'the vote'
+    lines += [
+        '',
+        f'Sequence less vote: {paired["difference"]:+.3f} [{low:+.3f}, {high:+.3f}] accuracy, only sequence right '
+        f'{paired["only_first"]}, only vote right {paired["only_second"]}, McNemar exact p = '
+        f'{paired["mcnemar_p"]:.3f}: {verdict}.',
+        f'Scans with slices called pneumonia and slices called COVID-19: {conflicts["num_scans"]} of '
+        f'{results["num_examples"]}; right: {_show_right(conflicts, vote["rule"])}.',
+    ]
+    if short['num_scans']:
+        lines.append(
+            f'Scans of fewer than {scans.NUM_SLICES} slices, which the paper drops: {short["num_scans"]}; right: '
+            f'{_show_right(short, vote["rule"])}.'
+        )
+    for split in SPLITS:
+        taking_part, left_out = (
+            ', '.join(f'{count:,} {name}' for name, count in results['scans'][key][split].items())
+            for key in ('taking_part', 'left_out')
+        )
+        lines.append(f'{split:<6}{taking_part}; left out: {left_out}')
+    lines.append(f'Brackets: {results["intervals"]["level"]:.0%} intervals, {results["intervals"]["method"]}.')
+    if results['notice']:
+        lines.append(f'Data: {results["notice"]}.')
+    lines.append(
+        f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
+        f'{results["num_examples"]:,} scans of {results["num_patients"]} patients.'
+    )
+    lines.append(f'Results, predictions and figures: {workdir}')
+    return '\n'.join(lines)
+
+
+def _show_right(counts: dict[str, Any], rule: str) -> str:
+    return f'sequence {counts["right"]["sequence"]}, vote {counts["right"][rule]}'
