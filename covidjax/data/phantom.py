@@ -329,8 +329,8 @@ def _draw_lesion_runs(rng: np.random.Generator, num_slices: int, label: int) -> 
     share = LESION_FREE_SHARE * rng.uniform(0.4, 1.6)
     num_free = int(share * num_slices + rng.uniform())
     gap = 0
-    if label == COVID19 and num_slices >= 10 and num_free and rng.uniform() < 0.5:
-        gap = int(rng.integers(1, min(num_free, 2) + 1))
+    if label == COVID19 and num_slices >= 10 and num_free and rng.uniform() < 0.7:
+        gap = int(rng.integers(1, min(num_free, 3) + 1))
     num_before = int(rng.integers(0, num_free - gap + 1))
     start, stop = num_before, num_slices - (num_free - gap - num_before)
     if not gap:
@@ -354,7 +354,7 @@ def _blob(lung: _Lung, run, centre, drift, radii, roughness, sharpness) -> np.nd
     start, stop = run
     middle, half_length = (start + stop - 1) / 2, (stop - start) / 2
     along = (np.arange(start, stop) - middle) / half_length
-    size = _per_slice(np.sqrt(1 - 0.6 * along**2))
+    size = _per_slice(np.sqrt(1 - 0.4 * along**2))
     u = lung.u[start:stop] - _per_slice(centre[0] + drift[0] * along)
     v = lung.v[start:stop] - _per_slice(centre[1] + drift[1] * along)
     radius = np.sqrt((u / (radii[0] * size)) ** 2 + (v / (radii[1] * size)) ** 2)
@@ -475,7 +475,7 @@ def render_scan(
     size = options.image_size
 
     num_slices = int(rng.integers(options.min_slices, options.max_slices + 1))
-    z = np.linspace(rng.uniform(0.08, 0.26), rng.uniform(0.72, 0.9), num_slices)
+    z = np.linspace(rng.uniform(0.14, 0.32), rng.uniform(0.7, 0.86), num_slices)
     pose = _draw_pose(rng)
     x, y = pose.pixel_grid(size)
     softness = 0.1

@@ -1,14 +1,10 @@
 import collections
 import itertools
-import os
-import pathlib
 
 import pytest
 
 from covidjax.data import lists
 from covidjax.errors import UserError
-
-DATA = pathlib.Path(os.environ.get('COVIDJAX_TEST_DATA') or pathlib.Path(__file__).parents[3] / 'shared' / 'data')
 
 GOOD = {
     'train': ['CP_1_11_0000.png 1 0 0 9 9', 'NCP_2_12_0000.png 2 0 0 9 9', 'Normal_3_13_0000.png 0 0 0 9 9'],
@@ -207,10 +203,8 @@ def test_metadata(tmp_path):
         lists.read_metadata(str(tmp_path / 'absent.csv'))
 
 
-def test_public_validation_list():
-    folder = DATA / 'covidx_lists'
-    if not folder.is_dir():
-        pytest.skip(f'no public COVIDx lists at {folder}; set COVIDJAX_TEST_DATA')
+def test_public_validation_list(real_data):
+    folder = real_data / 'covidx_lists'
     rows = lists.read_list(str(folder / 'val_COVIDx_CT-2A.txt'))
     assert len(rows) == 25_486
     assert collections.Counter(row.label for row in rows) == {0: 11_842, 1: 7_400, 2: 6_244}
