@@ -16,29 +16,28 @@ def compute_confusion_matrix(labels_N: np.ndarray, predicted_N: np.ndarray, num_
     return np.bincount(labels_N * num_classes + predicted_N, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Returns the quotient, 0 where the denominator is 0 (scikit-learn's convention for undefined ratios)."""
-    return np.divide(numerator, denominator, out=np.zeros(np.shape(denominator)), where=denominator > 0)
-
-
-def compute_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+def compute_scores(confusion: np.ndarray, *, undefined: float = 0.0) -> dict[str, np.ndarray]:
     """Computes the columns of the paper's Tables III and IV from confusion matrices [..., K, K].
 
     Returns:
       'precision', 'recall', 'f1' [..., K], their averages weighted by support 'weighted_precision' ... [...], and
-      'accuracy' [...]. A ratio without cases is 0.
+      'accuracy' [...]. A ratio without cases is `undefined` (0 as in scikit-learn) and counts 0 in an average.
     """
+
+    def divide(numerator, denominator):
+        return np.divide(numerator, denominator, out=np.full(np.shape(denominator), undefined), where=denominator > 0)
+
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
     support, called = confusion.sum(-1), confusion.sum(-2)
     scores = {
-        'precision': _divide(hits, called),
-        'recall': _divide(hits, support),
-        'f1': _divide(2 * hits, support + called),
+        'precision': divide(hits, called),
+        'recall': divide(hits, support),
+        'f1': divide(2 * hits, support + called),
     }
     total = support.sum(-1)
     for name in ('precision', 'recall', 'f1'):
-        scores[f'weighted_{name}'] = _divide((scores[name] * support).sum(-1), total)
-    scores['accuracy'] = _divide(hits.sum(-1), total)
+        scores[f'weighted_{name}'] = divide(np.nansum(scores[name] * support, -1), total)
+    scores['accuracy'] = divide(hits.sum(-1), total)
     return scores
 
 
@@ -53,9 +52,10 @@ def draw_resamples(num_patients: int, *, seed: int, num_resamples: int = NUM_RES
     return rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=num_resamples)
 
 
-def compute_interval(resampled: np.ndarray) -> list[float]:
-    """Returns the percentile interval [low, high] of resampled values [R]."""
-    return [float(q) for q in np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+def compute_interval(resampled: np.ndarray) -> list[float] | None:
+    """Returns the percentile interval [low, high] of resampled values [R], leaving out NaN; None if all are."""
+    defined = resampled[~np.isnan(resampled)]
+    return [float(q) for q in np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])] if len(defined) else None
 
 
 def compute_metrics(
@@ -82,7 +82,9 @@ def compute_metrics(
     np.add.at(by_patient, (groups, labels_N, predicted_N), 1)
     confusion = by_patient.sum(0)
     resamples_RxP = draw_resamples(num_patients, seed=seed)
-    resampled = compute_scores((resamples_RxP @ by_patient.reshape(num_patients, k * k)).reshape(-1, k, k))
+    resampled = compute_scores(
+        (resamples_RxP @ by_patient.reshape(num_patients, k * k)).reshape(-1, k, k), undefined=np.nan
+    )
     point = compute_scores(confusion)
 
     def arrange(value):
@@ -139,16 +141,16 @@ def compute_auc(scores_P: np.ndarray, positive_P: np.ndarray, *, seed: int = 0) 
 def format_table(metrics: dict, *, unit: str) -> str:
     """Returns the scores in the form of the paper's Tables III and IV, with intervals; `unit` heads the counts."""
 
+    def cell(value, interval):
+        return f'{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]' if interval else f'{value:.3f} [-]'
+
     def line(name, scores, intervals):
-        cells = [
-            f'{scores[s]:.3f} [{intervals[s][0]:.3f}, {intervals[s][1]:.3f}]' for s in ('precision', 'recall', 'f1')
-        ]
+        cells = [cell(scores[s], intervals[s]) for s in ('precision', 'recall', 'f1')]
         return f'{name:<18}' + ''.join(f'{cell:<24}' for cell in cells) + f'{scores.get("support", "")}'
 
     intervals = metrics['intervals']
     lines = [f'{"Class":<18}{"Precision":<24}{"Recall":<24}{"F1":<24}{unit}']
     lines += [line(c, metrics['per_class'][c], intervals['per_class'][c]) for c in metrics['classes']]
     lines.append(line('weighted average', metrics['weighted_average'], intervals['weighted_average']))
-    low, high = intervals['accuracy']
-    lines.append(f'{"accuracy":<18}{metrics["accuracy"]:.3f} [{low:.3f}, {high:.3f}]')
+    lines.append(f'{"accuracy":<18}{cell(metrics["accuracy"], intervals["accuracy"])}')
     return '\n'.join(line.rstrip() for line in lines)

@@ -16,9 +16,7 @@ def count_parameters(tree):
 
 
 def init_shapes(model, size):
-    return jax.eval_shape(
-        lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False), jax.random.key(0)
-    )
+    return jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False), jax.random.key(0))
 
 
 def test_default_is_resnet50():

@@ -1,0 +1,21 @@
+import numpy as np
+import pytest
+
+from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
+
+
+def test_by_hand():
+    # Pneumonia: a, mean difference (-0.8 + 0.2) / 2 < 0, right. COVID-19: b, -0.1, wrong; c, 0.6, right.
+    labels = np.array([1, 1, 2, 2, 0])
+    patients = ['a', 'a', 'b', 'c', 'n']
+    scores = np.array([[0, 0.9, 0.1], [0, 0.4, 0.6], [0.1, 0.5, 0.4], [0, 0.2, 0.8], [0, 0, 1]])
+    result = compute_patient_level(scores, labels, patients)
+    assert result['accuracy'] == pytest.approx(2 / 3)
+    assert result['auc'] == 1.0  # b (-0.1) still above a (-0.3)
+    assert (result['num_pneumonia'], result['num_covid19']) == (1, 2)
+
+
+def test_no_sick_patients():
+    result = compute_patient_level(np.ones((2, 3)), np.zeros(2, int), ['a', 'b'])
+    assert result['accuracy'] is None
+    assert '-' in format_comparison({'model': result})
