@@ -65,7 +65,10 @@ def run_main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; a misspelt one, config fields included, is one line on stderr and exit status 1."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.name  # noqa: B018, a file that could not be loaded raises only now
+        return rest
     except Exception as error:  # Config overrides raise many kinds; all come from the command line.
         sys.exit(f'error: {" ".join(str(error).split())} (python main.py --help)')
 

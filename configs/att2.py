@@ -45,15 +45,15 @@ def get_config(raw_dir: str = '') -> ConfigDict:
 
     if not raw_dir:
         data.image_size = 64
-        model.stage_sizes = (1, 1, 1)
-        model.width = 16
+        model.stage_sizes = (1, 1, 1, 1)
+        model.width = 8
         model.block = 'basic'
         model.stem = 'small'
         model.tail_blocks = 1
         model.pretrained = ''
         train.batch_size = 32
         train.steps_per_epoch = 100
-        train.num_epochs = 9
+        train.num_epochs = 18
         train.learning_rate = 3e-3
         train.schedule = 'cosine'
         train.warmup_steps = 50

@@ -123,7 +123,9 @@ def fit(
     init_key, train_key = jax.random.split(jax.random.key(seed))
 
     def create_state() -> TrainState:
-        variables = load_weights(jax.jit(create_variables)(init_key))
+        # Run once: compiling it well would take longer than running it badly.
+        initialise = jax.jit(create_variables, compiler_options={'xla_backend_optimization_level': 0})
+        variables = load_weights(initialise(init_key))
         return jax.device_put(create_train_state(variables, optimizer, train_key), replicated)
 
     def place_batches(first_step: int) -> Iterator[dict]:

@@ -29,7 +29,7 @@ from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import check_config
 from covidjax.training.devices import create_shardings
-from covidjax.training.workdir import claim_workdir, load_config, lock_workdir
+from covidjax.training.workdir import check_workdir, load_config, lock_workdir, save_config
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +50,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.extractor:
         config = adopt_extractor(config, extractor_dir)
     with lock_workdir(workdir):
-        claim_workdir(workdir, config)
+        check_workdir(workdir, config)
         results_path = workdir / 'results.json'
         if results_path.exists():
             log.info('%s holds a finished run; its summary again:', workdir)
             results = json.loads(results_path.read_text())
         else:
             data = experiment.load_data(config.data, workdir)
+            save_config(workdir, config)
             if not config.extractor:
                 log.info('no config.extractor: training the slice model into %s', extractor_dir)
                 slice_experiment.train(get_slice_config(config), extractor_dir, data)

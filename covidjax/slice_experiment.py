@@ -29,7 +29,7 @@ from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import check_config
 from covidjax.training.devices import create_shardings
-from covidjax.training.workdir import claim_workdir, load_config, lock_workdir
+from covidjax.training.workdir import check_workdir, load_config, lock_workdir, save_config
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +48,14 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
     """
     check_config(config)
     with lock_workdir(workdir):
-        claim_workdir(workdir, config)
+        check_workdir(workdir, config)
         results_path = workdir / 'results.json'
         if results_path.exists():
             log.info('%s holds a finished run; its summary again:', workdir)
             results = json.loads(results_path.read_text())
         else:
             data = data or experiment.load_data(config.data, workdir)
+            save_config(workdir, config)
             with open_checkpoints(workdir) as checkpoints:
                 history = fit(config, data, checkpoints, workdir)
                 results = test(config, data, checkpoints, history, workdir)

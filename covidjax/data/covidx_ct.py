@@ -24,7 +24,7 @@ import filelock
 import joblib
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+XX
 from joblib.externals import loky
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm

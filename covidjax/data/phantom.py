@@ -54,12 +54,13 @@ METADATA_COLUMNS = (
     'modality',
 )
 
-# Raise this when the same options no longer give the same pixels, so that phantoms of another make are not reused.
+# Raise this when the same options no longer give the same pixels. It is part of every file name, so that neither phantoms
+# of another make nor slices prepared from them are reused.
 GENERATOR_VERSION = 1
 
 # Mean share of the slices of a sick scan that cut no lesion. Guessed normal, they cap slice accuracy at about
-# 1 - 2/3 * 0.12 = 0.92.
-LESION_FREE_SHARE = 0.12
+# 1 - 2/3 * 0.15 = 0.90.
+LESION_FREE_SHARE = 0.15
 
 # Hounsfield units of the tissues, and the lung window (width 1500, level -600) that maps them to 8-bit grey.
 AIR_HU, FAT_HU, TISSUE_HU, BONE_HU = -1000.0, -90.0, 45.0, 450.0
@@ -555,6 +556,10 @@ def _plan_patients(options: PhantomOptions) -> list[tuple[str, int, int]]:
     return [(split, patient, label) for patient, (split, label) in enumerate(plan)]
 
 
+def _name_patient(options: PhantomOptions, patient: int) -> str:
+    return f'phantom{GENERATOR_VERSION}-{options.seed}-{patient:04d}'
+
+
 def _write_patient(
     folder: Path, options: PhantomOptions, split: str, patient: int, label: int
 ) -> tuple[str, list[str]]:
@@ -562,7 +567,7 @@ def _write_patient(
     images, masks, boxes = render_scan(options, split, patient, label)
     rows = []
     for index, (image, mask, box) in enumerate(zip(images, masks, boxes, strict=True)):
-        name = f'phantom-{options.seed}-{patient:04d}-{index:04d}.png'
+        name = f'{_name_patient(options, patient)}-{index:04d}.png'
         Image.fromarray(image).save(folder / IMAGE_FOLDER / name, compress_level=1)
         if mask.any():
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / MASK_FOLDER / name, compress_level=1)
@@ -576,7 +581,7 @@ def _write_metadata(path: Path, options: PhantomOptions) -> None:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(METADATA_COLUMNS)
         for _, patient, label in _plan_patients(options):
-            name = f'phantom-{options.seed}-{patient:04d}'
+            name = _name_patient(options, patient)
             writer.writerow([name, 'phantom', '', '', '', FINDINGS[label], 'Yes', 'Automatic', 'Axial', 'CT'])
 
 

@@ -35,18 +35,15 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Saves the config in a new workdir, or checks that an old one was made by the same.
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a workdir is new or was made by the same config.
 
     Raises:
       UserError: the workdir holds a run with other fields; the differences are listed.
     """
-    path = workdir / 'config.json'
-    if not path.exists():
-        write_json(path, config.to_dict())
+    if not (workdir / 'config.json').exists():
         return
-    flat = flatten_config(config)
-    saved = flatten_config(load_config(workdir))
+    flat, saved = flatten_config(config), flatten_config(load_config(workdir))
     differences = [
         f'{name} was {saved.get(name, "absent")!r}, now {flat.get(name, "absent")!r}'
         for name in sorted(saved.keys() | flat.keys())
@@ -57,6 +54,11 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             f'{workdir} holds a run with another config ({"; ".join(differences)}): choose another --workdir, or '
             'repeat the fields it was made with'
         )
+
+
+def save_config(workdir: Path, config: ConfigDict) -> None:
+    """Saves the config of a run. Call it when the data are there: a mistyped command shall not claim the workdir."""
+    write_json(workdir / 'config.json', config.to_dict())
 
 
 def load_config(workdir: Path) -> ConfigDict:

@@ -68,7 +68,7 @@ def test_bom_crlf_tabs_and_trailing_blank_lines_are_accepted(tmp_path):
             'A002304',
         ),
         ('study_0255-0012.png', 'study_0255', 12, 'study_0255'),
-        ('phantom-0-0012-0003.png', 'phantom-0-0012', 3, 'phantom-0-0012'),
+        ('phantom1-0-0012-0003.png', 'phantom1-0-0012', 3, 'phantom1-0-0012'),
         ('cohort/CP_12_3456_0010.png', 'cohort/CP_12_3456', 10, 'CP_12'),
     ],
 )

@@ -187,7 +187,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         return write_patient(folder, options, split, patient, label)
 
     monkeypatch.setattr(phantom, '_write_patient', fail_at_fifth)
-    with joblib.parallel_config(backend='threading'), pytest.raises(RuntimeError, match='stop here'):
+    with joblib.parallel_config(backend='sequential'), pytest.raises(RuntimeError, match='stop here'):
         phantom.write_phantoms(tmp_path / 'raw', OPTIONS)
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,7 @@ import pytest
 from configs import att2, seq
 from covidjax.errors import UserError
 from covidjax.training.config import check_config, flatten_config
-from covidjax.training.workdir import claim_workdir, load_config, lock_workdir
+from covidjax.training.workdir import check_workdir, load_config, lock_workdir, save_config
 
 
 def test_paper_values():
@@ -55,23 +55,23 @@ def test_all_bad_values_are_listed():
 
 def test_saved_config_comes_back(tmp_path):
     config = seq.get_config('/data')
-    claim_workdir(tmp_path, config)
+    save_config(tmp_path, config)
     assert flatten_config(load_config(tmp_path)) == flatten_config(config)
-    claim_workdir(tmp_path, config)  # the same config may come again
+    check_workdir(tmp_path, config)  # the same config may come again
 
 
 def test_other_config_is_refused_with_its_differences(tmp_path):
-    claim_workdir(tmp_path, att2.get_config())
+    save_config(tmp_path, att2.get_config())
     other = att2.get_config()
     other.train.batch_size, other.data.prepared_dir = 8, '/elsewhere'
     with pytest.raises(UserError, match=r'\(train\.batch_size was 32, now 8\)'):
-        claim_workdir(tmp_path, other)
+        check_workdir(tmp_path, other)
 
 
 def test_workdir_of_another_experiment_is_refused(tmp_path):
-    claim_workdir(tmp_path, att2.get_config())
+    save_config(tmp_path, att2.get_config())
     with pytest.raises(UserError, match="name was 'att2', now 'seq'"):
-        claim_workdir(tmp_path, seq.get_config())
+        check_workdir(tmp_path, seq.get_config())
 
 
 @pytest.mark.parametrize(('content', 'message'), [(None, 'not the workdir of a run'), ('{"name": ', 'unreadable')])
@@ -83,8 +83,8 @@ def test_missing_or_damaged_config(tmp_path, content, message):
 
 
 def test_config_is_readable_json(tmp_path):
-    claim_workdir(tmp_path, att2.get_config())
-    assert json.loads((tmp_path / 'config.json').read_text())['model']['stage_sizes'] == [1, 1, 1]
+    save_config(tmp_path, att2.get_config())
+    assert json.loads((tmp_path / 'config.json').read_text())['model']['stage_sizes'] == [1, 1, 1, 1]
 
 
 def test_second_run_in_a_workdir_is_refused(tmp_path):

@@ -1,0 +1,237 @@
+"""The commands as a user types them, on small phantoms."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from covidjax.data.phantom import PhantomOptions, write_phantoms
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    '--config.data.image_size=32',
+    '--config.model.stage_sizes=(1,1)',
+    '--config.model.width=4',
+    '--config.model.block=basic',
+    '--config.model.stem=small',
+    '--config.model.tail_blocks=1',
+    '--config.model.pretrained=',
+    '--config.train.batch_size=16',
+    '--config.train.steps_per_epoch=4',
+    '--config.train.num_epochs=2',
+)
+
+
+@pytest.fixture(scope='module')
+def raw_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('raw') / 'phantoms'
+    write_phantoms(folder, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+    return {**os.environ, 'TFDS_DATA_DIR': str(tmp_path_factory.mktemp('prepared')), 'HF_HUB_OFFLINE': '1'}
+
+
+@pytest.fixture(scope='module')
+def call(environment):
+    def run(*arguments, timeout=300):
+        command = [sys.executable, 'main.py', *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def slice_run(call, raw_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('runs') / 'att2'
+    result = call(f'--config=configs/att2.py:{raw_dir}', f'--workdir={workdir}', *TINY)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def assert_one_line_error(result, *words):
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1, result.stderr
+    assert 'Traceback' not in result.stderr
+    for word in words:
+        assert str(word) in errors[0], errors[0]
+
+
+def test_run_leaves_results_predictions_and_figures(slice_run):
+    workdir, result = slice_run
+    results = json.loads((workdir / 'results.json').read_text())
+    with (workdir / 'predictions.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert results['split'] == 'test'
+    assert results['classes'] == ['normal', 'pneumonia', 'covid19']
+    assert results['num_examples'] == len(rows) == np.sum(results['confusion_matrix'])
+    assert results['num_patients'] == len({row['patient'] for row in rows}) == 6
+    # The table is that of the predictions.
+    p = np.array([[float(row[f'p_{name}']) for name in results['classes']] for row in rows])
+    labels = np.array([int(row['label']) for row in rows])
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
+    assert results['accuracy'] == pytest.approx((p.argmax(1) == labels).mean())
+    assert [results['per_class'][c]['support'] for c in results['classes']] == np.bincount(labels).tolist()
+    for name in ('training_curves.png', 'confusion_matrix.png'):
+        with Image.open(workdir / name) as image:
+            image.verify()
+    assert len((workdir / 'metrics.jsonl').read_text().splitlines()) == 2
+    assert list((workdir / 'tensorboard').glob('events*'))
+    assert 'weighted average' in result.stdout
+    assert str(workdir) in result.stdout.splitlines()[-1]
+
+
+def test_evaluation_gives_the_same_numbers_again(slice_run, call):
+    workdir, _ = slice_run
+    before, predictions = json.loads((workdir / 'results.json').read_text()), (workdir / 'predictions.csv').read_bytes()
+    shutil.copytree(workdir, workdir.with_name('copy'))
+    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}')
+    assert result.returncode == 0, result.stderr
+    after = json.loads((workdir.with_name('copy') / 'results.json').read_text())
+    for results in (before, after):
+        del results['training']['test_seconds']
+    assert after == before
+    assert (workdir.with_name('copy') / 'predictions.csv').read_bytes() == predictions
+
+
+def test_finished_run_prints_its_summary_again(slice_run, call, raw_dir):
+    workdir, first = slice_run
+    stamp = (workdir / 'results.json').stat().st_mtime_ns
+    result = call(f'--config=configs/att2.py:{raw_dir}', f'--workdir={workdir}', *TINY)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == first.stdout
+    assert (workdir / 'results.json').stat().st_mtime_ns == stamp
+
+
+def test_killed_run_goes_on_and_ends_the_same(slice_run, environment, raw_dir, tmp_path):
+    whole, _ = slice_run
+    workdir = tmp_path / 'killed'
+    command = [sys.executable, 'main.py', f'--config=configs/att2.py:{raw_dir}', f'--workdir={workdir}', *TINY]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (workdir / 'metrics.jsonl').exists():  # the first epoch is saved
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / 'results.json').exists()
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert 'going on after epoch 1' in result.stderr
+    assert (workdir / 'predictions.csv').read_bytes() == (whole / 'predictions.csv').read_bytes()
+    epochs = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    expected = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
+    assert [e['val_loss'] for e in epochs] == [e['val_loss'] for e in expected]
+
+
+def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tmp_path):
+    extractor, workdir = tmp_path / 'extractor', tmp_path / 'seq'
+    shutil.copytree(slice_run[0], extractor)
+    arguments = (
+        f'--config=configs/seq.py:{raw_dir}',
+        f'--workdir={workdir}',
+        f'--config.extractor={extractor}',
+        '--config.data.image_size=32',
+        '--config.data.min_slices=1',
+        '--config.model.hidden=8',
+        '--config.train.batch_size=4',
+        '--config.train.num_epochs=1',
+    )
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((workdir / 'results.json').read_text())
+    level = results['scan_level']
+    assert results['num_examples'] == 6
+    assert level['vote']['num_examples'] == 6
+    assert level['sequence']['confusion_matrix'] == results['confusion_matrix']
+    assert level['short_scans']['num_scans'] <= 6
+    assert results['scans']['left_out']['test'] == {'normal': 0, 'pneumonia': 0, 'covid19': 0}
+    assert 'McNemar' in result.stdout
+    with (workdir / 'predictions.csv').open() as file:
+        for row in csv.DictReader(file):
+            attention = np.array(row['attention'].split(), float)
+            assert len(attention) == len(row['slices'].split())
+            assert attention.sum() == pytest.approx(1, abs=1e-4)
+    # The extractor lies in the checkpoint: its own workdir may go.
+    shutil.rmtree(extractor)
+    again = call('--mode=evaluate', f'--workdir={workdir}')
+    assert again.returncode == 0, again.stderr
+    assert json.loads((workdir / 'results.json').read_text())['scan_level'] == level
+
+
+def copy_raw(raw_dir, folder):
+    shutil.copytree(raw_dir, folder)
+    return folder
+
+
+def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
+    att2, workdir = f'--config=configs/att2.py:{raw_dir}', f'--workdir={tmp_path / "run"}'
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    blocked = tmp_path / 'file'
+    blocked.write_text('')
+    cases = [
+        ((f'--config=configs/att2.py:{tmp_path}/none', workdir, *TINY), (f'{tmp_path}/none',)),
+        ((f'--config=configs/att2.py:{empty}', workdir, *TINY), (empty, 'train_COVIDx_CT-2A.txt')),
+        ((att2, workdir, *TINY, '--config.train.batchsize=3'), ('batchsize',)),
+        ((att2, workdir, *TINY, '--config.train.batch_size=many'), ('many',)),
+        ((att2, workdir, *TINY, '--config.train.batch_size=-2'), ('train.batch_size=-2',)),
+        ((att2, f'--workdir={slice_run[0]}', *TINY, '--config.seed=5'), ('seed was 0, now 5',)),
+        ((att2, f'--workdir={blocked}', *TINY), (blocked,)),
+        ((att2, f'--workdir={blocked}/below', *TINY), (blocked,)),
+        (('--mode=dance', att2), ('dance',)),
+        (('--mode=evaluate', f'--workdir={empty}'), (empty, 'not the workdir')),
+        (('--mode=evaluate',), ('--workdir',)),
+        ((), ('--config',)),
+        (('--config=configs/none.py',), ('configs/none.py',)),
+        ((att2, 'stray'), ('stray',)),
+        ((att2, f'--workdir={tmp_path / "w"}', *TINY, '--config.model.pretrained=timm/absent'), ('timm/absent',)),
+        ((f'--config=configs/seq.py:{raw_dir}', workdir, f'--config.extractor={empty}'), (empty, 'not the workdir')),
+        ((f'--config=configs/seq.py:{raw_dir}', workdir, f'--config.extractor={slice_run[0]}'), ('image_size=32',)),
+    ]
+    for arguments, words in cases:
+        assert_one_line_error(call(*arguments), *words)
+
+
+def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
+    raw = copy_raw(raw_dir, tmp_path / 'raw')
+    path = raw / 'train_COVIDx_CT-2A.txt'
+    lines = path.read_text().splitlines()
+    file = lines[10].split()[0]
+    bad = ['../up_0001.png 0 0 0 9 9', 'a_0001.png 3 0 0 9 9', 'b_0001.png 0 5 5 5 9', 'c_0001.png 0 0 0 9', lines[0]]
+    path.write_text('\n'.join(lines + bad) + '\n')
+    command = (f'--config=configs/att2.py:{raw}', f'--workdir={tmp_path / "run"}', *TINY)
+    first = len(lines) + 1
+    assert_one_line_error(call(*command), *(f'{path.name}:{first + i}' for i in range(5)), '5 in all')
+
+    # One row less is another dataset: what was prepared of the clean one does not count.
+    path.write_text('\n'.join(lines[:-1]) + '\n')
+    image = raw / '2A_images' / file
+    image.write_bytes(image.read_bytes()[:200])
+    bomb = raw / '2A_images' / lines[11].split()[0]
+    Image.new('1', (20_000, 20_000)).save(bomb)
+    assert_one_line_error(call(*command), file, bomb.name, 'skip_bad')
+
+    result = call(*command, '--config.data.skip_bad=True', f'--workdir={tmp_path / "skipped"}')
+    assert result.returncode == 0, result.stderr
+    dropped = json.loads((tmp_path / 'skipped' / 'dropped_images.json').read_text())
+    assert {entry['file'] for entry in dropped} == {file, bomb.name}
+
+
+def test_help_names_every_mode_and_flag(call):
+    result = call('--help')
+    for word in ('--mode', 'train|evaluate', '--workdir', 'configs/att2.py', 'configs/seq.py'):
+        assert word in result.stdout
