@@ -34,7 +34,9 @@ TINY = (
 @pytest.fixture(scope='module')
 def raw_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp('raw') / 'phantoms'
-    write_phantoms(folder, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20))
+    write_phantoms(
+        folder, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20)
+    )
     return folder
 
 

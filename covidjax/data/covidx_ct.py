@@ -13,7 +13,7 @@ import functools
 import glob
 import io
 import itertools
-import logging as py_logging
+import logging
 import os
 import shutil
 import warnings
@@ -24,13 +24,15 @@ import filelock
 import joblib
 import numpy as np
 import tensorflow_datasets as tfds
-XX
+from absl import logging as absl_logging
 from joblib.externals import loky
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from covidjax.data import lists, preprocess
 from covidjax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32  # slices per task of a worker process: an eighth of a second of work at 224 pixels
 SHARD_SIZE = 4096  # slices per record file: 100 MB at 224 pixels, and the most that is held in memory
@@ -226,7 +228,7 @@ def _write(builder: CovidxCt, raw_dir: str) -> None:
     """Writes a dataset. Whoever holds its lock is the only one who does."""
     for leftover in glob.glob(os.path.join(glob.escape(os.path.dirname(builder.data_dir)), 'incomplete.*')):
         shutil.rmtree(leftover)  # of a run that was killed
-    logging.info('Preparing %s at %d pixels in %s', raw_dir, builder.builder_config.image_size, builder.data_dir)
+    log.info('preparing %s at %d pixels in %s', raw_dir, builder.builder_config.image_size, builder.data_dir)
     try:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=raw_dir), file_format='array_record'
@@ -249,7 +251,7 @@ def _open(builder: CovidxCt, version: str, rows: Mapping[str, list[lists.Row]]) 
             f'the prepared dataset in {builder.data_dir} is damaged ({reason}): delete it and run again'
         ) from error
     if bad:
-        logging.warning('%d images were dropped when %s was prepared', len(bad), builder.data_dir)
+        log.warning('%d images were dropped when %s was prepared', len(bad), builder.data_dir)
     dropped = [(file, reason) for (_, file), reason in bad.items()]
     fingerprint = builder.builder_config.fingerprint
     return Prepared(version, fingerprint, builder.data_dir, _drop_rows(rows, bad), sources, dropped)
@@ -333,12 +335,11 @@ def _lock(config_dir: str) -> Iterator[None]:
     os.makedirs(config_dir, exist_ok=True)
     lock = filelock.FileLock(os.path.join(config_dir, 'prepare.lock'))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
-        logging.info('Another process is preparing %s, waiting for it', config_dir)
-        lock.acquire()
-    with contextlib.ExitStack() as stack:
-        stack.callback(lock.release)
+        log.info('another process is preparing %s, waiting for it', config_dir)
+        held = lock.acquire()
+    with held:
         yield
 
 
@@ -354,18 +355,18 @@ def _report_write_errors(config_dir: str) -> Iterator[None]:
         ) from error
 
 
-class _DropTfdsRecords(py_logging.Filter):
-    def filter(self, record: py_logging.LogRecord) -> bool:
-        return record.levelno >= py_logging.ERROR or not record.pathname.startswith(os.path.dirname(tfds.__file__))
+class _DropTfdsRecords(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or not record.pathname.startswith(os.path.dirname(tfds.__file__))
 
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
     """Silences what TFDS logs and prints about a dataset of one's own; what matters of it is logged here."""
     log_filter = _DropTfdsRecords()
-    logging.get_absl_logger().addFilter(log_filter)
+    absl_logging.get_absl_logger().addFilter(log_filter)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.get_absl_logger().removeFilter(log_filter)
+        absl_logging.get_absl_logger().removeFilter(log_filter)

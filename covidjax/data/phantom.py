@@ -54,8 +54,8 @@ METADATA_COLUMNS = (
     'modality',
 )
 
-# Raise this when the same options no longer give the same pixels. It is part of every file name, so that neither phantoms
-# of another make nor slices prepared from them are reused.
+# Raise this when the same options no longer give the same pixels. It is part of every file name, so that neither
+# phantoms of another make nor slices prepared from them are reused.
 GENERATOR_VERSION = 1
 
 # Mean share of the slices of a sick scan that cut no lesion. Guessed normal, they cap slice accuracy at about

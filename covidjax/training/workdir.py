@@ -25,13 +25,12 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / '.lock')
-        lock.acquire(timeout=0)
+        held = filelock.FileLock(workdir / '.lock').acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(f'another run is using {workdir}: wait for it, or choose another --workdir') from error
     except OSError as error:
         raise UserError(f'can not write to {workdir} ({error.strerror}): choose another --workdir') from error
-    with lock:
+    with held:
         yield
 
 

@@ -9,7 +9,6 @@ import filelock
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from absl import logging
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -277,12 +276,8 @@ def test_leftovers_of_this_dataset_only_are_removed(run, tmp_path):
 
 
 def test_one_log_line_and_nothing_on_stdout(run, caplog, capsys):
-    logging.get_absl_logger().addHandler(caplog.handler)
-    try:
-        with caplog.at_level('INFO', logger='absl'):
-            path = run().path
-    finally:
-        logging.get_absl_logger().removeHandler(caplog.handler)
+    with caplog.at_level('INFO', logger='covidjax'):
+        path = run().path
     messages = {record.getMessage() for record in caplog.records}
     assert len(messages) == 1
     assert path in messages.pop()

@@ -70,7 +70,7 @@ def test_lists_are_contiguous_in_slice_order_and_boxes_lie_in_the_image(raw_dir)
         scans = {}
         for name, label, (xmin, ymin, xmax, ymax) in rows:
             prefix, seed, patient, index = name.removesuffix('.png').split('-')
-            assert (prefix, seed, len(patient), len(index)) == ('phantom', '0', 4, 4)
+            assert (prefix, seed, len(patient), len(index)) == ('phantom1', '0', 4, 4)
             scans.setdefault((patient, label), []).append(int(index))
             assert 0 <= xmin < xmax <= OPTIONS.image_size
             assert 0 <= ymin < ymax <= OPTIONS.image_size
