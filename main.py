@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
     absl_logging.set_verbosity(absl_logging.WARNING)  # The libraries' own messages.
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.getLogger('covidjax').setLevel(logging.INFO)
     # jax is imported only now that the flags are right.
     from covidjax import scan_experiment, slice_experiment

@@ -1,4 +1,8 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and how it lists many."""
+
+from collections.abc import Sequence
+
+MAX_FAULTS_SHOWN = 20
 
 
 class UserError(ValueError):
@@ -7,3 +11,12 @@ class UserError(ValueError):
     The message is one line: what was wrong, the offending value, and the way out. `main.py` prints it on stderr and
     exits with status 1; every other exception is a defect of this project and keeps its traceback.
     """
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """Returns faults on one line: the first 20, and how many there are in all."""
+    shown = '; '.join(faults[:MAX_FAULTS_SHOWN])
+    if len(faults) == 1:
+        return shown
+    more = ', the first 20 shown' if len(faults) > MAX_FAULTS_SHOWN else ''
+    return f'{shown} ({len(faults)} in all{more})'

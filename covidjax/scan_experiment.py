@@ -98,6 +98,8 @@ def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:
         raise UserError(
             f'config.extractor={extractor_dir} is the workdir of a {extractor.name!r} run; it must be one of att2'
         )
+    if not (extractor_dir / 'results.json').exists():
+        raise UserError(f'config.extractor={extractor_dir} has not finished: run its training command again first')
     if extractor.data.image_size != config.data.image_size:
         raise UserError(
             f'config.extractor={extractor_dir} was trained on slices of {extractor.data.image_size} pixels: pass '
@@ -147,12 +149,6 @@ def select_scans(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Sele
             raise UserError(
                 f'no scan of {split} has {config.min_slices} slices: lower --config.data.min_slices (1 takes all)'
             )
-        log.info(
-            '%s scans: %s; left out: %s',
-            split,
-            experiment.format_counts([scan.label for scan in whole]),
-            experiment.format_counts(left_out),
-        )
         selections[split] = Selection(
             scans.thin_scans(whole, config.min_slices), whole, experiment.count_classes(left_out)
         )
@@ -204,12 +200,13 @@ def fit(
     model = create_model(config)
     selections = select_scans(config.data, data)
     chosen = {split: selection.scans for split, selection in selections.items()}
+    for split in SPLITS:
+        log.info('%s scans: %s', split, experiment.format_counts([scan.label for scan in chosen[split]]))
     predict = create_predictor(model, data, selections, config.train.batch_size)
 
     def load_weights(variables):
-        with lock_workdir(extractor_dir), open_checkpoints(extractor_dir) as source:
-            slice_config = load_config(extractor_dir)
-            extractor = slice_experiment.restore_best(slice_config, source, extractor_dir)
+        with open_checkpoints(extractor_dir) as source:
+            extractor = slice_experiment.restore_best(get_slice_config(config), source, extractor_dir)
         return {name: {**variables[name], 'extractor': extractor[name]} for name in ('params', 'batch_stats')}
 
     def forward(variables, images, batch):

@@ -30,7 +30,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from covidjax.data import lists, preprocess
-from covidjax.errors import UserError
+from covidjax.errors import UserError, join_faults
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ def _raise_bad_images(bad: BadImages, rows: Mapping[str, Sequence[lists.Row]], i
     order = {(split, row.file): i for i, (split, row) in enumerate((s, row) for s in lists.SPLITS for row in rows[s])}
     faults = [f'{key[1]} ({bad[key]})' for key in sorted(bad, key=order.get)]
     raise UserError(
-        f'images listed but missing or unreadable in {images}: {lists.join_faults(faults)}: restore them, or drop them '
+        f'images listed but missing or unreadable in {images}: {join_faults(faults)}: restore them, or drop them '
         'with --config.data.skip_bad=True'
     )
 

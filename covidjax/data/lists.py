@@ -13,13 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from covidjax.errors import UserError
+from covidjax.errors import UserError, join_faults
 
 CLASSES = ('normal', 'pneumonia', 'covid19')  # the index is the label
 SPLITS = ('train', 'val', 'test')
 VERSIONS = ('1', '2A', '3A')
 
-MAX_FAULTS_SHOWN = 20
 
 # One good line. Anything else is taken apart by `_explain_line`, which need not be fast.
 _LINE = re.compile(r'(\S+)\s+([0-2])\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})', re.ASCII)
@@ -271,15 +270,6 @@ def _find_absent_classes(rows: Sequence[Row], name: str) -> list[str]:
 def _raise_faults(faults: Sequence[str], directory: str) -> None:
     if faults:
         raise UserError(f'bad lists in {directory}, mend them and run again: {join_faults(faults)}')
-
-
-def join_faults(faults: Sequence[str]) -> str:
-    """Returns faults on one line: the first 20, and how many there are in all."""
-    shown = '; '.join(faults[:MAX_FAULTS_SHOWN])
-    if len(faults) == 1:
-        return shown
-    more = ', the first 20 shown' if len(faults) > MAX_FAULTS_SHOWN else ''
-    return f'{shown} ({len(faults)} in all{more})'
 
 
 def _list_directory(path: str) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from covidjax.errors import UserError
+from covidjax.errors import UserError, join_faults
 
 _BATCH_NORM = {
     ('params', 'scale'): 'weight',
@@ -90,6 +90,5 @@ def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
             problems.append(f'{name} has shape {array.shape}, the model needs {target.shape}')
         flat[wanted[name]] = np.asarray(array, np.float32)
     if problems:
-        shown = '; '.join(problems[:20]) + ('; ...' if len(problems) > 20 else '')
-        raise UserError(f'{path} does not fit config.model ({len(problems)} differences): {shown}')
+        raise UserError(f'{path} does not fit config.model: {join_faults(problems)}')
     return flax.traverse_util.unflatten_dict(flat, sep='/')

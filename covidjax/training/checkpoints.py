@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from covidjax.errors import UserError, join_faults
 from covidjax.training.state import TrainState
 
 
@@ -22,15 +23,16 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         folder = Path(workdir).absolute() / 'checkpoints'
-        self._latest = self._open(folder / 'latest', keep=1)
+        self._latest = self._open(
+            folder / 'latest', keep=1, state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler()
+        )
         # Two, so that one is left when the newer is dropped on resuming from a state before it.
-        self._best = self._open(folder / 'best', keep=2)
+        self._best = self._open(folder / 'best', keep=2, variables=ocp.StandardCheckpointHandler())
 
     @staticmethod
-    def _open(folder: Path, keep: int) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        )
+    def _open(folder: Path, keep: int, **item_handlers: ocp.CheckpointHandler) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        return ocp.CheckpointManager(folder, options=options, item_handlers=item_handlers)
 
     def save_latest(self, state: TrainState, progress: dict[str, Any]) -> None:
         """Saves a whole state and the JSON-able `progress` of the run beside it."""
@@ -63,10 +65,28 @@ class Checkpoints:
             self._best.delete(later)
 
     def restore_best(self, template: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns the variables of the best epoch, or None if there is none; `template` gives shapes and shardings."""
+        """Returns the variables of the best epoch, or None if there is none.
+
+        Args:
+          template: shapes, dtypes and shardings of the model's variables.
+
+        Raises:
+          UserError: names or shapes in the checkpoint are not those of the template; all differences are listed.
+        """
         step = self._best.latest_step()
         if step is None:
             return None
+        stored = _list_shapes(self._best.item_metadata(step)['variables'].tree)
+        wanted = _list_shapes(template)
+        differences = [f'missing {name}' for name in sorted(wanted.keys() - stored.keys())]
+        differences += [f'left over {name}' for name in sorted(stored.keys() - wanted.keys())]
+        differences += [
+            f'{name} has shape {stored[name]}, the model needs {wanted[name]}'
+            for name in sorted(wanted.keys() & stored.keys())
+            if stored[name] != wanted[name]
+        ]
+        if differences:
+            raise UserError(f'the checkpoint in {self._best.directory} is of another model: {join_faults(differences)}')
         arguments = ocp.args.Composite(
             variables=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
         )
@@ -76,6 +96,11 @@ class Checkpoints:
         """Waits for writes and lets go of the folders."""
         self._latest.close()
         self._best.close()
+
+
+def _list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, 'shape'))
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves}
 
 
 @contextlib.contextmanager

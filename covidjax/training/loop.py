@@ -109,7 +109,7 @@ def fit(
             for name in ('train_loss', 'train_accuracy', 'val_loss', 'val_accuracy'):
                 writer.add_scalar(f'epoch/{name}', entry[name], entry['step'])
             log.info(
-                'epoch %d: train loss %.4f accuracy %.3f, validation loss %.4f accuracy %.3f%s (%.0f images/s)',
+                'epoch %d: train loss %.4f accuracy %.3f, validation loss %.4f accuracy %.3f%s (%.0f examples/s)',
                 entry['epoch'],
                 entry['train_loss'],
                 entry['train_accuracy'],
@@ -149,7 +149,7 @@ def _train_epoch(
             if previous is not None and i % LOG_EVERY_STEPS == 0:
                 loss = float(previous['loss'] / previous['weight'])
                 rate = i * schedule.examples_per_step / (time.perf_counter() - start)
-                progress.set_postfix_str(f'loss {loss:.3f}, {rate:.0f} images/s', refresh=False)
+                progress.set_postfix_str(f'loss {loss:.3f}, {rate:.0f} examples/s', refresh=False)
                 writer.add_scalar('step/train_loss', loss, first_step + i)
             previous = sums
             progress.update()

@@ -142,6 +142,16 @@ def test_best_saved_before_a_kill_is_found_again(tmp_path, monkeypatch):
     assert float(restore(tmp_path)[1]['batch_stats']['mean']) == sum(range(3))
 
 
+def test_best_of_another_model_is_refused_with_its_differences(tmp_path):
+    run(tmp_path, [0.5], num_epochs=1)
+    template = jax.tree.map(ocp_shape, create_state()).variables
+    template['params'] = {'w': jax.ShapeDtypeStruct((3,), jnp.float32), 'v': jax.ShapeDtypeStruct((1,), jnp.float32)}
+    template['batch_stats'] = {}
+    message = r'missing params/v; left over batch_stats/mean; params/w has shape \(2,\), .* \(3 in all\)'
+    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=message):
+        checkpoints.restore_best(template)
+
+
 def test_finished_run_is_left_alone(tmp_path):
     history = run(tmp_path, [0.5, 0.4, 0.3, 0.2])
     assert run(tmp_path, []) == history  # no validation is asked for
