@@ -34,8 +34,8 @@ PHANTOM_NOTICE = 'generated phantoms, not patients: these figures say that the c
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     """Prepares the slices of the raw directory, or of phantoms written to the workdir where none is named."""
-    raw_dir = config.raw_dir
-    if not raw_dir:
+    raw_dir = Path(config.raw_dir).expanduser()  # no shell expands a ~ after a colon
+    if not config.raw_dir:
         log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
         raw_dir = workdir / 'phantoms'
         phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))

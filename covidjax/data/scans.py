@@ -119,6 +119,7 @@ def _load_batch(members: np.ndarray, scans: Sequence[Scan], source: Sequence[dic
 
 
 def _stream(dataset: grain.MapDataset) -> Iterator[dict]:
+    # A batch of long scans is hundreds of MB: few are read ahead.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
