@@ -1,10 +1,18 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from covidjax.data.augment import AugmentOptions
+from covidjax.data.scans import pad_length
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import Seq, SequenceClassifier, is_extractor, masked_softmax
+from covidjax.training.optim import create_optimizer
+from covidjax.training.state import create_train_state
+from covidjax.training.step import train_step
 from tests.variables import draw_variables
 
 EMBEDDING, HIDDEN = 5, 4
@@ -129,3 +137,52 @@ def test_is_extractor(scan_model):
     ]
     assert {path.split('/')[0] for path in paths if is_extractor(path)} == {'extractor'}
     assert {path.split('/')[0] for path in paths if not is_extractor(path)} == {'sequence'}
+
+
+@pytest.mark.parametrize('length', [1, 16, 418])
+def test_scans_of_any_length(length):
+    model = Seq(Att2(stage_sizes=(1, 1), width=4, block='basic', stem='small', tail_blocks=1), hidden=HIDDEN)
+    images = np.zeros((2, 16, 16, pad_length(length)), np.float32)
+    images[..., :length] = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, length))
+    lengths = jnp.array([length, 1])
+    variables = draw_variables(model, images[..., :1], jnp.array([1, 1]))
+    outputs = jax.jit(model.apply)(variables, images, lengths)
+    assert np.isfinite(outputs.logits).all()
+    np.testing.assert_allclose(outputs.attention.sum(1), 1, rtol=1e-5)
+    np.testing.assert_array_equal((outputs.attention > 0).sum(1), lengths)
+
+
+def test_training_with_decay_leaves_the_extractor_bit_identical(scan_model):
+    model, variables, _, lengths = scan_model
+    optimizer = create_optimizer(
+        optax.constant_schedule(0.1), weight_decay=0.5, decay='decoupled', is_frozen=is_extractor
+    )
+    state = create_train_state(jax.tree.map(jnp.asarray, variables), optimizer, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        'image': rng.integers(0, 256, (2, 16, 16, 5), dtype=np.uint8),
+        'length': lengths,
+        'label': np.array([0, 2], np.int32),
+        'mask': np.ones(2, np.float32),
+    }
+
+    def forward(variables, images, batch):
+        return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
+
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            forward=forward,
+            optimizer=optimizer,
+            class_weights=(1.0, 1.0, 1.0),
+            augmentation=AugmentOptions(),
+        )
+    )
+    new = step(step(state, batch)[0], batch)[0]
+    jax.tree.map(np.testing.assert_array_equal, new.params['extractor'], variables['params']['extractor'])
+    jax.tree.map(np.testing.assert_array_equal, new.batch_stats, variables['batch_stats'])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new.params['sequence'], variables['params']['sequence'])
+    assert all(jax.tree.leaves(moved))
+    # No moments are kept for it either: those of the sequence part are all there are.
+    num_moments = sum(leaf.size for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim)
+    assert num_moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(variables['params']['sequence']))
