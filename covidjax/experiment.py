@@ -1,6 +1,7 @@
 """What the slice and the scan experiment share: their data, the wiring of their training and the facts of a run."""
 
 import functools
+import json
 import logging
 import os
 import platform
@@ -20,16 +21,62 @@ from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError
 from covidjax.files import write_json
 from covidjax.training import loop
-from covidjax.training.checkpoints import Checkpoints
+from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.config import check_config
 from covidjax.training.devices import create_shardings
 from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
 from covidjax.training.optim import create_optimizer, create_schedule
 from covidjax.training.state import TrainState, create_train_state
 from covidjax.training.step import Forward, train_step
+from covidjax.training.workdir import check_workdir, load_config, lock_workdir
 
 log = logging.getLogger(__name__)
 
 PHANTOM_NOTICE = 'generated phantoms, not patients: these figures say that the code works, nothing about disease'
+
+
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    execute: Callable[[], dict[str, Any]],
+    format_summary: Callable[[dict[str, Any], Path], str],
+) -> dict[str, Any]:
+    """Executes an experiment in its workdir, unless it is finished, prints its summary and returns its results.
+
+    Raises:
+      UserError: bad config; the workdir can't be written, is in use, or was made by another config.
+    """
+    check_config(config)
+    with lock_workdir(workdir):
+        check_workdir(workdir, config)
+        results_path = workdir / 'results.json'
+        if results_path.exists():
+            log.info('%s holds a finished run; its summary again:', workdir)
+            results = json.loads(results_path.read_text())
+        else:
+            results = execute()
+    print(format_summary(results, workdir))
+    return results
+
+
+def evaluate(
+    workdir: Path,
+    test: Callable[[ConfigDict, covidx_ct.Prepared, Checkpoints, list[dict], Path], dict[str, Any]],
+    format_summary: Callable[[dict[str, Any], Path], str],
+) -> dict[str, Any]:
+    """Tests the best model of a workdir again, prints the summary and returns the results.
+
+    Raises:
+      UserError: the folder is not the workdir of a run with a finished epoch, or its data are gone.
+    """
+    config = load_config(workdir)
+    with lock_workdir(workdir):
+        history = loop.read_history(workdir)
+        data = load_data(config.data, workdir)
+        with open_checkpoints(workdir) as checkpoints:
+            results = test(config, data, checkpoints, history, workdir)
+    print(format_summary(results, workdir))
+    return results
 
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +24,9 @@ from covidjax.evaluation.predictions import softmax
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.seq import Seq, is_extractor
-from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
-from covidjax.training.config import check_config
 from covidjax.training.devices import create_shardings
-from covidjax.training.workdir import check_workdir, load_config, lock_workdir, save_config
+from covidjax.training.workdir import load_config, save_config
 
 log = logging.getLogger(__name__)
 
@@ -45,39 +42,26 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: bad config, data, extractor or workdir.
     """
-    check_config(config)
     extractor_dir = Path(config.extractor) if config.extractor else workdir / 'extractor'
     if config.extractor:
         config = adopt_extractor(config, extractor_dir)
-    with lock_workdir(workdir):
-        check_workdir(workdir, config)
-        results_path = workdir / 'results.json'
-        if results_path.exists():
-            log.info('%s holds a finished run; its summary again:', workdir)
-            results = json.loads(results_path.read_text())
-        else:
-            data = experiment.load_data(config.data, workdir)
-            save_config(workdir, config)
-            if not config.extractor:
-                log.info('no config.extractor: training the slice model into %s', extractor_dir)
-                slice_experiment.train(get_slice_config(config), extractor_dir, data)
-            with open_checkpoints(workdir) as checkpoints:
-                history = fit(config, data, extractor_dir, checkpoints, workdir)
-                results = test(config, data, checkpoints, history, workdir)
-    print(format_summary(results, workdir))
-    return results
+
+    def execute() -> dict[str, Any]:
+        data = experiment.load_data(config.data, workdir)
+        save_config(workdir, config)
+        if not config.extractor:
+            log.info('no config.extractor: training the slice model into %s', extractor_dir)
+            slice_experiment.train(get_slice_config(config), extractor_dir, data)
+        with open_checkpoints(workdir) as checkpoints:
+            history = fit(config, data, extractor_dir, checkpoints, workdir)
+            return test(config, data, checkpoints, history, workdir)
+
+    return experiment.run(config, workdir, execute, format_summary)
 
 
 def evaluate(workdir: Path) -> dict[str, Any]:
     """Tests the best model of a workdir again and writes the same files as the end of `train`."""
-    config = load_config(workdir)
-    with lock_workdir(workdir):
-        history = loop.read_history(workdir)
-        data = experiment.load_data(config.data, workdir)
-        with open_checkpoints(workdir) as checkpoints:
-            results = test(config, data, checkpoints, history, workdir)
-    print(format_summary(results, workdir))
-    return results
+    return experiment.evaluate(workdir, test, format_summary)
 
 
 def get_slice_config(config: ConfigDict) -> ConfigDict:

@@ -1,8 +1,6 @@
 """The paper's first approach from config to results: ResNet50-ATT2 on single slices."""
 
 import functools
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,13 +23,9 @@ from covidjax.evaluation.predictions import compute_logits, softmax, write_predi
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
-from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
-from covidjax.training.config import check_config
 from covidjax.training.devices import create_shardings
-from covidjax.training.workdir import check_workdir, load_config, lock_workdir, save_config
-
-log = logging.getLogger(__name__)
+from covidjax.training.workdir import save_config
 
 
 def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = None) -> dict[str, Any]:
@@ -46,33 +40,23 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
     Raises:
       UserError: bad config, data or workdir.
     """
-    check_config(config)
-    with lock_workdir(workdir):
-        check_workdir(workdir, config)
-        results_path = workdir / 'results.json'
-        if results_path.exists():
-            log.info('%s holds a finished run; its summary again:', workdir)
-            results = json.loads(results_path.read_text())
-        else:
-            data = data or experiment.load_data(config.data, workdir)
-            save_config(workdir, config)
-            with open_checkpoints(workdir) as checkpoints:
-                history = fit(config, data, checkpoints, workdir)
-                results = test(config, data, checkpoints, history, workdir)
-    print(format_summary(results, workdir))
-    return results
+
+    def execute() -> dict[str, Any]:
+        # Looked for before the long work, and only as long as no trained weights have taken their place.
+        is_new = not (workdir / 'metrics.jsonl').exists()
+        weights = find_weights(config.model.pretrained) if config.model.pretrained and is_new else None
+        opened = data or experiment.load_data(config.data, workdir)
+        save_config(workdir, config)
+        with open_checkpoints(workdir) as checkpoints:
+            history = fit(config, opened, weights, checkpoints, workdir)
+            return test(config, opened, checkpoints, history, workdir)
+
+    return experiment.run(config, workdir, execute, format_summary)
 
 
 def evaluate(workdir: Path) -> dict[str, Any]:
     """Tests the best model of a workdir again and writes the same files as the end of `train`."""
-    config = load_config(workdir)
-    with lock_workdir(workdir):
-        history = loop.read_history(workdir)
-        data = experiment.load_data(config.data, workdir)
-        with open_checkpoints(workdir) as checkpoints:
-            results = test(config, data, checkpoints, history, workdir)
-    print(format_summary(results, workdir))
-    return results
+    return experiment.evaluate(workdir, test, format_summary)
 
 
 def create_model(config: ConfigDict) -> Att2:
@@ -108,11 +92,11 @@ def create_predictor(
     return predict
 
 
-def fit(config: ConfigDict, data: covidx_ct.Prepared, checkpoints: Checkpoints, workdir: Path) -> list[dict]:
-    """Trains the model of the config; returns the history of `loop.fit`."""
+def fit(
+    config: ConfigDict, data: covidx_ct.Prepared, weights: Path | None, checkpoints: Checkpoints, workdir: Path
+) -> list[dict]:
+    """Trains the model of the config, from pretrained `weights` or from scratch; returns the history of `loop.fit`."""
     model = create_model(config.model)
-    # Found before the long work starts, read when the first state is made.
-    weights = find_weights(config.model.pretrained) if config.model.pretrained else None
     predict = create_predictor(model, data, config.train.batch_size)
 
     def forward(variables, images, _):
