@@ -19,3 +19,11 @@ def test_no_sick_patients():
     result = compute_patient_level(np.ones((2, 3)), np.zeros(2, int), ['a', 'b'])
     assert result['accuracy'] is None
     assert '-' in format_comparison({'model': result})
+
+
+def test_constant_scores_are_ties():
+    labels = np.repeat([1, 2], [7, 11])
+    result = compute_patient_level(
+        np.tile([0.1, 0.2, 0.7], (18, 1)), labels, ['a'] * 2 + ['b'] * 5 + ['c'] * 3 + ['d'] * 8
+    )
+    assert (result['auc'], result['auc_interval']) == (0.5, [0.5, 0.5])
