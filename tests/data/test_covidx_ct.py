@@ -287,7 +287,8 @@ def test_one_log_line_and_nothing_on_stdout(run, caplog, capsys):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
 from covidjax.data import covidx_ct, preprocess
 load = preprocess.load_slice
 def load_slowly(*args):
