@@ -1,6 +1,6 @@
-"""The one exception that stands for a user's mistake, and how it lists many."""
+"""The one exception that stands for a user's mistake, and how its message lists many."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_FAULTS_SHOWN = 20
 
@@ -20,3 +20,14 @@ def join_faults(faults: Sequence[str]) -> str:
         return shown
     more = ', the first 20 shown' if len(faults) > MAX_FAULTS_SHOWN else ''
     return f'{shown} ({len(faults)} in all{more})'
+
+
+def compare_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Returns how stored arrays differ from those that a model needs, by name; empty if they fit."""
+    faults = [f'missing {name}' for name in sorted(wanted.keys() - stored.keys())]
+    faults += [f'left over {name}' for name in sorted(stored.keys() - wanted.keys())]
+    return faults + [
+        f'{name} has shape {stored[name]}, the model needs {wanted[name]}'
+        for name in sorted(wanted.keys() & stored.keys())
+        if stored[name] != wanted[name]
+    ]

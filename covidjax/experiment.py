@@ -248,3 +248,15 @@ def describe_environment() -> dict[str, Any]:
         'devices': [device.device_kind for device in jax.devices()],
         'cpu_cores': os.cpu_count(),
     }
+
+
+def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[str]:
+    """Returns the last lines of a summary: what the brackets are, which data, what was tested, where things are."""
+    intervals, training = results['intervals'], results['training']
+    return [
+        f'Brackets: {intervals["level"]:.0%} intervals, {intervals["method"]}.',
+        *([f'Data: {results["notice"]}.'] if results['notice'] else []),
+        f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
+        f'{results["num_examples"]:,} {unit} of {results["num_patients"]} patients.',
+        f'Results, predictions and figures: {workdir}',
+    ]

@@ -23,7 +23,7 @@ from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
-from covidjax.models.seq import Seq, is_extractor
+from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.devices import create_shardings
 from covidjax.training.workdir import load_config, save_config
@@ -153,17 +153,21 @@ class ScanPredictions(NamedTuple):
     slice_probabilities: list[np.ndarray]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share their compilations
+def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -> SeqOutputs:
+    return model.apply(variables, normalise(batch['image']), batch['length'])
+
+
 def create_predictor(
     model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection], batch_size: int
 ) -> Callable[[dict[str, Any], str], ScanPredictions]:
-    """Returns (variables, split) -> predictions; compiled once for each padded length."""
-    apply = jax.jit(lambda variables, batch: model.apply(variables, normalise(batch['image']), batch['length']))
+    """Returns (variables, split) -> predictions in evaluation mode."""
     batch_sharding, _ = create_shardings()
 
     def predict(variables, split):
         found = {}
         for batch in scans.load_eval_scans(data.sources[split], selections[split].scans, batch_size=batch_size):
-            outputs = jax.device_get(apply(variables, jax.device_put(batch, batch_sharding)))
+            outputs = jax.device_get(_apply(model, variables, jax.device_put(batch, batch_sharding)))
             for i in np.flatnonzero(batch['mask']):
                 t = batch['length'][i]
                 found[int(batch['index'][i])] = (
@@ -190,7 +194,7 @@ def fit(
 
     def load_weights(variables):
         with open_checkpoints(extractor_dir) as source:
-            extractor = slice_experiment.restore_best(get_slice_config(config), source, extractor_dir)
+            extractor = slice_experiment.restore_best(get_slice_config(config), source)
         return {name: {**variables[name], 'extractor': extractor[name]} for name in ('params', 'batch_stats')}
 
     def forward(variables, images, batch):
@@ -237,8 +241,6 @@ def test(
     variables = checkpoints.restore_best(
         experiment.create_template(functools.partial(create_variables, model, config.data.image_size))
     )
-    if variables is None:
-        raise UserError(f'{workdir} has no best checkpoint yet: train first')
     predict = create_predictor(model, data, selections, config.train.batch_size)
     predictions = {split: predict(variables, split) for split in ('val', 'test')}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
@@ -355,7 +357,7 @@ def write_scan_predictions(
 
 def format_summary(results: dict[str, Any], workdir: Path) -> str:
     """Returns what a run prints at its end: Table IV, the votes beside it and where things are."""
-    level, training = results['scan_level'], results['training']
+    level = results['scan_level']
     vote, paired, conflicts, short = (level[k] for k in ('vote', 'sequence_minus_vote', 'conflicts', 'short_scans'))
     lines = ['', 'Sequence model (Table IV)', format_table(level['sequence'], unit='Scans'), '']
     lines += [
@@ -387,15 +389,7 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
             for key in ('taking_part', 'left_out')
         )
         lines.append(f'{split:<6}{taking_part}; left out: {left_out}')
-    lines.append(f'Brackets: {results["intervals"]["level"]:.0%} intervals, {results["intervals"]["method"]}.')
-    if results['notice']:
-        lines.append(f'Data: {results["notice"]}.')
-    lines.append(
-        f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
-        f'{results["num_examples"]:,} scans of {results["num_patients"]} patients.'
-    )
-    lines.append(f'Results, predictions and figures: {workdir}')
-    return '\n'.join(lines)
+    return '\n'.join(lines + experiment.format_ending(results, workdir, unit='scans'))
 
 
 def _show_right(counts: dict[str, Any], rule: str) -> str:

@@ -15,7 +15,6 @@ from covidjax import experiment
 from covidjax.data import covidx_ct
 from covidjax.data.lists import CLASSES
 from covidjax.data.loader import load_eval_batches, load_train_batches
-from covidjax.errors import UserError
 from covidjax.evaluation import baselines, figures
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
@@ -78,11 +77,16 @@ def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, 
     return model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share one compilation
+def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+    return model.apply(variables, normalise(batch['image']), train=False).logits
+
+
 def create_predictor(
     model: Att2, data: covidx_ct.Prepared, batch_size: int
 ) -> Callable[[dict[str, Any], str], np.ndarray]:
-    """Returns (variables, split) -> logits of the split's slices [N, K] in evaluation mode; compiled once."""
-    apply = jax.jit(lambda variables, batch: model.apply(variables, normalise(batch['image']), train=False).logits)
+    """Returns (variables, split) -> logits of the split's slices [N, K] in evaluation mode."""
+    apply = functools.partial(_apply, model)
     batch_sharding, _ = create_shardings()
 
     def predict(variables, split):
@@ -122,19 +126,12 @@ def fit(
     )
 
 
-def restore_best(config: ConfigDict, checkpoints: Checkpoints, workdir: Path) -> dict[str, Any]:
-    """Returns the variables of the best epoch.
-
-    Raises:
-      UserError: there is none.
-    """
+def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Returns the variables of the best epoch (see `Checkpoints.restore_best`)."""
     template = experiment.create_template(
         functools.partial(create_variables, create_model(config.model), config.data.image_size)
     )
-    variables = checkpoints.restore_best(template)
-    if variables is None:
-        raise UserError(f'{workdir} has no best checkpoint yet: train first')
-    return variables
+    return checkpoints.restore_best(template)
 
 
 def test(
@@ -148,7 +145,7 @@ def test(
     """
     start = time.perf_counter()
     predict = create_predictor(create_model(config.model), data, config.train.batch_size)
-    probabilities = softmax(predict(restore_best(config, checkpoints, workdir), 'test'))
+    probabilities = softmax(predict(restore_best(config, checkpoints), 'test'))
     rows = data.rows['test']
     labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
     patients = [row.patient for row in rows]
@@ -195,13 +192,4 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
         low, high = baseline['interval']
         lines.append(f'{name:<18}{baseline["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
     lines += ['', format_comparison(results['covid19_against_pneumonia_per_patient']), '']
-    intervals, training = results['intervals'], results['training']
-    lines.append(f'Brackets: {intervals["level"]:.0%} intervals, {intervals["method"]}.')
-    if results['notice']:
-        lines.append(f'Data: {results["notice"]}.')
-    lines.append(
-        f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
-        f'{results["num_examples"]:,} slices of {results["num_patients"]} patients.'
-    )
-    lines.append(f'Results, predictions and figures: {workdir}')
-    return '\n'.join(lines)
+    return '\n'.join(lines + experiment.format_ending(results, workdir, unit='slices'))

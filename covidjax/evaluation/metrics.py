@@ -11,11 +11,6 @@ LEVEL = 0.95
 NUM_RESAMPLES = 2000
 
 
-def compute_confusion_matrix(labels_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns counts [K, K], rows the true class, columns the predicted one."""
-    return np.bincount(labels_N * num_classes + predicted_N, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def compute_scores(confusion: np.ndarray, *, undefined: float = 0.0) -> dict[str, np.ndarray]:
     """Computes the columns of the paper's Tables III and IV from confusion matrices [..., K, K].
 

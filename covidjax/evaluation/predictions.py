@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import scipy.special
 
 from covidjax.data.lists import CLASSES, Row
 from covidjax.files import replace_file
@@ -38,8 +39,7 @@ def compute_logits(
 
 def softmax(logits_NxK: np.ndarray) -> np.ndarray:
     """Returns probabilities [N, K] in float64."""
-    shifted = logits_NxK.astype(np.float64) - logits_NxK.max(axis=1, keepdims=True)
-    return np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    return scipy.special.softmax(logits_NxK.astype(np.float64), axis=1)
 
 
 def write_predictions(path: Path, rows: Sequence[Row], probabilities_NxK: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import UserError, compare_shapes, join_faults
 
 _BATCH_NORM = {
     ('params', 'scale'): 'weight',
@@ -78,17 +78,20 @@ def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
         collection, module, *rest = key.split('/')
         if module == 'backbone':
             wanted[torchvision_name(collection, '/'.join(rest))] = key
-    given = {name for name in tensors if not name.startswith('fc.') and not name.endswith('num_batches_tracked')}
-    problems = [f'missing {name}' for name in sorted(wanted.keys() - given)]
-    problems += [f'left over {name}' for name in sorted(given - wanted.keys())]
-    for name in sorted(wanted.keys() & given):
-        array, target = tensors[name], flat[wanted[name]]
+    given = {}
+    for name, array in tensors.items():
+        if name.startswith('fc.') or name.endswith('num_batches_tracked'):
+            continue
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
-            array = array[0, 0] if target.ndim == 2 and array.shape[:2] == (1, 1) else array
-        if array.shape != target.shape:
-            problems.append(f'{name} has shape {array.shape}, the model needs {target.shape}')
-        flat[wanted[name]] = np.asarray(array, np.float32)
-    if problems:
-        raise UserError(f'{path} does not fit config.model: {join_faults(problems)}')
+            if array.shape[:2] == (1, 1):
+                array = array[0, 0]
+        given[name] = np.asarray(array, np.float32)
+    faults = compare_shapes(
+        {name: array.shape for name, array in given.items()}, {name: flat[key].shape for name, key in wanted.items()}
+    )
+    if faults:
+        raise UserError(f'{path} does not fit config.model: {join_faults(faults)}')
+    for name, key in wanted.items():
+        flat[key] = given[name]
     return flax.traverse_util.unflatten_dict(flat, sep='/')

@@ -15,7 +15,7 @@ KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 class Conv1x1(nn.Module):
     """A 1x1 convolution without bias, as a matrix product.
 
-    XLA runs a matrix product several times faster than the equal convolution on a CPU, and as fast elsewhere.
+    On a CPU, XLA runs a matrix product several times faster than the equal convolution.
     """
 
     features: int

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import UserError, compare_shapes, join_faults
 from covidjax.training.state import TrainState
 
 
@@ -52,10 +52,7 @@ class Checkpoints:
         if step is None:
             self._drop_best_after(-1)
             return None
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, template)),
-            progress=ocp.args.JsonRestore(),
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore())
         restored = self._latest.restore(step, args=arguments)
         self._drop_best_after(step)
         return restored['state'], restored['progress']
@@ -64,32 +61,24 @@ class Checkpoints:
         for later in [s for s in self._best.all_steps() if s > step]:
             self._best.delete(later)
 
-    def restore_best(self, template: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns the variables of the best epoch, or None if there is none.
+    def restore_best(self, template: dict[str, Any]) -> dict[str, Any]:
+        """Returns the variables of the best epoch.
 
         Args:
           template: shapes, dtypes and shardings of the model's variables.
 
         Raises:
-          UserError: names or shapes in the checkpoint are not those of the template; all differences are listed.
+          UserError: there is none yet; or its names or shapes are not the template's, all differences being listed.
         """
         step = self._best.latest_step()
         if step is None:
-            return None
-        stored = _list_shapes(self._best.item_metadata(step)['variables'].tree)
-        wanted = _list_shapes(template)
-        differences = [f'missing {name}' for name in sorted(wanted.keys() - stored.keys())]
-        differences += [f'left over {name}' for name in sorted(stored.keys() - wanted.keys())]
-        differences += [
-            f'{name} has shape {stored[name]}, the model needs {wanted[name]}'
-            for name in sorted(wanted.keys() & stored.keys())
-            if stored[name] != wanted[name]
-        ]
+            raise UserError(f'{self._best.directory} has no checkpoint yet: train first')
+        differences = compare_shapes(
+            _list_shapes(self._best.item_metadata(step)['variables'].tree), _list_shapes(template)
+        )
         if differences:
             raise UserError(f'the checkpoint in {self._best.directory} is of another model: {join_faults(differences)}')
-        arguments = ocp.args.Composite(
-            variables=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
-        )
+        arguments = ocp.args.Composite(variables=ocp.args.StandardRestore(template))
         return self._best.restore(step, args=arguments)['variables']
 
     def close(self) -> None:

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from covidjax.evaluation.metrics import (
     compute_auc,
-    compute_confusion_matrix,
     compute_metrics,
     compute_scores,
     draw_resamples,
@@ -27,7 +26,7 @@ def test_table_iv_of_the_paper():
 def test_scores_equal_scikit_learn():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 3, 200), rng.integers(0, 3, 200)
-    scores = compute_scores(compute_confusion_matrix(labels, predicted, 3))
+    scores = compute_scores(confusion_matrix(labels, predicted))
     expected = precision_recall_fscore_support(labels, predicted)
     for name, values in zip(('precision', 'recall', 'f1'), expected[:3], strict=True):
         np.testing.assert_allclose(scores[name], values)
