@@ -5,6 +5,7 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run     the paper's first experiment
   python main.py --config=configs/seq.py:/data/covidx-ct --config.extractor=/tmp/run --workdir=/tmp/seq     its second
   python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
+  python main.py --mode=audit --input=/data/covidx-ct           can this dataset be trusted? lists alone will do
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
 it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
@@ -20,13 +21,16 @@ from ml_collections import config_flags
 
 from covidjax.errors import UserError
 
-MODES = ('train', 'evaluate')
+MODES = ('train', 'evaluate', 'audit')
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The experiment, e.g. configs/att2.py, and after a colon its raw COVIDx-CT directory.'
 )
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/<name of the config>.')
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder of the run; by default runs/<name of the config>, or runs/audit for --mode=audit.'
+)
+_INPUT = flags.DEFINE_string('input', None, 'The raw COVIDx-CT directory, or one of lists only, of --mode=audit.')
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +40,10 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # The libraries' own messages.
     absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.getLogger('covidjax').setLevel(logging.INFO)
-    # jax is imported only now that the flags are right.
+    if _MODE.value == 'audit':
+        run_audit()
+        return
+    # jax is imported only now that the flags are right, and an audit needs none.
     from covidjax import scan_experiment, slice_experiment
     from covidjax.training.workdir import load_config
 
@@ -45,12 +52,24 @@ def main(argv: list[str]) -> None:
         config = _CONFIG.value
         if config is None:
             raise UserError('--config is required, e.g. --config=configs/att2.py (python main.py --help)')
+        if config.name not in experiments:
+            raise UserError(f'config.name={config.name} is no experiment: {", ".join(experiments)}')
         experiments[config.name].train(config, Path(_WORKDIR.value or f'runs/{config.name}'))
     elif _MODE.value == 'evaluate':
         if _WORKDIR.value is None:
             raise UserError('--mode=evaluate needs --workdir=<folder of a finished run>')
         workdir = Path(_WORKDIR.value)
         experiments[load_config(workdir).name].evaluate(workdir)
+
+
+def run_audit() -> None:
+    """Audits --input; exit status 1 if anything is broken."""
+    if _INPUT.value is None:
+        raise UserError('--mode=audit needs --input=<raw COVIDx-CT directory>')
+    from covidjax import audit
+
+    if audit.run_audit(Path(_INPUT.value), Path(_WORKDIR.value or 'runs/audit'))['verdict'] == 'broken':
+        sys.exit(1)
 
 
 def run_main(argv: list[str]) -> None:
@@ -60,7 +79,7 @@ def run_main(argv: list[str]) -> None:
     except UserError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
-        sys.exit('interrupted: the same command goes on after the last finished epoch')
+        sys.exit('interrupted: the same command goes on after what was finished')
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -250,6 +250,15 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def format_baselines(results: dict[str, Any]) -> list[str]:
+    """Returns the accuracy of every baseline, a line each."""
+    lines = []
+    for name, metrics in results['baselines'].items():
+        low, high = metrics['intervals']['accuracy']
+        lines.append(f'{name:<18}{metrics["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
+    return lines
+
+
 def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[str]:
     """Returns the last lines of a summary: what the brackets are, which data, what was tested, where things are."""
     intervals, training = results['intervals'], results['training']

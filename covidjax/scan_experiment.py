@@ -252,12 +252,13 @@ def test(
         chosen['test'], labels['test'], probabilities, votes, rule, predictions['test'].slice_probabilities
     )
     scan_level['vote']['validation_accuracy'] = val_accuracies
-    scan_level['baselines'] = {
-        name: compute_metrics(labels['test'], s.argmax(1), [scan.patient for scan in chosen['test']], CLASSES)
-        for name, s in {
-            'majority class': baselines.compute_majority_scores(labels['train'], len(labels['test']), len(CLASSES)),
-            'file names only': baselines.compute_file_name_scores(selections['train'].whole, selections['test'].whole),
-        }.items()
+    whole = {split: selection.whole for split, selection in selections.items()}
+    slice_labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    thumbnail_scores, _ = baselines.compute_thumbnail_scores(data.sources, slice_labels)
+    baseline_scores = {
+        'majority class': baselines.compute_majority_scores(labels['train'], len(labels['test']), len(CLASSES)),
+        'file names only': baselines.compute_file_name_scores(whole['train'], whole['test'], per_slice=False),
+        'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in chosen['test']]),
     }
     training = experiment.describe_training(history, config.train.min_delta)
     results = {
@@ -265,6 +266,10 @@ def test(
         'model': 'ResNet50-LSTM-ATT2 (scans)',
         'split': 'test',
         **scan_level['sequence'],
+        'baselines': {
+            name: compute_metrics(labels['test'], s.argmax(1), [scan.patient for scan in chosen['test']], CLASSES)
+            for name, s in baseline_scores.items()
+        },
         'scan_level': scan_level,
         'scans': {
             'min_slices': config.data.min_slices,
@@ -365,9 +370,7 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
         format_table(vote, unit='Scans'),
         '',
     ]
-    for name, baseline in level['baselines'].items():
-        low, high = baseline['intervals']['accuracy']
-        lines.append(f'{name:<18}{baseline["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
+    lines += experiment.format_baselines(results)
     low, high = paired['interval']
     verdict = 'a tie' if low <= 0 <= high else 'the sequence model' if low > 0 else 'the vote'
     lines += [

@@ -15,6 +15,7 @@ from covidjax import experiment
 from covidjax.data import covidx_ct
 from covidjax.data.lists import CLASSES
 from covidjax.data.loader import load_eval_batches, load_train_batches
+from covidjax.data.scans import group_scans
 from covidjax.evaluation import baselines, figures
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
@@ -152,7 +153,12 @@ def test(
 
     thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
     majority_scores = baselines.compute_majority_scores(labels['train'], len(rows), len(CLASSES))
-    scores = {'model': probabilities, 'thumbnail ridge': thumbnail_scores, 'majority class': majority_scores}
+    scores = {
+        'model': probabilities,
+        'majority class': majority_scores,
+        'file names only': score_file_names(data),
+        'thumbnail ridge': thumbnail_scores,
+    }
     metrics = {name: compute_metrics(labels['test'], s.argmax(-1), patients, CLASSES) for name, s in scores.items()}
     training = experiment.describe_training(history, config.train.min_delta)
     results = {
@@ -160,10 +166,7 @@ def test(
         'model': 'ResNet50-ATT2 (slices)',
         'split': 'test',
         **metrics['model'],
-        'baselines': {
-            name: {'accuracy': metrics[name]['accuracy'], 'interval': metrics[name]['intervals']['accuracy']}
-            for name in ('majority class', 'thumbnail ridge')
-        },
+        'baselines': {name: m for name, m in metrics.items() if name != 'model'},
         'thumbnail_ridge_alpha': alpha,
         'covid19_against_pneumonia_per_patient': {
             name: compute_patient_level(s, labels['test'], patients) for name, s in scores.items()
@@ -185,11 +188,18 @@ def test(
     return results
 
 
+def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:
+    """Returns what the file names of whole scans predict of their slices: probabilities [N, K] of the test split."""
+    train, test = (group_scans(data.rows[split]) for split in ('train', 'test'))
+    scores = np.empty((len(data.rows['test']), len(CLASSES)))
+    for scan, of_scan in zip(test, baselines.compute_file_name_scores(train, test, per_slice=True), strict=True):
+        scores[list(scan.records)] = of_scan
+    return scores
+
+
 def format_summary(results: dict[str, Any], workdir: Path) -> str:
     """Returns what a run prints at its end: Table III, the baselines and where things are."""
     lines = ['', format_table(results, unit='Slices')]
-    for name, baseline in results['baselines'].items():
-        low, high = baseline['interval']
-        lines.append(f'{name:<18}{baseline["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
+    lines += experiment.format_baselines(results)
     lines += ['', format_comparison(results['covid19_against_pneumonia_per_patient']), '']
     return '\n'.join(lines + experiment.format_ending(results, workdir, unit='slices'))

@@ -80,6 +80,7 @@ def test_run_leaves_results_predictions_and_figures(slice_run):
     assert results['classes'] == ['normal', 'pneumonia', 'covid19']
     assert results['num_examples'] == len(rows) == np.sum(results['confusion_matrix'])
     assert results['num_patients'] == len({row['patient'] for row in rows}) == 6
+    assert list(results['baselines']) == ['majority class', 'file names only', 'thumbnail ridge']
     # The table is that of the predictions.
     p = np.array([[float(row[f'p_{name}']) for name in results['classes']] for row in rows])
     labels = np.array([int(row['label']) for row in rows])
@@ -162,6 +163,7 @@ def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tm
     assert level['short_scans']['num_scans'] <= 6
     assert results['scans']['left_out']['test'] == {'normal': 0, 'pneumonia': 0, 'covid19': 0}
     assert 'McNemar' in result.stdout
+    assert {m['num_examples'] for m in results['baselines'].values()} == {6}
     with (workdir / 'predictions.csv').open() as file:
         for row in csv.DictReader(file):
             attention = np.array(row['attention'].split(), float)
@@ -197,7 +199,12 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         (('--mode=dance', att2), ('dance',)),
         (('--mode=evaluate', f'--workdir={empty}'), (empty, 'not the workdir')),
         (('--mode=evaluate',), ('--workdir',)),
+        (('--mode=audit',), ('--input',)),
+        (('--mode=audit', f'--input={tmp_path}/none', workdir), (f'{tmp_path}/none',)),
+        (('--mode=audit', f'--input={empty}', workdir), (empty, 'train_COVIDx_CT-2A.txt')),
+        (('--mode=audit', f'--input={raw_dir}', f'--workdir={blocked}'), (blocked, '--workdir')),
         ((), ('--config',)),
+        ((att2, workdir, *TINY, '--config.name=dance'), ('dance',)),
         (('--config=configs/none.py',), ('configs/none.py',)),
         ((att2, 'stray'), ('stray',)),
         ((att2, f'--workdir={tmp_path / "w"}', *TINY, '--config.model.pretrained=timm/absent'), ('timm/absent',)),
@@ -206,6 +213,26 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
     ]
     for arguments, words in cases:
         assert_one_line_error(call(*arguments), *words)
+
+
+def test_audit_fails_for_broken_data_only(call, raw_dir, tmp_path):
+    lists_only = tmp_path / 'lists'
+    lists_only.mkdir()
+    for path in raw_dir.glob('*.txt'):
+        shutil.copy(path, lists_only)
+    result = call('--mode=audit', f'--input={lists_only}', f'--workdir={tmp_path / "audit"}')
+    assert result.returncode == 0, result.stderr
+    assert '0 broken' in result.stdout
+    assert str(tmp_path / 'audit' / 'audit.html') in result.stdout.splitlines()[-1]
+
+    train, test = (lists_only / f'{split}_COVIDx_CT-2A.txt' for split in ('train', 'test'))
+    leaked = train.read_text().splitlines()[0]
+    test.write_text(f'{test.read_text()}{leaked}\n')
+    result = call('--mode=audit', f'--input={lists_only}', f'--workdir={tmp_path / "audit"}')
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    assert leaked.split()[0] in result.stdout
+    assert json.loads((tmp_path / 'audit' / 'audit.json').read_text())['verdict'] == 'broken'
 
 
 def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
@@ -235,5 +262,5 @@ def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
 
 def test_help_names_every_mode_and_flag(call):
     result = call('--help')
-    for word in ('--mode', 'train|evaluate', '--workdir', 'configs/att2.py', 'configs/seq.py'):
+    for word in ('--mode', 'train|evaluate|audit', '--workdir', '--input', 'configs/att2.py', 'configs/seq.py'):
         assert word in result.stdout

@@ -125,7 +125,7 @@ def read_list(path: str) -> list[Row]:
     Raises:
       UserError: the list is missing, unreadable or empty, or has bad rows: all are counted, the first 20 named.
     """
-    rows, faults = _parse_list(path, {})
+    rows, faults, _ = parse_list(path, {})
     _raise_faults(faults, os.path.dirname(path) or '.')
     return rows
 
@@ -144,7 +144,7 @@ def read_lists(raw_dir: str) -> dict[str, list[Row]]:
     first_seen: dict[str, str] = {}
     rows, faults = {}, []
     for split in SPLITS:
-        rows[split], list_faults = _parse_list(os.path.join(raw_dir, get_list_name(split, version)), first_seen)
+        rows[split], list_faults, _ = parse_list(os.path.join(raw_dir, get_list_name(split, version)), first_seen)
         if split == 'train' and not list_faults:
             list_faults = _find_absent_classes(rows[split], get_list_name(split, version))
         faults += list_faults
@@ -188,26 +188,29 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
     return patients
 
 
-def _parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[str]]:
-    """Reads one list into good rows and faults ('<list>:<line>: <reason>').
+def parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[str], set[str]]:
+    """Reads one list as far as it can be read.
 
     Args:
       path: the list.
       first_seen: where each file was first listed, '<list>:<line>'; extended with the files of this list.
+
+    Returns:
+      The good rows, the faults ('<list>:<line>: <reason>'), and the first words of the bad lines: files, most likely.
     """
     name = os.path.basename(path)
     try:
         with open(path, 'rb') as file:
             data = file.read()
     except FileNotFoundError:
-        return [], [f'{name}: the list is missing']
+        return [], [f'{name}: the list is missing'], set()
     except OSError as error:
-        return [], [f'{name}: cannot be read: {error.strerror}']
+        return [], [f'{name}: cannot be read: {error.strerror}'], set()
     # Bytes that are not UTF-8 become lone surrogates, which are not printable and so are found with their line.
     text = data.decode('utf-8-sig', errors='surrogateescape').rstrip()
     if not text:
-        return [], [f'{name}: the list is empty']
-    rows, faults = [], []
+        return [], [f'{name}: the list is empty'], set()
+    rows, faults, bad_files = [], [], set()
     for number, line in enumerate(text.split('\n'), start=1):
         try:
             row = _parse_line(line.strip(' \t\r'))
@@ -217,9 +220,10 @@ def _parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[
                 raise ValueError(f'{_show(row.file)} is already listed in {earlier}')
         except ValueError as error:
             faults.append(f'{name}:{number}: {error}')
+            bad_files.update(line.split()[:1])
         else:
             rows.append(row)
-    return rows, faults
+    return rows, faults, bad_files
 
 
 def _parse_line(line: str) -> Row:
@@ -231,7 +235,7 @@ def _parse_line(line: str) -> Row:
     box = xmin, ymin, xmax, ymax = tuple(map(int, sides))
     _check_name(file)
     if xmax <= max(xmin, 0) or ymax <= max(ymin, 0):
-        raise ValueError(f'the box {" ".join(sides)} is empty')
+        raise ValueError(f'{file}: the box {" ".join(sides)} is empty')
     scan, slice_index = parse_scan(file)
     return Row(file, int(label), box, scan, parse_patient(scan), slice_index)
 
@@ -242,10 +246,10 @@ def _explain_line(line: str) -> str:
     if len(fields) != 6:
         return f'{len(fields)} fields instead of 6 (file class xmin ymin xmax ymax)'
     if fields[1] not in ('0', '1', '2'):
-        return f'class {_show(fields[1])} is not 0, 1 or 2'
+        return f'{_show(fields[0])}: class {_show(fields[1])} is not 0, 1 or 2'
     for field in fields[2:]:
         if not _INTEGER.fullmatch(field):
-            return f'box value {_show(field)} is not a whole number of pixels'
+            return f'{_show(fields[0])}: box value {_show(field)} is not a whole number of pixels'
     return f'{_show(line)} has separators other than spaces and tabs'
 
 

@@ -70,7 +70,7 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
     """
     if box is not None:
         image = image.crop(_clip_box(box, image.width, image.height))
-    return np.asarray(_convert_grey(image).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(convert_grey(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) -> list[tuple[bytes, str]]:
@@ -127,7 +127,7 @@ def _clip_box(box: Box, width: int, height: int) -> Box:
     return xmin, ymin, xmax, ymax
 
 
-def _convert_grey(image: Image.Image) -> Image.Image:
+def convert_grey(image: Image.Image) -> Image.Image:
     """Returns an image in mode L."""
     if image.mode == 'F':
         raise ValueError('floating-point pixels; save the slice with 8 or 16 bits')

@@ -4,10 +4,9 @@ Shapes: B scans, T slices (padded), S side of a slice.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from covidjax.data.lists import Row
@@ -118,7 +117,10 @@ def _load_batch(members: np.ndarray, scans: Sequence[Scan], source: Sequence[dic
     return batch
 
 
-def _stream(dataset: grain.MapDataset) -> Iterator[dict]:
+def _stream(load: Callable[[int], dict], num_batches: int) -> Iterator[dict]:
+    import grain  # only here: it loads jax, and grouping scans needs neither
+
+    dataset = grain.MapDataset.range(num_batches).map(load)
     # A batch of long scans is hundreds of MB: few are read ahead.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
@@ -140,7 +142,7 @@ def load_train_scans(
     def load(step: int) -> dict:
         return _load_batch(plan(step // steps_per_pass)[step % steps_per_pass], scans, source, batch_size)
 
-    stream = _stream(grain.MapDataset.range(np.iinfo(np.int32).max).map(load))
+    stream = _stream(load, np.iinfo(np.int32).max)
     stream.set_state({'next_index': first_step})
     return stream
 
@@ -148,4 +150,4 @@ def load_train_scans(
 def load_eval_scans(source: Sequence[dict], scans: Sequence[Scan], *, batch_size: int) -> Iterator[dict]:
     """Yields every scan once, in batches as `load_train_scans`; 'index' tells the scan."""
     plan = plan_pass(scans, batch_size, None)
-    return _stream(grain.MapDataset.source(plan).map(lambda members: _load_batch(members, scans, source, batch_size)))
+    return _stream(lambda number: _load_batch(plan[number], scans, source, batch_size), len(plan))

@@ -1,14 +1,15 @@
 """What trivial classifiers reach on the same data: every result stands beside them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import joblib
 import numpy as np
 from PIL import Image
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import RidgeClassifier
 from tqdm import tqdm
 
+from covidjax.data.lists import CLASSES
 from covidjax.data.scans import Scan
 
 THUMBNAIL_SIZE = 32
@@ -17,12 +18,16 @@ RIDGE_ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 def compute_thumbnails(source: Sequence[dict], *, name: str) -> np.ndarray:
     """Returns prepared slices as thumbnails in [0, 1], float32 [N, 32 * 32]."""
-    thumbnails = np.empty((len(source), THUMBNAIL_SIZE**2), np.float32)
-    for i in tqdm(range(len(source)), desc=f'thumbnails {name}', leave=False, unit='slice'):
+
+    def compute(i: int) -> np.ndarray:
         image = Image.fromarray(source[i]['image'][..., 0])
         small = image.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
-        thumbnails[i] = np.asarray(small, np.float32).ravel() / 255
-    return thumbnails
+        return np.asarray(small, np.float32).ravel() / 255
+
+    # Threads, since reading, decoding and resizing run outside Python's lock.
+    parallel = joblib.Parallel(n_jobs=-1, backend='threading', return_as='generator')
+    thumbnails = parallel(joblib.delayed(compute)(i) for i in range(len(source)))
+    return np.stack(list(tqdm(thumbnails, f'thumbnails {name}', len(source), leave=False, unit='slice')))
 
 
 def compute_thumbnail_scores(
@@ -50,14 +55,44 @@ def compute_file_name_features(scan: Scan) -> np.ndarray:
     return np.log1p([len(scan.slices), scan.slices[0], scan.slices[-1], gaps.mean(), gaps.max()])
 
 
-def compute_file_name_scores(train: Sequence[Scan], test: Sequence[Scan]) -> np.ndarray:
-    """Fits logistic regression on file names of whole training scans; no pixel is read.
+def fit_file_names(
+    features_MxD: np.ndarray, labels_M: np.ndarray, weights_M: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Fits a random forest on features of scans; no pixel is read.
 
-    COVIDx keeps mostly lesion slices of sick scans and all slices of normal ones: this alone is far from chance.
+    COVIDx keeps mostly lesion slices of sick scans and all slices of normal ones: this alone is far from chance. On the
+    scans of the public CT-2A validation list, cross-validated by patient, a forest reaches an accuracy of 0.70 where
+    logistic regression reaches 0.58.
+
+    Args:
+      features_MxD: as `compute_file_name_features` makes them.
+      labels_M: int.
+      weights_M: how much each scan counts.
+
+    Returns:
+      Features -> probabilities [M, K], 0 for classes that were not among the labels.
+    """
+    forest = RandomForestClassifier(100, min_samples_leaf=3, random_state=0)
+    forest.fit(features_MxD, labels_M, weights_M)
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        probabilities = np.zeros((len(features), len(CLASSES)))
+        probabilities[:, forest.classes_] = forest.predict_proba(features)
+        return probabilities
+
+    return predict
+
+
+def compute_file_name_scores(train: Sequence[Scan], test: Sequence[Scan], *, per_slice: bool) -> np.ndarray:
+    """Fits `fit_file_names` on whole training scans and scores test scans.
+
+    Args:
+      train, test: scans with all their slices.
+      per_slice: a scan counts with its number of slices, else every scan alike.
 
     Returns:
       Probabilities [M, K] of the test scans.
     """
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model.fit(np.stack([compute_file_name_features(scan) for scan in train]), [scan.label for scan in train])
-    return model.predict_proba(np.stack([compute_file_name_features(scan) for scan in test]))
+    features, others = (np.stack([compute_file_name_features(scan) for scan in part]) for part in (train, test))
+    weights = [len(scan.records) if per_slice else 1 for scan in train]
+    return fit_file_names(features, [scan.label for scan in train], weights)(others)

@@ -1,0 +1,158 @@
+"""Plots of an audit: SVG that takes the page's light or dark colours, as data URIs."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from covidjax.audit.check import Picture
+from covidjax.data.lists import CLASSES
+
+_COLOURS = dict(zip(CLASSES, ('#2f8f9d', '#d98a2b', '#c2456b'), strict=True))
+_INK = '#010203'  # stands for the colour of text, and is replaced by it
+_GREY = '#8a8a8a'
+_STYLE = {
+    'axes.edgecolor': _INK,
+    'axes.grid': True,
+    'axes.labelcolor': _INK,
+    'axes.spines.right': False,
+    'axes.spines.top': False,
+    'axes.titlesize': 10,
+    'figure.facecolor': 'none',
+    'axes.facecolor': 'none',
+    'font.family': 'sans-serif',
+    'font.size': 10,
+    'grid.alpha': 0.35,
+    'grid.color': _GREY,
+    'legend.frameon': False,
+    'savefig.facecolor': 'none',
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'audit',
+    'text.color': _INK,
+    'text.parse_math': False,
+    'xtick.color': _INK,
+    'ytick.color': _INK,
+}
+_SCHEME = '<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{color:#e4e6ea}}</style>'
+
+
+def _finish(figure: Figure, alt: str) -> Picture:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index('<svg') :].replace(_INK, 'currentColor').replace('<defs>', f'{_SCHEME}<defs>', 1)
+    return Picture(alt, f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}')
+
+
+def render_lengths(lengths: Mapping[str, Sequence[int]]) -> Picture:
+    """Draws for each class the share of scans with at most so many slices."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5, 3), layout='constrained')
+        axes = figure.subplots()
+        for name, values in lengths.items():
+            if values:
+                ordered = np.sort(values)
+                axes.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), color=_COLOURS[name], label=name)
+        axes.axvline(16, color=_GREY, linestyle='--', linewidth=1, label='16 slices')
+        axes.set_xscale('log')
+        axes.minorticks_off()
+        longest = max(max(values, default=1) for values in lengths.values())
+        axes.set_xticks([x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if x <= 2 * longest])
+        axes.xaxis.set_major_formatter('{x:.0f}')
+        axes.set_xlabel('Slices of a scan')
+        axes.set_ylabel('Share of scans up to there')
+        axes.legend()
+        return _finish(figure, 'Cumulative share of scans by their number of slices, one line per class')
+
+
+def render_shares(counts: Mapping[str, Sequence[int]], name: str) -> Picture:
+    """Draws the classes' shares of the patients of each value as bars, and the number of patients."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5, 0.9 + 0.32 * len(counts)), layout='constrained')
+        axes = figure.subplots()
+        totals = [sum(values) for values in counts.values()]
+        labels = [f'{value} ({total:,})' for value, total in zip(counts, totals, strict=True)]
+        left = np.zeros(len(counts))
+        for label, class_name in enumerate(CLASSES):
+            share = np.array([values[label] / sum(values) for values in counts.values()])
+            axes.barh(labels, share, left=left, color=_COLOURS[class_name], label=class_name)
+            left += share
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.grid(visible=False)
+        axes.set_xlabel(f'Share of the patients of a {name} (number of patients)')
+        figure.legend(loc='outside upper center', ncols=len(CLASSES))
+        return _finish(figure, f'Share of the classes among the patients of each {name}')
+
+
+def render_histograms(values: Mapping[str, np.ndarray], name: str) -> Picture:
+    """Draws one histogram per class, each of area 1, over common bins."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5, 2.8), layout='constrained')
+        axes = figure.subplots()
+        low, high = (
+            pick(v.min() if pick is min else v.max() for v in values.values() if len(v)) for pick in (min, max)
+        )
+        bins = np.linspace(low, high if high > low else low + 1, 41)
+        for class_name, of_class in values.items():
+            if len(of_class):
+                share = np.histogram(of_class, bins)[0] / len(of_class)
+                axes.stairs(share, bins, color=_COLOURS[class_name], linewidth=1.6, label=class_name)
+        axes.set_xlabel(name)
+        axes.set_ylabel('Share of the class')
+        axes.legend()
+        return _finish(figure, f'Histograms per class: {name}')
+
+
+def render_accuracies(columns: Sequence[str], rows: Sequence[tuple]) -> Picture:
+    """Draws accuracy and balanced accuracy with intervals, and what a guess reaches."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5, 1.4 + 0.5 * len(rows)), layout='constrained')
+        axes = figure.subplots()
+        kinds = (
+            ('accuracy', 'majority class', '#3b76c4', 'o', -0.13),
+            ('balanced accuracy', 'chance', '#8a5fb0', 's', 0.13),
+        )
+        for name, guess, colour, marker, offset in kinds:
+            of = [dict(zip(columns, row, strict=True)) for row in rows]
+            places = np.arange(len(rows)) + offset
+            for place, row in zip(places, of, strict=True):
+                if row[f'interval of {name}']:
+                    axes.plot(row[f'interval of {name}'], [place, place], color=colour)
+            axes.plot([row[name] for row in of], places, marker, color=colour, label=name)
+            axes.plot([row[guess] for row in of], places, '|', color=colour, markersize=11, label=guess)
+        axes.set_yticks(range(len(rows)), [f'{row[0]}\non {row[2]}' for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 1.03)
+        figure.legend(loc='outside upper center', ncols=2, fontsize=9)
+        return _finish(figure, 'Accuracy and balanced accuracy with intervals beside majority class and chance')
+
+
+def render_means(means: Mapping[str, np.ndarray]) -> Picture:
+    """Draws the mean thumbnail of each class, [S * S] in 0..1."""
+    side = int(np.sqrt(len(next(iter(means.values())))))
+    images = {f'mean {name}': values.reshape(side, side) for name, values in means.items()}
+    return _render_images([images], 'Mean thumbnail of each class')
+
+
+def render_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str, str]]) -> Picture:
+    """Draws thumbnails [S, S] of copies side by side, under the names of their files."""
+    lines = [{f'{a}': x / 255, f'{b} ': y / 255} for x, y, a, b in pairs]
+    return _render_images(lines, f'{len(pairs)} pairs of images that are copies, each pair in one row')
+
+
+def _render_images(lines: Sequence[Mapping[str, np.ndarray]], alt: str) -> Picture:
+    with matplotlib.rc_context(_STYLE):
+        columns = max(map(len, lines))
+        figure = Figure(figsize=(5, 0.2 + len(lines) * (4.6 / columns if columns > 2 else 2.3)), layout='constrained')
+        grid = figure.subplots(len(lines), columns, squeeze=False)
+        for axes_of_line, line in zip(grid, lines, strict=True):
+            for axes, (title, image) in zip(axes_of_line, line.items(), strict=False):
+                axes.imshow(image, cmap='gray', vmin=0, vmax=1)
+                axes.set_title(title if len(title) <= 40 else f'...{title[-37:]}', fontsize=8)
+            for axes in axes_of_line:
+                axes.axis('off')
+        return _finish(figure, alt)

@@ -1,0 +1,96 @@
+"""The whole audit, in order."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from covidjax.audit import baseline_checks, image_checks, list_checks, metadata_checks
+from covidjax.audit.check import NOT_CHECKED, Check
+from covidjax.audit.copies import Place, check_copies
+from covidjax.audit.dataset import Dataset, read_dataset
+from covidjax.audit.measure import list_files, measure_images
+from covidjax.audit.published import check_version
+from covidjax.audit.report import describe_audit, format_summary, save_audit
+from covidjax.errors import UserError
+
+
+def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
+    """Checks a raw COVIDx CT directory, or what there is of it, and prints what it finds.
+
+    Lists, metadata.csv and images may each be absent; their checks are then 'not checked'. The lists of CT-3A take
+    seconds; images are read once each, on all cores. Writes audit.json and audit.html.
+
+    Args:
+      raw_dir: the directory of the lists.
+      workdir: where the reports go; made if absent.
+
+    Returns:
+      What audit.json holds, see `report.describe_audit`. Whether anything is broken: ['verdict'] == 'broken'.
+
+    Raises:
+      UserError: no such directory, no list in it, lists of several versions, or a workdir that can't be written.
+    """
+    raw_dir, workdir = Path(raw_dir), Path(workdir)
+    dataset = read_dataset(raw_dir)
+    with _report_write_errors(workdir):  # before the long work
+        workdir.mkdir(parents=True, exist_ok=True)
+    checks = check_dataset(dataset)
+    audit = describe_audit(dataset, checks)
+    with _report_write_errors(workdir):
+        save_audit(audit, checks, workdir)
+    print(format_summary(audit))
+    print(f'wrote {workdir / "audit.json"} and {workdir / "audit.html"}')
+    return audit
+
+
+@contextlib.contextmanager
+def _report_write_errors(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'can not write to {workdir} ({error.strerror}): choose another --workdir') from error
+
+
+def check_dataset(dataset: Dataset) -> list[Check]:
+    """Runs every check."""
+    checks = [list_checks.check_rows(dataset)]
+    if not dataset.splits:
+        return checks  # nothing can be said of lists without a good row
+    checks += [
+        list_checks.check_classes(dataset),
+        check_version(dataset),
+        list_checks.check_lengths(dataset),
+        list_checks.check_sequences(dataset),
+        list_checks.check_short(dataset),
+        *list_checks.check_leakage(dataset),
+        *list_checks.check_labels(dataset),
+        *metadata_checks.check_metadata(dataset),
+        baseline_checks.check_names(dataset),
+    ]
+    if dataset.images is None:
+        reason = f'{dataset.images_reason[:1].upper()}{dataset.images_reason[1:]}.'
+        titles = {**image_checks.TITLES, 'baselines.thumbnails': 'What a thumbnail predicts'}
+        skipped = [Check(name, title, NOT_CHECKED, reason) for name, title in titles.items()]
+        return [*checks, image_checks.check_boxes(dataset, None), *skipped]
+    return checks + _check_images(dataset)
+
+
+def _check_images(dataset: Dataset) -> list[Check]:
+    files = list_files(dataset.images)
+    places = {}
+    for split, part in dataset.splits.items():
+        for row in part.rows:
+            if row.file in files:
+                places.setdefault(row.file, Place(split, row))  # one in two lists is found as leakage
+    drawn = baseline_checks.draw_thumbnail_rows(dataset)
+    crop_files = {row.file for rows in drawn.values() for row in rows}
+    images = measure_images([place.row for place in places.values()], dataset.images, crop_files)
+    measured = [places[file] for file in images.index]
+    return [
+        image_checks.check_boxes(dataset, images),
+        *image_checks.check_files(dataset, files),
+        *image_checks.check_images(images, measured),
+        *check_copies(images, measured),
+        baseline_checks.check_thumbnails(drawn, images.crops),
+    ]
