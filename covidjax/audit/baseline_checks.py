@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import StratifiedGroupKFold
 
 from covidjax.audit import figures
-from covidjax.audit.check import LOOK, NOT_CHECKED, OK, Check, Table, join_words
+from covidjax.audit.check import LOOK, NOT_CHECKED, OK, Check, join_words
 from covidjax.audit.dataset import Dataset
 from covidjax.data.lists import CLASSES, Row
 from covidjax.data.scans import NUM_SLICES
@@ -26,6 +26,7 @@ from covidjax.evaluation.metrics import (
     draw_resamples,
     group_by_patient,
 )
+from covidjax.report.page import Table
 
 MAX_THUMBNAILS = 10_000  # per list, evenly drawn: more would change little and fill the memory
 _NUM_FOLDS = 5

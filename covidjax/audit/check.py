@@ -2,30 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+
+from covidjax.report.page import Picture, Table
 
 OK, LOOK, BROKEN, NOT_CHECKED = VERDICTS = ('ok', 'look', 'broken', 'not checked')
-
-
-class Table(NamedTuple):
-    """Numbers of a check.
-
-    Attributes:
-      title: what the numbers are.
-      columns: heads.
-      rows: one value per column: text, a count (int), a ratio (float), an interval [low, high] or None.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-class Picture(NamedTuple):
-    """A plot of a check: its text alternative and a data URI."""
-
-    alt: str
-    uri: str
 
 
 @dataclasses.dataclass

@@ -1,62 +1,25 @@
-"""Plots of an audit: SVG that takes the page's light or dark colours, as data URIs."""
+"""Plots of an audit."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from covidjax.audit.check import Picture
 from covidjax.data.lists import CLASSES
-
-_COLOURS = dict(zip(CLASSES, ('#2f8f9d', '#d98a2b', '#c2456b'), strict=True))
-_INK = '#010203'  # stands for the colour of text, and is replaced by it
-_GREY = '#8a8a8a'
-_STYLE = {
-    'axes.edgecolor': _INK,
-    'axes.grid': True,
-    'axes.labelcolor': _INK,
-    'axes.spines.right': False,
-    'axes.spines.top': False,
-    'axes.titlesize': 10,
-    'figure.facecolor': 'none',
-    'axes.facecolor': 'none',
-    'font.family': 'sans-serif',
-    'font.size': 10,
-    'grid.alpha': 0.35,
-    'grid.color': _GREY,
-    'legend.frameon': False,
-    'savefig.facecolor': 'none',
-    'svg.fonttype': 'none',
-    'svg.hashsalt': 'audit',
-    'text.color': _INK,
-    'text.parse_math': False,
-    'xtick.color': _INK,
-    'ytick.color': _INK,
-}
-_SCHEME = '<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{color:#e4e6ea}}</style>'
-
-
-def _finish(figure: Figure, alt: str) -> Picture:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index('<svg') :].replace(_INK, 'currentColor').replace('<defs>', f'{_SCHEME}<defs>', 1)
-    return Picture(alt, f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}')
+from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
+from covidjax.report.page import Picture
 
 
 def render_lengths(lengths: Mapping[str, Sequence[int]]) -> Picture:
     """Draws for each class the share of scans with at most so many slices."""
-    with matplotlib.rc_context(_STYLE):
+    with use_style():
         figure = Figure(figsize=(5, 3), layout='constrained')
         axes = figure.subplots()
         for name, values in lengths.items():
             if values:
                 ordered = np.sort(values)
-                axes.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), color=_COLOURS[name], label=name)
-        axes.axvline(16, color=_GREY, linestyle='--', linewidth=1, label='16 slices')
+                axes.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), color=COLOURS[name], label=name)
+        axes.axvline(16, color=GREY, linestyle='--', linewidth=1, label='16 slices')
         axes.set_xscale('log')
         axes.minorticks_off()
         longest = max(max(values, default=1) for values in lengths.values())
@@ -65,12 +28,12 @@ def render_lengths(lengths: Mapping[str, Sequence[int]]) -> Picture:
         axes.set_xlabel('Slices of a scan')
         axes.set_ylabel('Share of scans up to there')
         axes.legend()
-        return _finish(figure, 'Cumulative share of scans by their number of slices, one line per class')
+        return create_picture(figure, 'Cumulative share of scans by their number of slices, one line per class')
 
 
 def render_shares(counts: Mapping[str, Sequence[int]], name: str) -> Picture:
     """Draws the classes' shares of the patients of each value as bars, and the number of patients."""
-    with matplotlib.rc_context(_STYLE):
+    with use_style():
         figure = Figure(figsize=(5, 0.9 + 0.32 * len(counts)), layout='constrained')
         axes = figure.subplots()
         totals = [sum(values) for values in counts.values()]
@@ -78,19 +41,19 @@ def render_shares(counts: Mapping[str, Sequence[int]], name: str) -> Picture:
         left = np.zeros(len(counts))
         for label, class_name in enumerate(CLASSES):
             share = np.array([values[label] / sum(values) for values in counts.values()])
-            axes.barh(labels, share, left=left, color=_COLOURS[class_name], label=class_name)
+            axes.barh(labels, share, left=left, color=COLOURS[class_name], label=class_name)
             left += share
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.grid(visible=False)
         axes.set_xlabel(f'Share of the patients of a {name} (number of patients)')
         figure.legend(loc='outside upper center', ncols=len(CLASSES))
-        return _finish(figure, f'Share of the classes among the patients of each {name}')
+        return create_picture(figure, f'Share of the classes among the patients of each {name}')
 
 
 def render_histograms(values: Mapping[str, np.ndarray], name: str) -> Picture:
     """Draws one histogram per class, each of area 1, over common bins."""
-    with matplotlib.rc_context(_STYLE):
+    with use_style():
         figure = Figure(figsize=(5, 2.8), layout='constrained')
         axes = figure.subplots()
         low, high = (
@@ -100,21 +63,21 @@ def render_histograms(values: Mapping[str, np.ndarray], name: str) -> Picture:
         for class_name, of_class in values.items():
             if len(of_class):
                 share = np.histogram(of_class, bins)[0] / len(of_class)
-                axes.stairs(share, bins, color=_COLOURS[class_name], linewidth=1.6, label=class_name)
+                axes.stairs(share, bins, color=COLOURS[class_name], linewidth=1.6, label=class_name)
         axes.set_xlabel(name)
         axes.set_ylabel('Share of the class')
         axes.legend()
-        return _finish(figure, f'Histograms per class: {name}')
+        return create_picture(figure, f'Histograms per class: {name}')
 
 
 def render_accuracies(columns: Sequence[str], rows: Sequence[tuple]) -> Picture:
     """Draws accuracy and balanced accuracy with intervals, and what a guess reaches."""
-    with matplotlib.rc_context(_STYLE):
+    with use_style():
         figure = Figure(figsize=(5, 1.4 + 0.5 * len(rows)), layout='constrained')
         axes = figure.subplots()
         kinds = (
-            ('accuracy', 'majority class', '#3b76c4', 'o', -0.13),
-            ('balanced accuracy', 'chance', '#8a5fb0', 's', 0.13),
+            ('accuracy', 'majority class', FIRST, 'o', -0.13),
+            ('balanced accuracy', 'chance', SECOND, 's', 0.13),
         )
         for name, guess, colour, marker, offset in kinds:
             of = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -128,7 +91,7 @@ def render_accuracies(columns: Sequence[str], rows: Sequence[tuple]) -> Picture:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, 1.03)
         figure.legend(loc='outside upper center', ncols=2, fontsize=9)
-        return _finish(figure, 'Accuracy and balanced accuracy with intervals beside majority class and chance')
+        return create_picture(figure, 'Accuracy and balanced accuracy with intervals beside majority class and chance')
 
 
 def render_means(means: Mapping[str, np.ndarray]) -> Picture:
@@ -145,7 +108,7 @@ def render_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str, str]]) -> Pi
 
 
 def _render_images(lines: Sequence[Mapping[str, np.ndarray]], alt: str) -> Picture:
-    with matplotlib.rc_context(_STYLE):
+    with use_style():
         columns = max(map(len, lines))
         figure = Figure(figsize=(5, 0.2 + len(lines) * (4.6 / columns if columns > 2 else 2.3)), layout='constrained')
         grid = figure.subplots(len(lines), columns, squeeze=False)
@@ -155,4 +118,4 @@ def _render_images(lines: Sequence[Mapping[str, np.ndarray]], alt: str) -> Pictu
                 axes.set_title(title if len(title) <= 40 else f'...{title[-37:]}', fontsize=8)
             for axes in axes_of_line:
                 axes.axis('off')
-        return _finish(figure, alt)
+        return create_picture(figure, alt)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from covidjax.audit import figures
-from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, Table, count_things, join_words
+from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, count_things, join_words
 from covidjax.audit.copies import Place
 from covidjax.audit.dataset import Dataset, make_printable
 from covidjax.audit.measure import Images
 from covidjax.data.lists import CLASSES, SPLITS
+from covidjax.report.page import Table
 
 _DARKEST, _BRIGHTEST = 5, 235  # mean grey of 255 outside which a slice shows hardly anything
 _MIN_SIDE = 16  # of a box in pixels; less is no body

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from covidjax.audit import figures
-from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, Table, count_things, join_words
+from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, count_things, join_words
 from covidjax.audit.dataset import Dataset
 from covidjax.audit.published import SEQUENCES, count_classes, find_candidates
 from covidjax.data.lists import CLASSES, SPLITS
 from covidjax.data.scans import NUM_SLICES
+from covidjax.report.page import Table
 
 # Above this share of the scans of a class, what the 16-slice rule drops is worth a look.
 _MAX_DROPPED = 0.1

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from covidjax.audit import figures
-from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, Table, count_things
+from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, count_things
 from covidjax.audit.dataset import Dataset, make_printable
 from covidjax.data.lists import CLASSES
+from covidjax.report.page import Table
 
 _COLUMNS = {
     'source': 'Class against source',

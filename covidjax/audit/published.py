@@ -7,9 +7,10 @@ repository over its history; CT-2A agrees with Table I of the paper, CT-1 in its
 
 import numpy as np
 
-from covidjax.audit.check import LOOK, OK, Check, Table, join_words
+from covidjax.audit.check import LOOK, OK, Check, join_words
 from covidjax.audit.dataset import Dataset
 from covidjax.data.lists import CLASSES, SPLITS
+from covidjax.report.page import Table
 
 _VAL_2, _TEST_2 = (11842, 7400, 6244), (12245, 7395, 6018)
 _VAL_3, _TEST_3 = (17570, 8008, 8147), (17922, 7965, 7894)

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from covidjax.audit.check import VERDICTS, Check, count_things, find_worst
 from covidjax.audit.dataset import Dataset
 from covidjax.errors import MAX_FAULTS_SHOWN
-from covidjax.files import replace_file, write_json
+from covidjax.files import write_json
+from covidjax.report.page import write_page
 
 _MAX_PRINTED = 5
 _MAX_SAVED = 1000
@@ -67,34 +66,13 @@ def format_summary(audit: dict[str, Any]) -> str:
 def save_audit(audit: dict[str, Any], checks: Sequence[Check], workdir: Path) -> None:
     """Writes audit.json and audit.html, each whole or not at all."""
     write_json(workdir / 'audit.json', audit)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('covidjax.audit', '.'),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters['cell'] = _format_cell
-    environment.filters['is_number'] = lambda value: not isinstance(value, str)
     pictures = {check.name: [draw() for draw in check.pictures] for check in checks}
-    page = environment.get_template('report.html').render(
+    write_page(
+        workdir / 'audit.html',
+        'audit.html',
         audit=audit,
         pictures=pictures,
         order=_ORDER,
         max_shown=MAX_FAULTS_SHOWN,
         count_things=count_things,
     )
-    with replace_file(workdir / 'audit.html') as temporary:
-        temporary.write_text(page, encoding='utf-8')
-
-
-def _format_cell(value: Any) -> str:
-    if value is None:
-        return '\N{EN DASH}'
-    if isinstance(value, int):
-        return f'{value:,}'
-    if isinstance(value, float):
-        return f'{value:.3f}' if abs(value) < 10 else f'{value:,.0f}'
-    if isinstance(value, list):
-        return ' to '.join(map(_format_cell, value))
-    return str(value)

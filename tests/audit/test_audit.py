@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covidjax.audit import baseline_checks, copies, image_checks, list_checks, metadata_checks, published, report, run
+from covidjax.audit import baseline_checks, copies, image_checks, list_checks, metadata_checks, published, run
 from covidjax.audit.check import Check, find_worst, join_words
 from covidjax.audit.dataset import read_dataset
 from covidjax.audit.measure import list_files, measure_images
@@ -425,11 +425,6 @@ def test_page_escapes_text_and_needs_no_other_file(tmp_path):
     assert 'prefers-color-scheme:dark' in svg
     assert json.loads((tmp_path / 'out' / 'audit.json').read_text())['verdict'] == 'broken'
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'audit.html', 'audit.json'}
-
-
-def test_cells():
-    cells = [report._format_cell(value) for value in (None, 12345, 0.5, 12345.6, [0.25, 0.75], 'a')]
-    assert cells == ['\N{EN DASH}', '12,345', '0.500', '12,346', '0.250 to 0.750', 'a']
 
 
 # Real data

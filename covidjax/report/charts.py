@@ -1,0 +1,54 @@
+"""One style of plots: SVG that takes the page's light or dark colours, as data URIs."""
+
+import base64
+import contextlib
+import io
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from covidjax.data.lists import CLASSES
+from covidjax.report.page import Picture
+
+COLOURS = dict(zip(CLASSES, ('#2f8f9d', '#d98a2b', '#c2456b'), strict=True))
+FIRST, SECOND = '#3b76c4', '#8a5fb0'  # of what is no class
+GREY = '#8a8a8a'
+_INK = '#010203'  # stands for the colour of text, and is replaced by it
+_STYLE = {
+    'axes.edgecolor': _INK,
+    'axes.grid': True,
+    'axes.labelcolor': _INK,
+    'axes.spines.right': False,
+    'axes.spines.top': False,
+    'axes.titlesize': 10,
+    'figure.facecolor': 'none',
+    'axes.facecolor': 'none',
+    'font.family': 'sans-serif',
+    'font.size': 10,
+    'grid.alpha': 0.35,
+    'grid.color': GREY,
+    'legend.frameon': False,
+    'savefig.facecolor': 'none',
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'covidjax',
+    'text.color': _INK,
+    'text.parse_math': False,
+    'xtick.color': _INK,
+    'ytick.color': _INK,
+}
+_SCHEME = '<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{color:#e4e6ea}}</style>'
+
+
+def use_style() -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which figures are drawn in the style."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def create_picture(figure: Figure, alt: str) -> Picture:
+    """Returns a figure as a picture with its text alternative."""
+    buffer = io.StringIO()
+    with use_style():
+        figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index('<svg') :].replace(_INK, 'currentColor').replace('<defs>', f'{_SCHEME}<defs>', 1)
+    return Picture(alt, f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}')
