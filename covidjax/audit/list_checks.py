@@ -9,8 +9,9 @@ import numpy as np
 from covidjax.audit import figures
 from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, count_things, join_words
 from covidjax.audit.dataset import Dataset
-from covidjax.audit.published import SEQUENCES, count_classes, find_candidates
+from covidjax.audit.version_check import count_classes, find_candidates
 from covidjax.data.lists import CLASSES, SPLITS
+from covidjax.data.published import SEQUENCES
 from covidjax.data.scans import NUM_SLICES
 from covidjax.report.page import Table
 

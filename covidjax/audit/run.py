@@ -10,8 +10,8 @@ from covidjax.audit.check import NOT_CHECKED, Check
 from covidjax.audit.copies import Place, check_copies
 from covidjax.audit.dataset import Dataset, read_dataset
 from covidjax.audit.measure import list_files, measure_images
-from covidjax.audit.published import check_version
 from covidjax.audit.report import describe_audit, format_summary, save_audit
+from covidjax.audit.version_check import check_version
 from covidjax.errors import UserError
 
 

@@ -22,7 +22,7 @@ from covidjax.models.att2 import Att2, normalise
 from covidjax.models.resnet import ResNet
 
 BATCH_SIZE = 32
-NUM_STEPS = 10  # of an erasure curve
+NUM_STEPS = 8  # of an erasure curve
 
 
 class Explanations(NamedTuple):

@@ -1,62 +1,165 @@
-"""Pictures of a run, drawn without a display."""
+"""Plots of numbers: training, scores, curves. All are drawn in the style of `report.charts`, without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from covidjax.files import replace_file
+from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, use_style
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, bbox_inches='tight')
+    """Writes a figure as PNG on white, whole or not at all."""
+    with use_style(), replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, bbox_inches='tight', facecolor='white')
 
 
-def render_training_curves(history: Sequence[dict], best_epoch: int, *, title: str) -> Figure:
+def render_training_curves(history: Sequence[dict], best_epoch: int) -> Figure:
     """Draws loss and accuracy per epoch for training and validation, the best epoch marked.
 
     Args:
       history: per epoch 'epoch', 'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'.
       best_epoch: the epoch that is tested.
-      title: of the figure.
     """
-    figure = Figure(figsize=(9, 3.4), layout='constrained')
-    figure.suptitle(title)
-    epochs = [entry['epoch'] for entry in history]
-    for axes, name, label in zip(
-        figure.subplots(1, 2), ('loss', 'accuracy'), ('Weighted loss', 'Accuracy'), strict=True
-    ):
-        for split, colour in (('train', '#767676'), ('val', '#0b62a4')):
-            values = [entry[f'{split}_{name}'] for entry in history]
-            axes.plot(
-                epochs, values, marker='o', markersize=3, color=colour, label={'val': 'validation'}.get(split, split)
-            )
-        axes.axvline(best_epoch, color='#c23b22', linewidth=1, linestyle='--', label=f'best epoch ({best_epoch})')
-        axes.set_xlabel('Epoch')
-        axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    return figure
+    with use_style():
+        figure = Figure(figsize=(7.5, 3), layout='constrained')
+        epochs = [entry['epoch'] for entry in history]
+        for axes, name, label in zip(
+            figure.subplots(1, 2), ('loss', 'accuracy'), ('Weighted loss', 'Accuracy'), strict=True
+        ):
+            for split, colour in (('train', GREY), ('val', FIRST)):
+                values = [entry[f'{split}_{name}'] for entry in history]
+                shown = {'val': 'validation', 'train': 'training'}[split]
+                axes.plot(epochs, values, marker='o', markersize=3, color=colour, label=shown)
+            axes.axvline(best_epoch, color=SECOND, linewidth=1, linestyle='--', label=f'best epoch ({best_epoch})')
+            axes.set_xlabel('Epoch')
+            axes.set_ylabel(label)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+        return figure
 
 
 def render_confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str], *, title: str) -> Figure:
     """Draws counts and, as colour and percentage, rates within each true class (rows)."""
     counts = np.asarray(confusion)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(4.6, 4), layout='constrained')
-    axes = figure.subplots()
-    image = axes.imshow(rates, cmap='Blues', vmin=0, vmax=1)
-    for i, j in np.ndindex(counts.shape):
-        colour = 'white' if rates[i, j] > 0.5 else 'black'
-        axes.text(j, i, f'{counts[i, j]:,}\n{rates[i, j]:.1%}', ha='center', va='center', color=colour)
-    axes.set_xticks(range(len(classes)), classes)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel('Predicted')
-    axes.set_ylabel('True')
-    axes.set_title(title)
-    figure.colorbar(image, label='Share of the true class', shrink=0.8)
-    return figure
+    with use_style():
+        figure = Figure(figsize=(4.6, 4), layout='constrained')
+        axes = figure.subplots()
+        image = axes.imshow(rates, cmap='Blues', vmin=0, vmax=1)
+        for i, j in np.ndindex(counts.shape):
+            colour = 'white' if rates[i, j] > 0.5 else 'black'
+            axes.text(j, i, f'{counts[i, j]:,}\n{rates[i, j]:.1%}', ha='center', va='center', color=colour)
+        axes.set_xticks(range(len(classes)), classes)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xlabel('Predicted')
+        axes.set_ylabel('True')
+        axes.set_title(title)
+        axes.grid(visible=False)
+        figure.colorbar(image, label='Share of the true class', shrink=0.8)
+        return figure
+
+
+def render_accuracies(scores: Mapping[str, dict]) -> Figure:
+    """Draws the accuracy of each classifier with its interval; `scores` holds `compute_metrics` by name."""
+    with use_style():
+        figure = Figure(figsize=(6, 0.8 + 0.4 * len(scores)), layout='constrained')
+        axes = figure.subplots()
+        for place, metrics in enumerate(scores.values()):
+            colour = FIRST if place == 0 else GREY
+            axes.plot(metrics['intervals']['accuracy'], [place, place], color=colour, linewidth=2)
+            axes.plot(metrics['accuracy'], place, 'o', color=colour)
+            axes.text(1.02, place, f'{metrics["accuracy"]:.3f}', va='center')
+        axes.set_yticks(range(len(scores)), list(scores))
+        axes.set_ylim(len(scores) - 0.5, -0.5)
+        axes.set_xlim(0, 1.15)
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.set_xlabel('Accuracy')
+        axes.grid(visible=False, axis='y')
+        return figure
+
+
+def render_curves(per_class: Mapping[str, dict]) -> Figure:
+    """Draws ROC and precision-recall curves, one class against the rest; `per_class` is that of `compute_curves`."""
+    with use_style():
+        figure = Figure(figsize=(7.5, 3.6), layout='constrained')
+        roc, precision_recall = figure.subplots(1, 2)
+        roc.plot([0, 1], [0, 1], color=GREY, linestyle='--', linewidth=1, label='chance')
+        for name, curves in per_class.items():
+            if curves['auc'] is None:
+                continue
+            label = f'{name} ({curves["auc"]:.3f})'
+            roc.plot(curves['roc']['fpr'], curves['roc']['tpr'], color=COLOURS[name], label=label)
+            label = f'{name} ({curves["average_precision"]:.3f})'
+            of_class = curves['precision_recall']
+            precision_recall.plot(of_class['recall'], of_class['precision'], color=COLOURS[name], label=label)
+        for axes, x, y, title in (
+            (roc, '1 - specificity', 'Sensitivity', 'ROC (area)'),
+            (precision_recall, 'Recall', 'Precision', 'Precision-recall (average precision)'),
+        ):
+            axes.set(xlabel=x, ylabel=y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), title=title)
+            axes.legend(loc='lower center' if axes is precision_recall else 'lower right')
+        return figure
+
+
+def render_decision_curves(curves: Mapping[str, dict]) -> Figure:
+    """Draws the net benefit of following the model, of calling everyone and of calling nobody, per target."""
+    with use_style():
+        figure = Figure(figsize=(7.5, 3.2), layout='constrained')
+        for axes, (target, curve) in zip(
+            figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+        ):
+            axes.plot(curve['threshold'], curve['model'], color=FIRST, label='model')
+            axes.plot(curve['threshold'], curve['all'], color=SECOND, linestyle='--', label='call all positive')
+            axes.plot(curve['threshold'], curve['none'], color=GREY, linestyle=':', label='call none positive')
+            highest = max(curve['all'][0], *curve['model'])
+            axes.set(xlabel='Threshold probability', title=target, ylim=(-0.1 * highest, 1.1 * highest))
+            axes.legend()
+        figure.axes[0].set_ylabel('Net benefit')
+        return figure
+
+
+def render_reliability(before: dict, after: dict) -> Figure:
+    """Draws accuracy against confidence before and after temperature scaling; areas are in proportion to counts."""
+    with use_style():
+        figure = Figure(figsize=(4.4, 3.8), layout='constrained')
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle='--', linewidth=1, label='perfect')
+        for name, calibration, colour in (('before', before, GREY), ('after', after, FIRST)):
+            bins = [entry for entry in calibration['bins'] if entry['count']]
+            confidences, accuracies = ([entry[key] for entry in bins] for key in ('confidence', 'accuracy'))
+            total = sum(entry['count'] for entry in bins)
+            axes.plot(confidences, accuracies, color=colour, label=f'{name} (ECE {calibration["ece"]:.3f})')
+            axes.scatter(confidences, accuracies, [8 + 300 * e['count'] / total for e in bins], colour, alpha=0.5)
+        axes.set(xlabel='Confidence', ylabel='Accuracy', xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.legend(loc='upper left')
+        return figure
+
+
+def render_risk_coverage(curve: dict[str, Any]) -> Figure:
+    """Draws the error rate of the most confident share of the answers."""
+    with use_style():
+        figure = Figure(figsize=(4.4, 3.2), layout='constrained')
+        axes = figure.subplots()
+        axes.plot(curve['coverage'], curve['risk'], color=FIRST)
+        axes.set(xlabel='Share answered, most confident first', ylabel='Error rate among them', xlim=(0, 1))
+        axes.set_ylim(bottom=0)
+        return figure
+
+
+def render_erasure_curves(curves: Mapping[str, dict[str, Sequence[float]]]) -> Figure:
+    """Draws mean deletion and insertion curves of several maps; `curves` holds 'deletion' and 'insertion' by map."""
+    with use_style():
+        figure = Figure(figsize=(7.5, 3.2), layout='constrained')
+        colours = (FIRST, SECOND, *COLOURS.values(), GREY)
+        for axes, name in zip(figure.subplots(1, 2), ('deletion', 'insertion'), strict=True):
+            for (label, curve), colour in zip(curves.items(), colours, strict=False):
+                axes.plot(np.linspace(0, 1, len(curve[name])), curve[name], color=colour, label=label)
+            verb = 'blurred' if name == 'deletion' else 'brought back'
+            axes.set(xlabel=f'Share of pixels {verb}, highest first', title=name.capitalize())
+        figure.axes[0].set_ylabel('Probability of the predicted class')
+        figure.axes[1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
+        return figure

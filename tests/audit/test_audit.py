@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covidjax.audit import baseline_checks, copies, image_checks, list_checks, metadata_checks, published, run
+from covidjax.audit import baseline_checks, copies, image_checks, list_checks, metadata_checks, run, version_check
 from covidjax.audit.check import Check, find_worst, join_words
 from covidjax.audit.dataset import read_dataset
 from covidjax.audit.measure import list_files, measure_images
+from covidjax.data import published
 from covidjax.errors import UserError
 
 METADATA_HEAD = 'patient id,source,country,sex,age,finding,verified finding,slice selection,view,modality'
@@ -163,11 +164,11 @@ def test_published_counts_are_the_known_totals():
 )
 def test_version_by_content(tmp_path, monkeypatch, name, version, verdict, word):
     small = {key: tuple(tuple(n // 50 for n in c) for c in splits) for key, splits in published.SLICES.items()}
-    monkeypatch.setattr(published, 'SLICES', small)
+    monkeypatch.setattr(version_check, 'SLICES', small)
     for split, counts in zip(('train', 'val', 'test'), small[name], strict=True):
         lines = [line for label, n in enumerate(counts) for line in make_scan(f'{split}{label}', label, range(n))]
         write_list(tmp_path, split, lines, version)
-    check = published.check_version(read_dataset(tmp_path))
+    check = version_check.check_version(read_dataset(tmp_path))
     assert check.verdict == verdict
     assert word in check.reason
 

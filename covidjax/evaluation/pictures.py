@@ -1,0 +1,117 @@
+"""Pictures of slices and of what models see in them: the paper's figures 1, 2, 5, 6 and 7, and the worst mistakes.
+
+Shapes: N slices, S their side, T slices of a scan.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from covidjax.data.lists import CLASSES, Row
+from covidjax.report.charts import use_style
+
+_GREY_MAP = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
+_ATTENTION_MAP = 'inferno'
+
+
+class Example(NamedTuple):
+    """A slice to show.
+
+    Attributes:
+      title: above it.
+      image: uint8 [S, S].
+      overlay: what is shown over it, [S, S]: a map in [0, 1], a bool mask, or None.
+    """
+
+    title: str
+    image: np.ndarray
+    overlay: np.ndarray | None = None
+
+
+def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]:
+    """Returns for each class the numbers of slices to show: the middle slices of patients spread evenly over the list.
+
+    The first rows of a list are all of one class, and often of one patient.
+    """
+    chosen = {}
+    for label, name in enumerate(CLASSES):
+        by_patient: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            if row.label == label:
+                by_patient.setdefault(row.patient, []).append(number)
+        patients = list(by_patient.values())
+        if patients:
+            spread = np.unique(np.linspace(0, len(patients) - 1, per_class).round().astype(int))
+            chosen[name] = [patients[i][len(patients[i]) // 2] for i in spread]
+    return chosen
+
+
+def render_panels(panels: Mapping[str, Sequence[Example]], columns: int, *, scale: str = '') -> Figure:
+    """Draws panels of slices side by side, as in the paper: normal left, pneumonia in the centre, COVID-19 right.
+
+    Args:
+      panels: title of a panel -> its slices in reading order.
+      columns: slices beside each other in a panel.
+      scale: what the overlaid maps show, for the colour bar; empty: no maps.
+    """
+    with use_style():
+        lines = max(-(-len(examples) // columns) for examples in panels.values())
+        titled = any(example.title for examples in panels.values() for example in examples)
+        side = 7.5 / (columns * len(panels))
+        height = lines * (side + (0.2 if titled else 0)) + 0.35
+        figure = Figure(figsize=(7.5 + (0.7 if scale else 0), height), layout='constrained')
+        parts = np.atleast_1d(figure.subfigures(1, len(panels), wspace=0.02))
+        shown = None
+        for part, (title, examples) in zip(parts, panels.items(), strict=True):
+            part.suptitle(title, fontsize=10)
+            for axes in part.subplots(lines, columns, squeeze=False).ravel():
+                axes.axis('off')
+            for axes, example in zip(part.axes, examples, strict=False):
+                found = _show(axes, example, fontsize=min(8, max(4, 7 * side)))
+                shown = found if found is not None else shown
+        if scale and shown is not None:
+            figure.colorbar(shown, ax=parts[-1].axes, label=scale, shrink=0.7, ticks=[0, 0.5, 1])
+        return figure
+
+
+def _show(axes: Axes, example: Example, *, fontsize: float):
+    axes.imshow(example.image, **_GREY_MAP)
+    axes.set_title(example.title, fontsize=fontsize, pad=2)
+    if example.overlay is None:
+        return None
+    if example.overlay.dtype == bool:
+        if example.overlay.any():
+            axes.contour(example.overlay, [0.5], colors='#ff5a4d', linewidths=0.8)
+        return None
+    return axes.imshow(example.overlay, cmap=_ATTENTION_MAP, vmin=0, vmax=1, alpha=0.55)
+
+
+def render_maps(rows: Sequence[tuple[str, Sequence[Example]]], *, scale: str) -> Figure:
+    """Draws a line of pictures per slice, titled on its left: the slice and the maps of it.
+
+    Args:
+      rows: title and pictures; all lines are equally long.
+      scale: what the colours show.
+    """
+    with use_style():
+        columns = len(rows[0][1])
+        side = 7.2 / columns
+        figure = Figure(figsize=(8, len(rows) * (side + 0.12) + 0.3), layout='constrained')
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        shown = None
+        for line, (title, examples) in enumerate(rows):
+            for axes, example in zip(grid[line], examples, strict=True):
+                heading = example.title if line == 0 else ''
+                found = _show(axes, example._replace(title=heading), fontsize=9)
+                shown = found if found is not None else shown
+                axes.set(xticks=[], yticks=[])
+                axes.grid(visible=False)
+                for spine in axes.spines.values():
+                    spine.set_visible(False)
+            grid[line][0].set_ylabel(title, fontsize=8)
+        if shown is not None:
+            figure.colorbar(shown, ax=grid, label=scale, shrink=min(1, 2.5 / len(rows)), ticks=[0, 0.5, 1])
+        return figure
