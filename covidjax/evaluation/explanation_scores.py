@@ -1,6 +1,6 @@
 """What the maps of a slice model are worth, in numbers: against lesions, by erasing pixels, by shuffling parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,27 @@ def compute_maps(explained: explain.Explanations, size: int) -> dict[str, np.nda
     }
 
 
-def score_localisation(model: Att2, variables: Any, slices: Sequence[LesionSlice]) -> dict[str, Any]:
-    """Scores all maps against lesions; Grad-CAM is that of the true class.
+def score_localisation(
+    model: Att2, variables: Any, slices: Sequence[LesionSlice], *, occlusion: bool = False
+) -> dict[str, Any]:
+    """Scores all maps against lesions; Grad-CAM and occlusion are those of the true class.
 
     Args:
       model, variables: the slice model.
       slices: with lesions, at least one.
+      occlusion: includes occlusion maps, which classify every slice 65 times.
 
     Returns:
       'num_slices', 'num_patients', 'maps' (name -> `localisation.score_maps`), and what a map without preference
       reaches: 'chance' with 'pointing', 'energy_lesion', 'energy_lung' and 'auc'.
     """
     size = slices[0].image.shape[0]
-    explained = explain.explain(model, variables, np.stack([s.image for s in slices]), [s.label for s in slices])
-    scores = {
-        name: localisation.score_maps(maps, explain.segment(maps), slices)
-        for name, maps in compute_maps(explained, size).items()
-    }
+    images, labels = np.stack([s.image for s in slices]), [s.label for s in slices]
+    maps = compute_maps(explain.explain(model, variables, images, labels), size)
+    if occlusion:
+        falls = explain.compute_occlusion(create_predictor(model, variables), images, labels)
+        maps = {'occlusion': explain.scale_to_unit(explain.upsample(falls, size)), **maps}
+    scores = {name: localisation.score_maps(m, explain.segment(m), slices) for name, m in maps.items()}
     lesion_share = float(np.mean([s.lesion.mean() for s in slices]))
     lungs = [s.lung.mean() for s in slices if s.lung is not None]
     return {
@@ -57,6 +61,11 @@ def score_localisation(model: Att2, variables: Any, slices: Sequence[LesionSlice
     }
 
 
+def create_predictor(model: Att2, variables: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns uint8 [N, S, S, 1] -> probabilities [N, K]."""
+    return lambda images: explain.explain(model, variables, images, np.zeros(len(images), int)).probabilities
+
+
 def score_faithfulness(model: Att2, variables: Any, images: np.ndarray) -> dict[str, Any]:
     """Erases and brings back pixels by each map, and shuffles parameters; for the class that the model calls.
 
@@ -68,10 +77,7 @@ def score_faithfulness(model: Att2, variables: Any, images: np.ndarray) -> dict[
       'num_slices'; 'erasure': name -> {'deletion', 'insertion': mean curves, 'deletion_area', 'insertion_area'} (lower
       and higher is better); 'randomisation': rows of `explain.compute_randomisation`.
     """
-
-    def predict(changed: np.ndarray) -> np.ndarray:
-        return explain.explain(model, variables, changed, np.zeros(len(changed), int)).probabilities
-
+    predict = create_predictor(model, variables)
     called = predict(images).argmax(1)
     maps = compute_maps(explain.explain(model, variables, images, called), images.shape[1])
     erasure = {}

@@ -1,0 +1,212 @@
+"""The part of a slice run's report that shows slices: samples, attention, what it is worth, and mistakes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from covidjax.data import covidx_ct
+from covidjax.data.lesions import LesionSlice
+from covidjax.data.lists import CLASSES
+from covidjax.evaluation import explain, explanation_scores, figures, pictures
+from covidjax.evaluation.conformal import find_confident_mistakes
+from covidjax.evaluation.pictures import Example
+from covidjax.evaluation.report import Section
+from covidjax.models.att2 import Att2
+from covidjax.report.charts import create_picture
+from covidjax.report.page import Table
+
+SAMPLES_PER_CLASS = 4
+_NUM_MISTAKES = 9
+_NUM_ERASED = 24
+
+
+def score_explanations(
+    model: Att2, variables: Any, data: covidx_ct.Prepared, slices: Sequence[LesionSlice], *, occlusion: bool
+) -> dict[str, Any]:
+    """Returns the part `explanations` of results.json.
+
+    Args:
+      model, variables: the slice model.
+      data: its test slices, of which a few are erased and looked at with shuffled parameters.
+      slices: with lesions; may be empty.
+      occlusion: also scores occlusion maps, a hundred times slower.
+    """
+    chosen = pictures.choose_examples(data.rows['test'], _NUM_ERASED // len(CLASSES))
+    images = np.stack([data.sources['test'][i]['image'] for numbers in chosen.values() for i in numbers])
+    return {
+        'localisation': explanation_scores.score_localisation(model, variables, slices, occlusion=occlusion)
+        if slices
+        else None,
+        **explanation_scores.score_faithfulness(model, variables, images),
+    }
+
+
+def build_slice_sections(
+    model: Att2,
+    variables: Any,
+    data: covidx_ct.Prepared,
+    probabilities: np.ndarray,
+    slices: Sequence[LesionSlice],
+    explanations: dict[str, Any],
+) -> list[Section]:
+    """Returns the sections; `explanations` is that of `score_explanations`."""
+    rows, source = data.rows['test'], data.sources['test']
+    labels = np.array([row.label for row in rows])
+    chosen = pictures.choose_examples(rows, SAMPLES_PER_CLASS)
+    numbers = [i for of_class in chosen.values() for i in of_class]
+    images = np.stack([source[i]['image'] for i in numbers])
+    size = images.shape[1]
+    explained = explain.explain(model, variables, images, probabilities[numbers].argmax(1))
+    maps = explanation_scores.compute_maps(explained, size)
+    places = {number: place for place, number in enumerate(numbers)}
+
+    def build_panels(overlays: np.ndarray | None) -> dict[str, list[Example]]:
+        return {
+            name: [
+                Example('', images[places[i]][..., 0], None if overlays is None else overlays[places[i]])
+                for i in of_class
+            ]
+            for name, of_class in chosen.items()
+        }
+
+    files = '; '.join(f'{name}: {", ".join(rows[i].file for i in of_class)}' for name, of_class in chosen.items())
+    samples = Section(
+        'samples',
+        'Samples',
+        [
+            create_picture(pictures.render_panels(build_panels(None), 2), 'Four test slices of each class'),
+            f'The middle slices of patients spread evenly over the test list (as Fig. 1 of the paper). {files}.',
+        ],
+    )
+    attention = Section(
+        'attention',
+        'Where the model looks',
+        [
+            'Attention is class-agnostic: one map per module, whatever the answer. Module 1 sees a finer grid than '
+            'module 2. Each map is scaled to its own range (as Fig. 5 of the paper).',
+            *(
+                create_picture(
+                    pictures.render_panels(build_panels(maps[f'attention {module}']), 2, scale=f'attention {module}'),
+                    f'Attention of module {module} over four slices of each class',
+                )
+                for module in (1, 2)
+            ),
+            'Both modules together: the square root of the product of the maps, and the region from its Otsu threshold '
+            'on (as Fig. 7 of the paper).',
+            create_picture(
+                pictures.render_panels(build_panels(explain.segment(maps['attention 1 x 2'])), 2),
+                'Outline of the region that both modules attend to, four slices of each class',
+            ),
+            'Grad-CAM, beside them, is of one class: here the one that the model calls.',
+            create_picture(
+                pictures.render_maps(
+                    [
+                        (
+                            f'{name}, called\n{CLASSES[probabilities[of_class[0]].argmax()]}',
+                            [
+                                Example('slice', images[places[of_class[0]]][..., 0]),
+                                *(
+                                    Example(kind, images[places[of_class[0]]][..., 0], maps[kind][places[of_class[0]]])
+                                    for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')
+                                ),
+                            ],
+                        )
+                        for name, of_class in chosen.items()
+                    ],
+                    scale='scaled to 0..1',
+                ),
+                'A slice of each class with both attention maps, their product and Grad-CAM',
+            ),
+        ],
+    )
+    mistakes = find_confident_mistakes(probabilities, labels, _NUM_MISTAKES, [row.patient for row in rows])
+    return [
+        samples,
+        attention,
+        _build_worth(slices, maps, explanations),
+        _build_mistakes(mistakes, rows, source, labels, probabilities),
+    ]
+
+
+def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[str, Any]) -> Section:
+    parts = []
+    localisation = explanations['localisation']
+    if localisation is None:
+        parts.append(
+            'Not scored against lesions: these data have no masks. --mode=evaluate --lesions=<folder> scores the maps '
+            'on slices that have.'
+        )
+    else:
+        columns = ['map']
+        names = {
+            'pointing': 'pointing game',
+            'energy_lesion': 'energy inside lesion',
+            'energy_lung': 'energy inside lung',
+            'auc': 'area under ROC',
+            'dice': 'Dice of its region',
+        }
+        for name in names.values():
+            columns += [name, 'interval']
+        rows = [
+            (name, *(value for key in names for value in (scores[key]['mean'], scores[key]['interval'])))
+            for name, scores in localisation['maps'].items()
+        ]
+        chance = localisation['chance']
+        rows.append(('no preference', *(value for key in names for value in (chance.get(key), None))))
+        parts += [
+            f'Scored on {localisation["num_slices"]:,} slices of {localisation["num_patients"]:,} patients with '
+            'outlined lesions. Pointing game: is the highest pixel in the lesion? Energy: the share of the map inside. '
+            'Area under ROC: does the map order lesion pixels above others? Grad-CAM is of the true class. A map is '
+            'worth something where it beats the last three rows. Lungs are found by a rule (dark regions inside the '
+            'body), not by hand.',
+            Table('Maps against lesions, 95 % intervals by bootstrap over patients', columns, rows),
+        ]
+    erasure = explanations['erasure']
+    parts += [
+        f'Erasure: the probability of the class that the model calls, as the highest pixels of a map are blurred away '
+        f'(deletion: a good map falls early) or brought back into the blurred slice (insertion: rises early); mean of '
+        f'{explanations["num_slices"]} test slices.',
+        create_picture(figures.render_erasure_curves(erasure), 'Deletion and insertion curves of each map'),
+        Table(
+            'Area under the mean curves',
+            ('map', 'deletion (lower is better)', 'insertion (higher is better)'),
+            [(name, curve['deletion_area'], curve['insertion_area']) for name, curve in erasure.items()],
+        ),
+        'Sanity check: parameters are shuffled from the output on. A map that stays alike does not show what was '
+        'learnt. Shuffling the classifier cannot change class-agnostic attention. The tail alone is a control: under '
+        'the additive compatibility of the paper its global feature cancels, so that nothing may change.',
+        Table(
+            'Rank correlation of the maps with those of the intact model',
+            ('shuffled', 'attention 1 x 2', 'Grad-CAM', 'largest change of a probability'),
+            [(r['shuffled'], r['attention'], r['grad_cam'], r['changed']) for r in explanations['randomisation']],
+        ),
+    ]
+    return Section('worth', 'What these maps are worth', parts)
+
+
+def _build_mistakes(mistakes: Sequence[int], rows, source, labels: np.ndarray, probabilities: np.ndarray) -> Section:
+    title = 'Most confident mistakes'
+    if not mistakes:
+        return Section('mistakes', title, ['No test slice is classified wrongly.'])
+    examples = [
+        Example(
+            f'{CLASSES[labels[i]]}, called\n{CLASSES[probabilities[i].argmax()]} {probabilities[i].max():.2f}',
+            source[i]['image'][..., 0],
+        )
+        for i in mistakes
+    ]
+    table = [
+        (rows[i].file, CLASSES[labels[i]], CLASSES[probabilities[i].argmax()], float(probabilities[i].max()))
+        for i in mistakes
+    ]
+    return Section(
+        'mistakes',
+        title,
+        [
+            'At most two of a patient. Worth a look before anything else: a wrong label, a slice without lesion, or a '
+            'real failure.',
+            create_picture(pictures.render_panels({'': examples}, 3), 'The most confident mistakes'),
+            Table('Most confident mistakes, surest first', ('file', 'true', 'called', 'probability'), table),
+        ],
+    )
