@@ -9,8 +9,8 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from covidjax.audit import figures
@@ -20,8 +20,8 @@ from covidjax.data.lists import CLASSES, Row
 from covidjax.data.scans import NUM_SLICES
 from covidjax.evaluation.baselines import compute_file_name_features, fit_file_names
 from covidjax.evaluation.metrics import (
-    compute_auc,
     compute_interval,
+    compute_ranking,
     compute_scores,
     draw_resamples,
     group_by_patient,
@@ -293,22 +293,22 @@ def _compare_pairs(scored: Scored) -> dict[tuple[str, str], dict]:
         differences = [scored.scores[m, a] - scored.scores[m, b] for m in members]
         patients = [group_by_patient(examples.patients[m]) for m in members]
         means = [np.bincount(p, d) / np.bincount(p) for p, d in zip(patients, differences, strict=True)]
-        by_patient = compute_auc(np.concatenate(means), np.arange(sum(map(len, means))) < len(means[0]))
+        slices, is_positive = _join(*differences)
+        by_patient = compute_ranking(*_join(*means), range(sum(map(len, means))))
         few = min(map(len, means)) < _MIN_PATIENTS  # resampling says nothing then
         found[CLASSES[a], CLASSES[b]] = {
-            'auc_slices': _compute_slice_auc(*differences),
+            'auc_slices': float(roc_auc_score(is_positive, slices)),
             'auc_patients': by_patient['auc'],
-            'interval': None if few else by_patient['interval'],
+            'interval': None if few else by_patient['auc_interval'],
             'num_patients': len(means[0]),
             'num_patients_against': len(means[1]),
         }
     return found
 
 
-def _compute_slice_auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Returns the share of pairs in which the positive is higher, from ranks: pairs of slices are too many."""
-    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
-    return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
+def _join(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all scores, and which of them are of positives."""
+    return np.concatenate([positive, negative]), np.repeat([True, False], [len(positive), len(negative)])
 
 
 def _judge_thumbnails(pairs: Mapping[tuple[str, str], dict], row: tuple) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from covidjax.data.lists import CLASSES
-from covidjax.evaluation.metrics import compute_auc, compute_interval, draw_resamples
+from covidjax.evaluation.metrics import compute_interval, compute_ranking, draw_resamples
 
 PNEUMONIA, COVID19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
 
@@ -45,15 +45,15 @@ def compute_patient_level(
     score_P = np.round(np.bincount(members, difference_N) / np.bincount(members), 12)
     is_covid19_P = np.array([group.startswith(f'{COVID19}/') for group in groups])
     right_P = (score_P > 0) == is_covid19_P
-    auc = compute_auc(score_P, is_covid19_P, seed=seed)
+    ranking = compute_ranking(score_P, is_covid19_P, groups, seed=seed)
     resamples = draw_resamples(len(groups), seed=seed)
     return {
         'accuracy': float(right_P.mean()),
         'accuracy_interval': compute_interval(resamples @ right_P / len(groups)),
-        'auc': auc['auc'],
-        'auc_interval': auc['interval'],
-        'num_pneumonia': auc['num_negative'],
-        'num_covid19': auc['num_positive'],
+        'auc': ranking['auc'],
+        'auc_interval': ranking['auc_interval'],
+        'num_pneumonia': ranking['num_negative'],
+        'num_covid19': ranking['num_positive'],
     }
 
 

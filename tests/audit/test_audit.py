@@ -245,10 +245,6 @@ def test_accuracies_by_hand():
     assert found['accuracy_interval'] == pytest.approx([5 / 6, 1])
 
 
-def test_slice_auc_by_hand():
-    assert baseline_checks._compute_slice_auc(np.array([2.0, 4.0]), np.array([1.0, 2.0])) == 3.5 / 4
-
-
 # Images
 
 

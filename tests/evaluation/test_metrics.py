@@ -1,11 +1,23 @@
+import json
+
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+from scipy.stats import binomtest
+from sklearn.metrics import (
+    average_precision_score,
+    classification_report,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from covidjax.evaluation.metrics import (
-    compute_auc,
     compute_metrics,
+    compute_ranking,
+    compute_ranking_scores,
     compute_scores,
+    compute_share_interval,
+    compute_wilson_interval,
     draw_resamples,
     format_table,
 )
@@ -33,6 +45,37 @@ def test_scores_equal_scikit_learn():
     expected = precision_recall_fscore_support(labels, predicted, average='weighted')
     for name, value in zip(('precision', 'recall', 'f1'), expected[:3], strict=True):
         assert scores[f'weighted_{name}'] == pytest.approx(value)
+
+
+def test_averages_equal_the_classification_report():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.choice(3, 200, p=[0.6, 0.3, 0.1]), rng.integers(0, 3, 200)
+    metrics = compute_metrics(labels, predicted, np.arange(200), CLASSES)
+    report = classification_report(labels, predicted, target_names=CLASSES, output_dict=True)
+    for ours, theirs in (('macro_average', 'macro avg'), ('weighted_average', 'weighted avg')):
+        for name, key in (('precision', 'precision'), ('recall', 'recall'), ('f1', 'f1-score')):
+            assert metrics[ours][name] == pytest.approx(report[theirs][key])
+            low, high = metrics['intervals'][ours][name]
+            assert low < metrics[ours][name] < high
+
+
+def test_specificity_and_npv_by_hand():
+    # Class 0 against the others: 6 rejected of 8 others, which are 6 of the 7 not called class 0.
+    confusion = np.array([[3, 1, 0], [2, 4, 0], [0, 1, 1]])
+    scores = compute_scores(confusion)
+    np.testing.assert_allclose(scores['specificity'], [6 / 8, 4 / 6, 10 / 10])
+    np.testing.assert_allclose(scores['npv'], [6 / 7, 4 / 6, 10 / 11])
+
+
+def test_one_class_is_stated_not_nan():
+    metrics = compute_metrics(np.zeros(4, int), np.zeros(4, int), list('aabb'), CLASSES)
+    normal = metrics['per_class']['normal']
+    assert (normal['recall'], normal['specificity'], normal['npv']) == (1, None, None)
+    assert metrics['intervals']['per_class']['normal']['specificity'] is None
+    assert metrics['macro_average']['recall'] == 1  # over the one class that has examples
+    assert 'Every example is normal: its specificity is undefined.' in metrics['notes']
+    assert 'No example is covid19: its recall counts 0, and the macro averages leave it out.' in metrics['notes']
+    json.dumps(metrics, allow_nan=False)
 
 
 def test_class_without_cases_or_calls_scores_zero():
@@ -100,20 +143,115 @@ def test_resamples_draw_as_many_patients_as_there_are():
     np.testing.assert_array_equal(resamples, draw_resamples(7, seed=0, num_resamples=50))
 
 
-def test_auc_equals_scikit_learn_and_has_known_ends():
+def test_ranking_equals_scikit_learn_and_has_known_ends():
     rng = np.random.default_rng(0)
     positive = rng.random(50) < 0.4
+    patients = np.arange(50)
     scores = np.round(rng.normal(size=50) + positive, 1)  # with ties
-    assert compute_auc(scores, positive)['auc'] == pytest.approx(roc_auc_score(positive, scores))
-    perfect = compute_auc(positive.astype(float), positive)
-    assert (perfect['auc'], perfect['interval']) == (1.0, [1.0, 1.0])
-    assert compute_auc(-positive.astype(float), positive)['auc'] == 0.0
-    assert compute_auc(np.zeros(50), positive)['auc'] == 0.5
+    result = compute_ranking(scores, positive, patients)
+    assert result['auc'] == pytest.approx(roc_auc_score(positive, scores))
+    assert result['average_precision'] == pytest.approx(average_precision_score(positive, scores))
+    perfect = compute_ranking(positive.astype(float), positive, patients)
+    assert (perfect['auc'], perfect['auc_interval']) == (1.0, [1.0, 1.0])
+    assert perfect['average_precision'] == 1.0
+    assert compute_ranking(-positive.astype(float), positive, patients)['auc'] == 0.0
+    constant = compute_ranking(np.zeros(50), positive, patients)
+    assert constant['auc'] == 0.5
+    assert constant['average_precision'] == pytest.approx(positive.mean())
 
 
-def test_auc_of_one_class_is_stated_as_none():
-    result = compute_auc(np.array([0.1, 0.2]), np.array([True, True]))
-    assert result == {'auc': None, 'interval': None, 'num_positive': 2, 'num_negative': 0}
+def test_ranking_by_hand():
+    # Positives 3 and 1, negatives 1 and 0: of four pairs three are right and one is tied. Thresholds 3, 1 and 0:
+    # half the positives at precision 1, the other half at 2/3.
+    result = compute_ranking(np.array([3, 1, 1, 0]), np.array([True, True, False, False]), list('abcd'))
+    assert result['auc'] == 3.5 / 4
+    assert result['average_precision'] == pytest.approx(0.5 + 0.5 * 2 / 3)
+
+
+def test_weighted_ranking_equals_scikit_learn(monkeypatch):
+    monkeypatch.setattr('covidjax.evaluation.metrics._CHUNK', 150)  # less than two of the resamples
+    rng = np.random.default_rng(0)
+    groups, positive = rng.integers(0, 12, 100), rng.random(100) < 0.4
+    scores = np.round(rng.normal(size=100) + positive, 1)
+    weights = draw_resamples(12, seed=0, num_resamples=9)
+    found = compute_ranking_scores(scores, positive, groups, weights)
+    for i, weight in enumerate(weights[:, groups]):
+        assert found['auc'][i] == pytest.approx(roc_auc_score(positive, scores, sample_weight=weight))
+        expected = average_precision_score(positive, scores, sample_weight=weight)
+        assert found['average_precision'][i] == pytest.approx(expected)
+
+
+def test_ranking_of_one_class_is_stated_as_none():
+    result = compute_ranking(np.array([0.1, 0.2]), np.array([True, True]), ['a', 'b'])
+    assert result == {
+        'auc': None,
+        'auc_interval': None,
+        'average_precision': None,
+        'average_precision_interval': None,
+        'num_positive': 2,
+        'num_negative': 0,
+    }
+    assert compute_ranking(np.zeros(0), np.zeros(0, bool), [])['auc'] is None
+
+
+def test_resamples_without_positives_are_left_out():
+    result = compute_ranking_scores(
+        np.array([0.1, 0.2]), np.array([True, False]), np.arange(2), np.array([[1, 1], [0, 2]])
+    )
+    np.testing.assert_array_equal(result['auc'], [0, np.nan])
+
+
+@pytest.mark.parametrize(('successes', 'trials', 'expected'), [(0, 10, [0, 0.2775]), (8, 10, [0.4902, 0.9433])])
+def test_wilson_by_hand(successes, trials, expected):
+    # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.95996
+    assert compute_wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
+
+
+def test_wilson_equals_scipy():
+    for successes in (0, 3, 17, 20):
+        expected = binomtest(successes, 20).proportion_ci(0.9, method='wilson')
+        assert compute_wilson_interval(successes, 20, 0.9) == pytest.approx(list(expected))
+
+
+def test_wilson_without_trials():
+    assert compute_wilson_interval(0, 0) is None
+
+
+def test_share_interval_falls_back_to_wilson_over_patients():
+    patients = np.repeat(list('abcdefghij'), 100)
+    assert compute_share_interval(np.ones(1000, bool), patients) == compute_wilson_interval(10, 10)
+    assert compute_share_interval(np.zeros(1000, bool), patients) == compute_wilson_interval(0, 10)
+    low, high = compute_share_interval(np.repeat([True, False] * 5, 100), patients)
+    assert (low, high) == pytest.approx((0.2, 0.8), abs=0.01)
+    assert compute_share_interval(np.array([True, False]), ['a', 'a']) is None
+    assert compute_share_interval(np.zeros(0, bool), []) is None
+
+
+def test_share_of_clustered_examples_is_covered_by_patient_and_missed_by_slice():
+    # 200 studies of 60 patients of 10 slices that are right as often as their patient is easy; 0.8 on average.
+    rng = np.random.default_rng(2)
+    patients, slices = np.repeat(np.arange(60), 10), np.arange(600)
+    covered = {'patient': 0, 'slice': 0}
+    for study in range(200):
+        right = (rng.random((60, 10)) < rng.beta(2, 0.5, size=(60, 1))).ravel()
+        low, high = compute_share_interval(right, patients, seed=study)
+        covered['patient'] += low <= 0.8 <= high
+        low, high = compute_wilson_interval(int(right.sum()), len(slices))
+        covered['slice'] += low <= 0.8 <= high
+    assert 0.89 <= covered['patient'] / 200 <= 0.99
+    assert covered['slice'] / 200 < 0.8
+
+
+def test_lower_end_of_a_high_share_holds_with_a_trial_per_patient():
+    # 300 studies of 25 patients of 20 slices, 98 % right on average: most studies have at most one hard patient.
+    rng = np.random.default_rng(0)
+    patients, held = np.repeat(np.arange(25), 20), {'wilson': 0, 'bootstrap': 0}
+    for study in range(300):
+        right = (rng.random((25, 20)) < rng.beta(1.96, 0.04, size=(25, 1))).ravel()
+        held['wilson'] += compute_wilson_interval(25 * right.mean(), 25)[0] <= 0.98
+        held['bootstrap'] += compute_share_interval(right, patients, seed=study)[0] <= 0.98
+    assert held['wilson'] / 300 >= 0.93
+    assert held['bootstrap'] / 300 < 0.9
 
 
 def test_table_shows_the_papers_columns():
