@@ -81,10 +81,9 @@ def evaluate(
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     """Prepares the slices of the raw directory, or of phantoms written to the workdir where none is named."""
-    raw_dir = Path(config.raw_dir).expanduser()  # no shell expands a ~ after a colon
+    raw_dir = get_raw_dir(config, workdir)
     if not config.raw_dir:
         log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
-        raw_dir = workdir / 'phantoms'
         phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
     data = covidx_ct.prepare(
         raw_dir, image_size=config.image_size, prepared_dir=config.prepared_dir, skip_bad=config.skip_bad
@@ -95,6 +94,12 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     for split, rows in data.rows.items():
         log.info('%s: %s', split, format_counts([row.label for row in rows]))
     return data
+
+
+def get_raw_dir(config: ConfigDict, workdir: Path) -> Path:
+    """Returns the raw directory: the named one, or that of the phantoms of this workdir."""
+    # No shell expands a ~ after a colon.
+    return Path(config.raw_dir).expanduser() if config.raw_dir else workdir / 'phantoms'
 
 
 def count_classes(labels: Sequence[int]) -> dict[str, int]:
@@ -267,5 +272,6 @@ def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[
         *([f'Data: {results["notice"]}.'] if results['notice'] else []),
         f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
         f'{results["num_examples"]:,} {unit} of {results["num_patients"]} patients.',
+        f'Report: {workdir / "report.html"}',
         f'Results, predictions and figures: {workdir}',
     ]

@@ -1,6 +1,7 @@
 """The paper's first approach from config to results: ResNet50-ATT2 on single slices."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,21 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from covidjax import experiment
-from covidjax.data import covidx_ct
+from covidjax import experiment, slice_report
+from covidjax.data import covidx_ct, published
+from covidjax.data.lesions import LesionSlice, read_lesion_folder, read_phantom_lesions
 from covidjax.data.lists import CLASSES
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.scans import group_scans
-from covidjax.evaluation import baselines, figures
+from covidjax.evaluation import baselines, figures, report
+from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import compute_logits, softmax, write_predictions
+from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.config import flatten_config
 from covidjax.training.devices import create_shardings
 from covidjax.training.workdir import save_config
+
+log = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = None) -> dict[str, Any]:
@@ -49,14 +56,22 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
         save_config(workdir, config)
         with open_checkpoints(workdir) as checkpoints:
             history = fit(config, opened, weights, checkpoints, workdir)
-            return test(config, opened, checkpoints, history, workdir)
+            return test(config, opened, checkpoints, history, workdir, lesions_dir=None, occlusion=False)
 
     return experiment.run(config, workdir, execute, format_summary)
 
 
-def evaluate(workdir: Path) -> dict[str, Any]:
-    """Tests the best model of a workdir again and writes the same files as the end of `train`."""
-    return experiment.evaluate(workdir, test, format_summary)
+def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool = False) -> dict[str, Any]:
+    """Tests the best model of a workdir again and writes the same files as the end of `train`.
+
+    Args:
+      workdir: of a run.
+      lesions_dir: slices with outlined lesions on which maps are scored (see `lesions.read_lesion_folder`).
+      occlusion: also scores occlusion maps, which is slow.
+    """
+    return experiment.evaluate(
+        workdir, functools.partial(test, lesions_dir=lesions_dir, occlusion=occlusion), format_summary
+    )
 
 
 def create_model(config: ConfigDict) -> Att2:
@@ -136,20 +151,39 @@ def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]
 
 
 def test(
-    config: ConfigDict, data: covidx_ct.Prepared, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path
+    config: ConfigDict,
+    data: covidx_ct.Prepared,
+    checkpoints: Checkpoints,
+    history: Sequence[dict],
+    workdir: Path,
+    *,
+    lesions_dir: Path | None,
+    occlusion: bool,
 ) -> dict[str, Any]:
-    """Tests the best epoch's model and writes predictions.csv, the figures and, last, results.json.
+    """Tests the best epoch's model; writes predictions.csv, calibration.json, report.html, figures, results.json last.
+
+    Everything that is chosen, a temperature or a threshold, is chosen on validation slices. Predictions are those of
+    the model itself; temperature and thresholds are kept beside them, in calibration.json.
+
+    Args:
+      config, data, checkpoints, history, workdir: of the run.
+      lesions_dir, occlusion: see `evaluate`. Without a folder, phantoms are scored against their own masks.
 
     Returns:
       The content of results.json: what was run, `compute_metrics` of the test slices, the baselines on the same slices,
-      and pneumonia against COVID-19 per patient.
+      pneumonia against COVID-19 per patient, curves, `screening.evaluate_rules` and the scores of explanations.
     """
     start = time.perf_counter()
-    predict = create_predictor(create_model(config.model), data, config.train.batch_size)
-    probabilities = softmax(predict(restore_best(config, checkpoints), 'test'))
+    lesions = load_lesions(config.data, data, workdir, lesions_dir)
+    model, variables = create_model(config.model), restore_best(config, checkpoints)
+    predict = create_predictor(model, data, config.train.batch_size)
+    logits = {split: predict(variables, split) for split in ('val', 'test')}
+    probabilities = softmax(logits['test'])
     rows = data.rows['test']
     labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
     patients = [row.patient for row in rows]
+    rules = fit_rules(logits['val'], labels['val'], [row.patient for row in data.rows['val']], CLASSES)
+    log.info('statistics, baselines and explanations of %d test slices', len(rows))
 
     thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
     majority_scores = baselines.compute_majority_scores(labels['train'], len(rows), len(CLASSES))
@@ -171,21 +205,57 @@ def test(
         'covid19_against_pneumonia_per_patient': {
             name: compute_patient_level(s, labels['test'], patients) for name, s in scores.items()
         },
+        'curves': compute_curves(labels['test'], probabilities, patients, CLASSES),
+        'screening': evaluate_rules(
+            rules,
+            logits['test'],
+            labels['test'],
+            patients,
+            CLASSES,
+            train_shares_K=np.bincount(labels['train'], minlength=len(CLASSES)) / len(labels['train']),
+        ),
+        'explanations': slice_report.score_explanations(model, variables, data, lesions, occlusion=occlusion),
         'training': {'pretrained': config.model.pretrained or 'none (from scratch)', **training},
         'environment': experiment.describe_environment(),
     }
     write_predictions(workdir / 'predictions.csv', rows, probabilities)
+    write_json(workdir / 'calibration.json', rules)
     figures.save_figure(
-        figures.render_training_curves(history, training['best_epoch'], title=f'Slice model, {results["data"]}'),
-        workdir / 'training_curves.png',
+        figures.render_training_curves(history, training['best_epoch']), workdir / 'training_curves.png'
     )
     figures.save_figure(
         figures.render_confusion_matrix(results['confusion_matrix'], CLASSES, title=f'Test slices, {results["data"]}'),
         workdir / 'confusion_matrix.png',
     )
+    is_the_papers = tuple(results['dataset']['slices']['test'].values()) == published.SLICES['CT-2A'][2]
+    report.write_report(
+        workdir / 'report.html',
+        results,
+        [
+            *report.build_scores(
+                results, published.SLICE_SCORES if is_the_papers else None, table='Table III', unit='slices', others={}
+            ),
+            *report.build_statistics(results, rules, unit='slices'),
+            *slice_report.build_slice_sections(model, variables, data, probabilities, lesions, results['explanations']),
+            report.build_training(results, flatten_config(config), history),
+            report.build_limits(results),
+        ],
+        unit='slices',
+    )
     results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
     write_json(workdir / 'results.json', results)
     return results
+
+
+def load_lesions(
+    config: ConfigDict, data: covidx_ct.Prepared, workdir: Path, lesions_dir: Path | None
+) -> list[LesionSlice]:
+    """Returns slices with outlined lesions: those of a named folder, else the test phantoms', else none."""
+    if lesions_dir is not None:
+        return read_lesion_folder(lesions_dir, config.image_size)
+    if config.raw_dir:
+        return []
+    return read_phantom_lesions(experiment.get_raw_dir(config, workdir), data.rows['test'], config.image_size)
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:

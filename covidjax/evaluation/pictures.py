@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from covidjax.data.lists import CLASSES, Row
 from covidjax.report.charts import use_style
 
 _GREY_MAP = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
-_ATTENTION_MAP = 'inferno'
+_SCALE = ScalarMappable(Normalize(0, 1), 'inferno')  # of overlaid maps
 
 
 class Example(NamedTuple):
@@ -63,30 +65,29 @@ def render_panels(panels: Mapping[str, Sequence[Example]], columns: int, *, scal
         side = 7.5 / (columns * len(panels))
         height = lines * (side + (0.2 if titled else 0)) + 0.35
         figure = Figure(figsize=(7.5 + (0.7 if scale else 0), height), layout='constrained')
-        parts = np.atleast_1d(figure.subfigures(1, len(panels), wspace=0.02))
-        shown = None
-        for part, (title, examples) in zip(parts, panels.items(), strict=True):
+        ratios = [7.5 / len(panels)] * len(panels) + ([0.7] if scale else [])
+        parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+        for part, (title, examples) in zip(parts, panels.items(), strict=False):
             part.suptitle(title, fontsize=10)
             for axes in part.subplots(lines, columns, squeeze=False).ravel():
                 axes.axis('off')
             for axes, example in zip(part.axes, examples, strict=False):
-                found = _show(axes, example, fontsize=min(8, max(4, 7 * side)))
-                shown = found if found is not None else shown
-        if scale and shown is not None:
-            figure.colorbar(shown, ax=parts[-1].axes, label=scale, shrink=0.7, ticks=[0, 0.5, 1])
+                _show(axes, example, fontsize=min(8, max(4, 7 * side)))
+        if scale:
+            figure.colorbar(_SCALE, cax=parts[-1].subplots(), label=scale, ticks=[0, 0.5, 1])
         return figure
 
 
-def _show(axes: Axes, example: Example, *, fontsize: float):
+def _show(axes: Axes, example: Example, *, fontsize: float) -> None:
     axes.imshow(example.image, **_GREY_MAP)
     axes.set_title(example.title, fontsize=fontsize, pad=2)
     if example.overlay is None:
-        return None
+        return
     if example.overlay.dtype == bool:
         if example.overlay.any():
             axes.contour(example.overlay, [0.5], colors='#ff5a4d', linewidths=0.8)
-        return None
-    return axes.imshow(example.overlay, cmap=_ATTENTION_MAP, vmin=0, vmax=1, alpha=0.55)
+        return
+    axes.imshow(example.overlay, cmap=_SCALE.cmap, norm=_SCALE.norm, alpha=0.55)
 
 
 def render_maps(rows: Sequence[tuple[str, Sequence[Example]]], *, scale: str) -> Figure:
@@ -98,20 +99,16 @@ def render_maps(rows: Sequence[tuple[str, Sequence[Example]]], *, scale: str) ->
     """
     with use_style():
         columns = len(rows[0][1])
-        side = 7.2 / columns
-        figure = Figure(figsize=(8, len(rows) * (side + 0.12) + 0.3), layout='constrained')
+        side = 6.6 / columns
+        figure = Figure(figsize=(7.5, len(rows) * (side + 0.08) + 0.25), layout='constrained')
         grid = figure.subplots(len(rows), columns, squeeze=False)
-        shown = None
         for line, (title, examples) in enumerate(rows):
             for axes, example in zip(grid[line], examples, strict=True):
-                heading = example.title if line == 0 else ''
-                found = _show(axes, example._replace(title=heading), fontsize=9)
-                shown = found if found is not None else shown
+                _show(axes, example._replace(title=example.title if line == 0 else ''), fontsize=9)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)
                 for spine in axes.spines.values():
                     spine.set_visible(False)
             grid[line][0].set_ylabel(title, fontsize=8)
-        if shown is not None:
-            figure.colorbar(shown, ax=grid, label=scale, shrink=min(1, 2.5 / len(rows)), ticks=[0, 0.5, 1])
+        figure.colorbar(_SCALE, ax=grid, label=scale, shrink=min(1, 2.5 / len(rows)), ticks=[0, 0.5, 1])
         return figure

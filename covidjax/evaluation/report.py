@@ -170,7 +170,7 @@ def _build_operating_points(screening: dict[str, Any], rules: dict[str, Any], un
     points, worth, notes = [], [], []
     for target, what in TARGETS.items():
         chosen, point = rules['thresholds'][target], screening['operating_points'][target]
-        notes += [f'{what.capitalize()}: {found["note"]}' for found in (chosen, point) if 'note' in found]
+        notes += [f'{what[0].upper()}{what[1:]}: {found["note"]}' for found in (chosen, point) if 'note' in found]
         if point['threshold'] is None:
             continue
         points.append(
@@ -264,8 +264,8 @@ def _build_calibration(screening: dict[str, Any], unit: str) -> Section:
         'Do probabilities mean what they say?',
         [
             f'Logits are divided by {calibration["temperature"]:.3f}, the temperature fitted on validation and kept in '
-            'calibration.json; above 1 it makes answers less certain. Expected calibration error (ECE), Brier score and '
-            f'log loss of the test {unit}, lower is better:',
+            'calibration.json; above 1 it makes answers less certain. Expected calibration error (ECE), Brier score '
+            f'and log loss of the test {unit}, lower is better:',
             Table('Calibration', ('temperature scaling', 'ECE', 'Brier score', 'log loss'), rows),
             create_picture(
                 figures.render_reliability(calibration['before'], calibration['after']),

@@ -51,4 +51,5 @@ def create_picture(figure: Figure, alt: str) -> Picture:
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
     svg = buffer.getvalue()
     svg = svg[svg.index('<svg') :].replace(_INK, 'currentColor').replace('<defs>', f'{_SCHEME}<defs>', 1)
-    return Picture(alt, f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}')
+    uri = f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}'
+    return Picture(alt, uri, figure.get_figwidth())

@@ -24,10 +24,11 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A plot or an image: its text alternative and a data URI."""
+    """A plot or an image: its text alternative, a data URI and its width in inches at a font size of 10 points."""
 
     alt: str
     uri: str
+    width: float
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
