@@ -30,6 +30,12 @@ _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default runs/<name of the config>, or runs/audit for --mode=audit.'
 )
+_LESIONS = flags.DEFINE_string(
+    'lesions', None, 'Folder of slices with outlined lesions, for --mode=evaluate of a slice run (see the README).'
+)
+_OCCLUSION = flags.DEFINE_bool(
+    'occlusion', False, 'Score occlusion maps too (slow), for --mode=evaluate of a slice run.'
+)
 _INPUT = flags.DEFINE_string('input', None, 'The raw COVIDx-CT directory, or one of lists only, of --mode=audit.')
 
 
@@ -59,7 +65,14 @@ def main(argv: list[str]) -> None:
         if _WORKDIR.value is None:
             raise UserError('--mode=evaluate needs --workdir=<folder of a finished run>')
         workdir = Path(_WORKDIR.value)
-        experiments[load_config(workdir).name].evaluate(workdir)
+        name = load_config(workdir).name
+        if name == 'att2':
+            lesions_dir = None if _LESIONS.value is None else Path(_LESIONS.value)
+            slice_experiment.evaluate(workdir, lesions_dir, occlusion=_OCCLUSION.value)
+        elif _LESIONS.value is not None or _OCCLUSION.value:
+            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is of a {name!r} run')
+        else:
+            scan_experiment.evaluate(workdir)
 
 
 def run_audit() -> None:

@@ -13,18 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from covidjax import experiment, slice_experiment
-from covidjax.data import covidx_ct, scans
+from covidjax import experiment, scan_report, slice_experiment
+from covidjax.data import covidx_ct, published, scans
 from covidjax.data.lists import CLASSES, SPLITS
 from covidjax.data.scans import Scan
 from covidjax.errors import UserError
-from covidjax.evaluation import baselines, figures, voting
+from covidjax.evaluation import baselines, figures, report, voting
+from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.predictions import softmax
+from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.config import flatten_config
 from covidjax.training.devices import create_shardings
 from covidjax.training.workdir import load_config, save_config
 
@@ -228,7 +231,7 @@ def test(
 ) -> dict[str, Any]:
     """Tests the best epoch's model and the slice model's votes on the same scans and the same slices of them.
 
-    Writes predictions.csv, the figures and, last, results.json.
+    Writes predictions.csv, calibration.json, report.html, the figures and, last, results.json.
 
     Returns:
       The content of results.json: what was run, `compute_metrics` of the sequence model, and `scan_level`, the whole
@@ -247,6 +250,9 @@ def test(
 
     rule, val_accuracies = voting.choose_rule(predictions['val'].slice_probabilities, labels['val'])
     probabilities = softmax(predictions['test'].logits)
+    patients = {split: [scan.patient for scan in chosen[split]] for split in SPLITS}
+    rules = fit_rules(predictions['val'].logits, labels['val'], patients['val'], CLASSES)
+    log.info('statistics, baselines and explanations of %d test scans', len(labels['test']))
     votes = {r: voting.vote_all(predictions['test'].slice_probabilities, r) for r in voting.RULES}
     scan_level = compare_on_scans(
         chosen['test'], labels['test'], probabilities, votes, rule, predictions['test'].slice_probabilities
@@ -267,9 +273,23 @@ def test(
         'split': 'test',
         **scan_level['sequence'],
         'baselines': {
-            name: compute_metrics(labels['test'], s.argmax(1), [scan.patient for scan in chosen['test']], CLASSES)
+            name: compute_metrics(labels['test'], s.argmax(1), patients['test'], CLASSES)
             for name, s in baseline_scores.items()
         },
+        'curves': compute_curves(labels['test'], probabilities, patients['test'], CLASSES),
+        'screening': evaluate_rules(
+            rules,
+            predictions['test'].logits,
+            labels['test'],
+            patients['test'],
+            CLASSES,
+            train_shares_K=np.bincount(labels['train'], minlength=len(CLASSES)) / len(labels['train']),
+        ),
+        'slice_attention': None
+        if config.data.raw_dir
+        else scan_report.score_slice_attention(
+            chosen['test'], data, predictions['test'].attention, experiment.get_raw_dir(config.data, workdir)
+        ),
         'scan_level': scan_level,
         'scans': {
             'min_slices': config.data.min_slices,
@@ -279,12 +299,12 @@ def test(
         'training': training,
         'environment': experiment.describe_environment(),
     }
+    write_json(workdir / 'calibration.json', rules)
     write_scan_predictions(
         workdir / 'predictions.csv', chosen['test'], probabilities, votes[rule], predictions['test'].attention
     )
     figures.save_figure(
-        figures.render_training_curves(history, training['best_epoch'], title=f'Sequence model, {results["data"]}'),
-        workdir / 'training_curves.png',
+        figures.render_training_curves(history, training['best_epoch']), workdir / 'training_curves.png'
     )
     for name, title in (('sequence', 'Sequence model'), ('vote', f'Slice votes ({rule})')):
         figures.save_figure(
@@ -293,6 +313,33 @@ def test(
             ),
             workdir / ('confusion_matrix.png' if name == 'sequence' else 'confusion_matrix_vote.png'),
         )
+    is_the_papers = tuple(results['scans']['taking_part']['test'].values()) == published.SEQUENCES[2]
+    report.write_report(
+        workdir / 'report.html',
+        results,
+        [
+            *report.build_scores(
+                results,
+                published.SCAN_SCORES if is_the_papers else None,
+                table='Table IV',
+                unit='scans',
+                others={f'slice votes ({rule})': scan_level['vote']},
+            ),
+            *report.build_statistics(results, rules, unit='scans'),
+            *scan_report.build_scan_sections(
+                model.extractor,
+                {name: variables[name]['extractor'] for name in ('params', 'batch_stats')},
+                data,
+                chosen['test'],
+                probabilities,
+                predictions['test'].attention,
+                results['slice_attention'],
+            ),
+            report.build_training(results, flatten_config(config), history),
+            report.build_limits(results),
+        ],
+        unit='scans',
+    )
     results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
     write_json(workdir / 'results.json', results)
     return results

@@ -115,7 +115,7 @@ def render_decision_curves(curves: Mapping[str, dict]) -> Figure:
             axes.plot(curve['threshold'], curve['model'], color=FIRST, label='model')
             axes.plot(curve['threshold'], curve['all'], color=SECOND, linestyle='--', label='call all positive')
             axes.plot(curve['threshold'], curve['none'], color=GREY, linestyle=':', label='call none positive')
-            highest = max(curve['all'][0], *curve['model'])
+            highest = max(curve['all'][0], *curve['model'], 0.01)
             axes.set(xlabel='Threshold probability', title=target, ylim=(-0.1 * highest, 1.1 * highest))
             axes.legend()
         figure.axes[0].set_ylabel('Net benefit')

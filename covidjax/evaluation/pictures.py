@@ -51,28 +51,31 @@ def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]
     return chosen
 
 
-def render_panels(panels: Mapping[str, Sequence[Example]], columns: int, *, scale: str = '') -> Figure:
+def render_panels(
+    panels: Mapping[str, Sequence[Example]], columns: int, *, scale: str = '', width: float = 7.5
+) -> Figure:
     """Draws panels of slices side by side, as in the paper: normal left, pneumonia in the centre, COVID-19 right.
 
     Args:
       panels: title of a panel -> its slices in reading order.
       columns: slices beside each other in a panel.
       scale: what the overlaid maps show, for the colour bar; empty: no maps.
+      width: of all panels, inches.
     """
     with use_style():
         lines = max(-(-len(examples) // columns) for examples in panels.values())
         titled = any(example.title for examples in panels.values() for example in examples)
-        side = 7.5 / (columns * len(panels))
+        side = width / (columns * len(panels))
         height = lines * (side + (0.2 if titled else 0)) + 0.35
-        figure = Figure(figsize=(7.5 + (0.7 if scale else 0), height), layout='constrained')
-        ratios = [7.5 / len(panels)] * len(panels) + ([0.7] if scale else [])
+        figure = Figure(figsize=(width + (0.7 if scale else 0), height), layout='constrained')
+        ratios = [width / len(panels)] * len(panels) + ([0.7] if scale else [])
         parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
         for part, (title, examples) in zip(parts, panels.items(), strict=False):
             part.suptitle(title, fontsize=10)
             for axes in part.subplots(lines, columns, squeeze=False).ravel():
                 axes.axis('off')
             for axes, example in zip(part.axes, examples, strict=False):
-                _show(axes, example, fontsize=min(8, max(4, 7 * side)))
+                _show(axes, example, fontsize=min(8, 8 * side))
         if scale:
             figure.colorbar(_SCALE, cax=parts[-1].subplots(), label=scale, ticks=[0, 0.5, 1])
         return figure

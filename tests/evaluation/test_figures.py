@@ -9,7 +9,7 @@ HISTORY = [
 
 
 def test_curves_show_every_epoch_and_the_best(tmp_path):
-    figure = figures.render_training_curves(HISTORY, 2, title='T')
+    figure = figures.render_training_curves(HISTORY, 2)
     loss, accuracy = figure.axes
     train, val, best = loss.get_lines()
     assert train.get_ydata().tolist() == [1, 1 / 2, 1 / 3]
