@@ -56,6 +56,8 @@ def group_by_patient(patients: Sequence[str]) -> np.ndarray:
 
 def draw_resamples(num_patients: int, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
     """Returns how often each patient is drawn in each bootstrap resample, int [R, P], rows summing to P."""
+    if not num_patients:
+        return np.zeros((num_resamples, 0), np.int64)
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=num_resamples)
 
@@ -126,11 +128,11 @@ def compute_metrics(
       A JSON-able dict: num_examples, num_patients, classes, confusion_matrix, per_class.<class>.{precision, recall, f1,
       specificity, npv, support}, weighted_average and macro_average.{precision, recall, f1}, accuracy, `intervals` of
       the same form, and `notes`, sentences on the scores that the data leave undefined. Of these precision, recall and
-      F1 are 0, as `compute_scores` has it; specificity, NPV and every interval are None.
+      F1 of a class are 0, as in scikit-learn; all others and every interval are None.
     """
     k = len(classes)
     groups = group_by_patient(patients)
-    num_patients = int(groups.max()) + 1
+    num_patients = int(groups.max(initial=-1)) + 1
     by_patient = np.zeros((num_patients, k, k), np.int64)
     np.add.at(by_patient, (groups, labels_N, predicted_N), 1)
     confusion = by_patient.sum(0)
@@ -138,13 +140,13 @@ def compute_metrics(
     resampled = compute_scores(
         (resamples_RxP @ by_patient.reshape(num_patients, k * k)).reshape(-1, k, k), undefined=np.nan
     )
-    point = compute_scores(confusion)
-    for name in ('specificity', 'npv'):
-        point[name] = compute_scores(confusion, undefined=np.nan)[name]
+    point = compute_scores(confusion, undefined=np.nan)
 
     def get_point(name, i):
         value = float(point[name][i])
-        return None if np.isnan(value) else value
+        if not np.isnan(value):
+            return value
+        return 0.0 if name in ('precision', 'recall', 'f1') else None
 
     def arrange(value):
         names = ('precision', 'recall', 'f1')
@@ -177,6 +179,8 @@ def compute_metrics(
 
 def _describe_undefined(confusion: np.ndarray, classes: Sequence[str]) -> list[str]:
     support, called, total = confusion.sum(1), confusion.sum(0), confusion.sum()
+    if not total:
+        return ['There are no examples.']
     notes = []
     for i, name in enumerate(classes):
         if not support[i]:
@@ -266,6 +270,8 @@ def format_table(metrics: dict, *, unit: str) -> str:
     """Returns the scores in the form of the paper's Tables III and IV, with intervals; `unit` heads the counts."""
 
     def cell(value, interval):
+        if value is None:
+            return '-'
         return f'{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]' if interval else f'{value:.3f} [-]'
 
     def line(name, scores, intervals):

@@ -78,6 +78,14 @@ def test_one_class_is_stated_not_nan():
     json.dumps(metrics, allow_nan=False)
 
 
+def test_no_examples_are_stated():
+    metrics = compute_metrics(np.zeros(0, int), np.zeros(0, int), [], CLASSES)
+    assert (metrics['accuracy'], metrics['macro_average']['f1'], metrics['num_patients']) == (None, None, 0)
+    assert metrics['intervals']['accuracy'] is None
+    assert metrics['notes'] == ['There are no examples.']
+    assert 'accuracy          -' in format_table(metrics, unit='Slices')
+
+
 def test_class_without_cases_or_calls_scores_zero():
     scores = compute_scores(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]))
     assert scores['precision'].tolist() == [1, 2 / 3, 0]
