@@ -1,0 +1,148 @@
+"""The part of a scan run's report that shows scans: their slices, attention over them, what it is worth, mistakes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from covidjax.data import covidx_ct, phantom
+from covidjax.data.lists import CLASSES
+from covidjax.data.scans import NUM_SLICES, Scan, thin_evenly
+from covidjax.evaluation import explain, explanation_scores, localisation, pictures
+from covidjax.evaluation.conformal import find_confident_mistakes
+from covidjax.evaluation.pictures import Example
+from covidjax.evaluation.report import Section
+from covidjax.models.att2 import Att2
+from covidjax.report.charts import create_picture
+from covidjax.report.page import Table
+
+_COLUMNS, _WIDTH = 4, 10.0
+_NUM_MISTAKES = 9
+
+
+def score_slice_attention(
+    scans: Sequence[Scan], data: covidx_ct.Prepared, attention: Sequence[np.ndarray], phantom_dir: Path
+) -> dict[str, dict]:
+    """Returns `localisation.score_slice_attention` of the sick test scans of phantoms, whose lesions are known.
+
+    Args:
+      scans: M test scans.
+      data: of phantoms.
+      attention: per scan [T].
+      phantom_dir: their raw directory.
+    """
+    rows, masks = data.rows['test'], phantom_dir / phantom.MASK_FOLDER
+    shows_lesion = [np.array([(masks / rows[record].file).exists() for record in scan.records]) for scan in scans]
+    return localisation.score_slice_attention(attention, shows_lesion)
+
+
+def build_scan_sections(
+    extractor: Att2,
+    variables: Any,
+    data: covidx_ct.Prepared,
+    scans: Sequence[Scan],
+    probabilities: np.ndarray,
+    attention: Sequence[np.ndarray],
+    slice_attention: dict[str, dict] | None,
+) -> list[Section]:
+    """Returns the sections.
+
+    Args:
+      extractor, variables: the slice model.
+      data: with the test slices.
+      scans: M test scans.
+      probabilities: of the sequence model, [M, K].
+      attention: per scan [T].
+      slice_attention: of `score_slice_attention`, None where no lesions are known.
+    """
+    source = data.sources['test']
+    shown = {}
+    for label, name in enumerate(CLASSES):
+        of_class = [number for number, scan in enumerate(scans) if scan.label == label]
+        if of_class:
+            shown[name] = of_class[len(of_class) // 2]
+    plain, weighted = {}, {}
+    for name, number in shown.items():
+        scan = scans[number]
+        thinned = thin_evenly(scan, NUM_SLICES) if len(scan.records) > NUM_SLICES else scan
+        weights = np.array([attention[number][scan.records.index(record)] for record in thinned.records])
+        images = np.stack([source[record]['image'] for record in thinned.records])
+        called = np.full(len(images), probabilities[number].argmax())
+        maps = explanation_scores.compute_maps(explain.explain(extractor, variables, images, called), images.shape[1])
+        overlays = maps['attention 1 x 2'] * (weights / weights.max())[:, np.newaxis, np.newaxis]
+        title = f'{name}, called {CLASSES[probabilities[number].argmax()]}'
+        plain[title] = [Example(str(index), image[..., 0]) for index, image in zip(thinned.slices, images, strict=True)]
+        weighted[title] = [
+            Example(f'{index}: {weight:.3f}', image[..., 0], overlay)
+            for index, weight, image, overlay in zip(thinned.slices, weights, images, overlays, strict=True)
+        ]
+    names = ', '.join(scans[number].scan for number in shown.values())
+    samples = Section(
+        'samples',
+        'Scans',
+        [
+            f'The middle scan of each class in the test list, {names}: up to 16 slices spread evenly from first to '
+            'last, with their numbers (as Fig. 2 of the paper).',
+            create_picture(pictures.render_panels(plain, _COLUMNS, width=_WIDTH), 'Slices of a scan of each class'),
+        ],
+    )
+    parts = [
+        'The maps of both attention modules of the slice model, weighted by the attention of the sequence model to the '
+        'slice (as Fig. 6 of the paper). Above a slice: its number and its attention, which sums to 1 over the scan.',
+        create_picture(
+            pictures.render_panels(weighted, _COLUMNS, scale='attention 1 x 2 of a slice, weighted', width=_WIDTH),
+            'The same slices with attention maps, weighted by the attention to the slice',
+        ),
+    ]
+    if slice_attention is None:
+        parts.append('Not scored against infected slices: these data do not tell which slices show a lesion.')
+    else:
+        rows = [
+            (what, score['mean'], score['interval'], score['number'])
+            for what, score in (
+                ('area under ROC: slices with a lesion above those without (chance 0.5)', slice_attention['auc']),
+                *(
+                    (f'{text} of {k} {"slice" if k == 1 else "slices"}', slice_attention[f'{key}@{k}'])
+                    for k in localisation.TOP_K
+                    for key, text in (
+                        ('hit', 'a lesion among the highest'),
+                        ('chance', 'the same for a random choice'),
+                    )
+                ),
+            )
+        ]
+        parts += [
+            'Does attention find the slices that show a lesion? Only scans with both kinds of slices can tell.',
+            Table('Attention over slices', ('score', 'mean over scans', 'interval', 'scans'), rows),
+        ]
+    labels = np.array([scan.label for scan in scans])
+    mistakes = find_confident_mistakes(probabilities, labels, _NUM_MISTAKES, [scan.patient for scan in scans])
+    return [
+        samples,
+        Section('attention', 'Which slices the model looks at', parts),
+        _build_mistakes(mistakes, scans, source, labels, probabilities, attention),
+    ]
+
+
+def _build_mistakes(mistakes, scans, source, labels, probabilities, attention) -> Section:
+    title = 'Most confident mistakes'
+    if not mistakes:
+        return Section('mistakes', title, ['No test scan is classified wrongly.'])
+    examples, rows = [], []
+    for number in mistakes:
+        scan, called = scans[number], probabilities[number].argmax()
+        top = int(attention[number].argmax())
+        image = source[scan.records[top]]['image'][..., 0]
+        heading = f'{CLASSES[labels[number]]}, called\n{CLASSES[called]} {probabilities[number].max():.2f}'
+        examples.append(Example(heading, image))
+        rows.append((scan.scan, CLASSES[labels[number]], CLASSES[called], float(probabilities[number].max())))
+    return Section(
+        'mistakes',
+        title,
+        [
+            'Of each scan, the slice with the highest attention.',
+            create_picture(pictures.render_panels({'': examples}, 3), 'The most confident mistakes'),
+            Table('Most confident mistakes, surest first', ('scan', 'true', 'called', 'probability'), rows),
+        ],
+    )
