@@ -81,7 +81,8 @@ def compute_wilson_interval(successes: float, trials: float, level: float = LEVE
     share, shrink = successes / trials, 1 + z**2 / trials
     centre = (share + z**2 / (2 * trials)) / shrink
     half = z * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / shrink
-    return [float(np.clip(end, 0, 1)) for end in (centre - half, centre + half)]
+    # Exact ends, which rounding would miss.
+    return [0.0 if share == 0 else float(centre - half), 1.0 if share == 1 else float(centre + half)]
 
 
 def compute_share_interval(hits_N: np.ndarray, patients: Sequence[str], *, seed: int = 0) -> list[float] | None:
@@ -116,7 +117,8 @@ def compute_metrics(
 ) -> dict:
     """Computes confusion matrix, per-class and average scores, and their bootstrap intervals by patient.
 
-    Whole patients are resampled, since slices of one patient are not independent.
+    Whole patients are resampled, since slices of one patient are not independent. A share that is exactly 0 or 1 gets
+    Wilson's interval with a trial per patient instead, an F1 or an average that is has none.
 
     Args:
       labels_N, predicted_N: int, 0 .. K-1.
@@ -148,6 +150,27 @@ def compute_metrics(
             return value
         return 0.0 if name in ('precision', 'recall', 'f1') else None
 
+    # How many examples of each patient stand below the line of a share: of class i, called i, of others, called others.
+    true_PxK, called_PxK = by_patient.sum(2), by_patient.sum(1)
+    total_Px1 = true_PxK.sum(1, keepdims=True)
+    below = {
+        'recall': true_PxK,
+        'precision': called_PxK,
+        'specificity': total_Px1 - true_PxK,
+        'npv': total_Px1 - called_PxK,
+        'accuracy': total_Px1[:, 0],
+    }
+
+    def get_interval(name, i):
+        value = point[name][i]
+        # Where all is right, or nothing, every resample agrees however few patients there are.
+        if value in (0, 1):
+            if name not in below:
+                return None
+            trials = int((below[name][:, i] > 0).sum() if i is not ... else num_patients)
+            return compute_wilson_interval(value * trials, trials)
+        return compute_interval(resampled[name][..., i] if i is not ... else resampled[name])
+
     def arrange(value):
         names = ('precision', 'recall', 'f1')
         return {
@@ -167,8 +190,8 @@ def compute_metrics(
         **arrange(get_point),
         'intervals': {
             'level': LEVEL,
-            'method': f'bootstrap by patient, {NUM_RESAMPLES} resamples, percentiles',
-            **arrange(lambda name, i: compute_interval(resampled[name][..., i] if i is not ... else resampled[name])),
+            'method': f'bootstrap by patient, {NUM_RESAMPLES} resamples, percentiles; Wilson by patient for 0 and 1',
+            **arrange(get_interval),
         },
         'notes': _describe_undefined(confusion, classes),
     }

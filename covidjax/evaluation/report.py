@@ -111,6 +111,7 @@ def build_scores(
                 ('class', 'sensitivity', 'interval', 'specificity', 'interval', 'PPV', 'interval', 'NPV', 'interval'),
                 binary,
             ),
+            *results['notes'],
             f'Predictive values hold for the mix of classes of this test list only. Brackets are 95 % intervals, '
             f'{intervals["method"]}.',
         ],
@@ -156,11 +157,16 @@ def _build_curves(curves: dict[str, Any], unit: str) -> Section:
         'average precision',
         'interval',
     )
+    drawn = []
+    if curves['macro_auc'] is not None:
+        figure = figures.render_curves(curves['per_class'])
+        drawn.append(create_picture(figure, 'ROC and precision-recall curve of each class'))
     return Section(
         'curves',
         'ROC and precision-recall curves',
         [
-            create_picture(figures.render_curves(curves['per_class']), 'ROC and precision-recall curve of each class'),
+            *drawn,
+            *[c['note'] for c in curves['per_class'].values() if 'note' in c],
             Table('One class against the rest', columns, rows),
         ],
     )

@@ -109,9 +109,9 @@ def test_perfect_inverted_and_constant_classifiers(predict, accuracy):
 
 
 def test_resamples_without_a_class_say_nothing_about_it():
-    # One normal patient of three, all right: a resample that misses him leaves his class undefined, not wrong.
-    metrics = compute_metrics(np.array([0, 1, 1]), np.array([0, 1, 1]), ['a', 'b', 'c'], CLASSES)
-    assert metrics['intervals']['per_class']['normal']['recall'] == [1, 1]
+    # One normal patient of three, half right: a resample that misses him leaves his class undefined, not wrong.
+    metrics = compute_metrics(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), ['a', 'a', 'b', 'c'], CLASSES)
+    assert metrics['intervals']['per_class']['normal']['recall'] == [0.5, 0.5]
     assert metrics['intervals']['per_class']['covid19']['recall'] is None
     assert metrics['per_class']['covid19']['recall'] == 0
     assert '-' in format_table(metrics, unit='Slices')
@@ -267,5 +267,20 @@ def test_table_shows_the_papers_columns():
     table = format_table(compute_metrics(labels, labels, np.arange(30).astype(str), CLASSES), unit='Slices')
     lines = table.splitlines()
     assert lines[0].split() == ['Class', 'Precision', 'Recall', 'F1', 'Slices']
-    assert lines[3].split() == ['covid19', *['1.000', '[1.000,', '1.000]'] * 3, '10']
+    # Ten patients, all right: Wilson's lower end is 10 / (10 + 1.96^2).
+    assert lines[3].split() == ['covid19', *['1.000', '[0.722,', '1.000]'] * 2, '1.000', '[-]', '10']
     assert lines[4].startswith('weighted average')
+
+
+def test_a_perfect_score_has_a_wilson_interval_by_patient():
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    metrics = compute_metrics(labels, labels, ['a', 'a', 'b', 'c', 'd', 'd'], ('x', 'y', 'z'))
+    intervals = metrics['intervals']
+    # Of n patients all right, Wilson's lower end is n / (n + z^2).
+    z2 = 1.959964**2
+    assert intervals['accuracy'] == pytest.approx([4 / (4 + z2), 1])
+    assert intervals['per_class']['y']['recall'] == pytest.approx([2 / (2 + z2), 1])
+    assert intervals['per_class']['y']['specificity'] == pytest.approx([2 / (2 + z2), 1])
+    assert intervals['per_class']['x']['precision'] == pytest.approx([1 / (1 + z2), 1])
+    assert intervals['per_class']['x']['f1'] is None
+    assert intervals['weighted_average']['f1'] is None
