@@ -5,6 +5,7 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run     the paper's first experiment
   python main.py --config=configs/seq.py:/data/covidx-ct --config.extractor=/tmp/run --workdir=/tmp/seq     its second
   python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
+  python main.py --mode=export --workdir=/tmp/run --output=model.safetensors     write it for PyTorch
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
 it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
@@ -20,13 +21,14 @@ from ml_collections import config_flags
 
 from covidjax.errors import UserError
 
-MODES = ('train', 'evaluate')
+MODES = ('train', 'evaluate', 'export')
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The experiment, e.g. configs/att2.py, and after a colon its raw COVIDx-CT directory.'
 )
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/<name of the config>.')
+_OUTPUT = flags.DEFINE_string('output', None, 'File to export to, *.safetensors.')
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> None:
     absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.getLogger('covidjax').setLevel(logging.INFO)
     # jax is imported only now that the flags are right.
-    from covidjax import scan_experiment, slice_experiment
+    from covidjax import export, scan_experiment, slice_experiment
     from covidjax.training.workdir import load_config
 
     experiments = {'att2': slice_experiment, 'seq': scan_experiment}
@@ -51,6 +53,11 @@ def main(argv: list[str]) -> None:
             raise UserError('--mode=evaluate needs --workdir=<folder of a finished run>')
         workdir = Path(_WORKDIR.value)
         experiments[load_config(workdir).name].evaluate(workdir)
+    elif _MODE.value == 'export':
+        if _WORKDIR.value is None or _OUTPUT.value is None:
+            raise UserError('--mode=export needs --workdir=<folder of a finished run> and --output=<file>.safetensors')
+        workdir = Path(_WORKDIR.value)
+        export.export_run(workdir, Path(_OUTPUT.value), experiments[load_config(workdir).name].restore_best)
 
 
 def run_main(argv: list[str]) -> None:
