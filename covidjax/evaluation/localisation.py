@@ -1,124 +1,77 @@
-"""How well a map finds a lesion, and how well attention over slices finds the slices that show one.
+"""How well an attention map points at a lesion, on slices whose lesion masks are known.
 
-Every score of a map without preference, flat or all zero, is its chance level, never NaN.
+Every score has a chance level, which a flat map gets exactly: the share of pixels that are lesion for pointing game and
+energy, 0.5 for the AUC. Attention knows where lungs tend to be, so a second yardstick is a map that looks at the centre
+of every slice (`create_centre_map`).
 
-Shapes: N slices, S their side in pixels, T slices of a scan.
+Shapes: N slices, S side of a slice in pixels, h and w those of an attention map.
 """
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-from scipy.stats import rankdata
+import scipy.stats
 
-from covidjax.data.lesions import LesionSlice
-from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
-
-TOP_K = (1, 3)
+SCORES = ('pointing', 'energy', 'auc')
 
 
-def compute_pointing(scores: np.ndarray, target: np.ndarray) -> float:
-    """Returns 1 if the highest score lies in the target, else 0; of equal highest ones the share (Zhang et al. 2018).
+def upsample_maps(maps_Nxhxw: np.ndarray, size: int) -> np.ndarray:
+    """Returns maps bilinearly enlarged to float32 [N, S, S], pixel centres at half-integer positions."""
+    shape = (len(maps_Nxhxw), size, size)
+    return np.asarray(jax.image.resize(np.asarray(maps_Nxhxw, np.float32), shape, 'bilinear'))
+
+
+def combine_maps(maps: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Returns the geometric mean of the maps of all attention modules, enlarged to float32 [N, S, S].
+
+    For two maps it is the square-rooted product of the paper's Fig. 7. A map of several modules is high only where all
+    of them look.
 
     Args:
-      scores: float, of any shape.
-      target: bool, of the same shape.
+      maps: per module [N, h, w], not negative.
+      size: S.
     """
-    return float(target[scores == scores.max()].mean())
-
-
-def compute_energy(scores: np.ndarray, target: np.ndarray) -> float:
-    """Returns the share of the map's sum that lies in the target (Wang et al. 2020); scores are at least 0."""
-    total = scores.sum()
-    return float(scores[target].sum() / total) if total > 0 else float(target.mean())
-
-
-def compute_rank_auc(scores: np.ndarray, target: np.ndarray) -> float | None:
-    """Returns the share of pairs (inside, outside) with the higher score inside, ties half; None without such pairs."""
-    inside = int(target.sum())
-    outside = target.size - inside
-    if not inside or not outside:
-        return None
-    ranks = rankdata(scores.ravel())[target.ravel()].sum()
-    return float((ranks - inside * (inside + 1) / 2) / (inside * outside))
-
-
-def compute_dice(mask: np.ndarray, target: np.ndarray) -> float | None:
-    """Returns twice the overlap over the sum of the areas; None if both are empty."""
-    total = int(mask.sum() + target.sum())
-    return 2 * int((mask & target).sum()) / total if total else None
+    enlarged = [upsample_maps(one, size) for one in maps]
+    return np.prod(enlarged, axis=0) ** (1 / len(enlarged))
 
 
 def create_centre_map(size: int) -> np.ndarray:
-    """Returns a map that always looks at the centre: a Gaussian with a standard deviation of size / 4, [S, S]."""
-    x = (np.arange(size) + 0.5) / size - 0.5
-    return np.exp(-8 * (x[:, None] ** 2 + x**2))
+    """Returns float64 [S, S], a gaussian about the centre with a standard deviation of a quarter of the side."""
+    offset = (np.arange(size) - (size - 1) / 2) / (size / 4)
+    return np.exp(-0.5 * (offset[:, None] ** 2 + offset[None] ** 2))
 
 
-def score_maps(maps: np.ndarray, masks: np.ndarray, slices: Sequence[LesionSlice]) -> dict[str, dict]:
-    """Scores maps against the lesions of their slices.
-
-    Args:
-      maps: at least 0, float [N, S, S].
-      masks: what the maps mark, bool [N, S, S].
-      slices: N slices with lesions.
-
-    Returns:
-      'pointing', 'energy_lesion', 'energy_lung', 'auc' and 'dice' (of the masks), each `average_by_patient`.
-    """
-    patients = [s.patient for s in slices]
-    by_slice = {
-        'pointing': [compute_pointing(m, s.lesion) for m, s in zip(maps, slices, strict=True)],
-        'energy_lesion': [compute_energy(m, s.lesion) for m, s in zip(maps, slices, strict=True)],
-        'energy_lung': [
-            None if s.lung is None else compute_energy(m, s.lung) for m, s in zip(maps, slices, strict=True)
-        ],
-        'auc': [compute_rank_auc(m, s.lesion) for m, s in zip(maps, slices, strict=True)],
-        'dice': [compute_dice(m, s.lesion) for m, s in zip(masks, slices, strict=True)],
-    }
-    return {name: average_by_patient(values, patients) for name, values in by_slice.items()}
-
-
-def score_slice_attention(attention: Sequence[np.ndarray], shows_lesion: Sequence[np.ndarray]) -> dict[str, dict]:
-    """Scores attention over slices against the slices that show a lesion, scan by scan.
-
-    Scans whose slices all show one, or none, say nothing and are left out.
+def compute_localisation(map_SxS: np.ndarray, mask_SxS: np.ndarray) -> dict[str, float | None]:
+    """Scores one map against one mask.
 
     Args:
-      attention: per scan float [T].
-      shows_lesion: per scan bool [T].
+      map_SxS: attention, not negative and finite; only its proportions count.
+      mask_SxS: bool, True on lesion.
 
     Returns:
-      'auc' and, for k in TOP_K, 'hit@k' (the share of scans with a lesion among the k highest slices), each
-      `average_by_patient` with every scan a patient, and 'chance@k', the expected hit of k slices drawn at random.
+      'pointing': 1 if the highest pixel lies on lesion, else 0; of several equally high ones the share that does.
+      'energy': the share of the map's sum that lies on lesion; None for a map of zeros.
+      'auc': the probability that a lesion pixel is higher than another pixel, ties counting half.
+      'lesion_share': the share of pixels that are lesion.
+      Without a lesion all three scores are None; the AUC also where every pixel is lesion.
+
+    Raises:
+      ValueError: shapes differ, or the map has negative or non-finite values.
     """
-    pairs = [(a, y) for a, y in zip(attention, shows_lesion, strict=True) if 0 < y.sum() < len(y)]
-    scans = [str(i) for i in range(len(pairs))]
-    results = {'auc': average_by_patient([compute_rank_auc(a, y) for a, y in pairs], scans)}
-    for k in TOP_K:
-        hits = [float(y[np.argsort(-a, kind='stable')[:k]].any()) for a, y in pairs]
-        results[f'hit@{k}'] = average_by_patient(hits, scans)
-        missed = [
-            np.prod([max(len(y) - y.sum() - i, 0) / (len(y) - i) for i in range(min(k, len(y)))]) for _, y in pairs
-        ]
-        results[f'chance@{k}'] = average_by_patient([1 - m for m in missed], scans)
-    return results
-
-
-def average_by_patient(values: Sequence[float | None], patients: Sequence[str], *, seed: int = 0) -> dict:
-    """Averages values over the examples that have one.
-
-    Returns:
-      {'mean', 'interval', 'number'}: the interval by bootstrap over patients; both None where no example has a value.
-    """
-    known = [i for i, value in enumerate(values) if value is not None]
-    if not known:
-        return {'mean': None, 'interval': None, 'number': 0}
-    groups = group_by_patient([patients[i] for i in known])
-    found = np.array([values[i] for i in known], float)
-    sums, counts = np.bincount(groups, found), np.bincount(groups)
-    resamples = draw_resamples(len(sums), seed=seed)
-    return {
-        'mean': float(found.mean()),
-        'interval': compute_interval(resamples @ sums / (resamples @ counts)),
-        'number': len(known),
-    }
+    if map_SxS.shape != mask_SxS.shape:
+        raise ValueError(f'the map has shape {map_SxS.shape}, the mask {mask_SxS.shape}')
+    values, lesion = map_SxS.ravel().astype(np.float64), mask_SxS.ravel().astype(bool)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f'a map must be finite and not negative, got values from {values.min()} to {values.max()}')
+    num_lesion, num_other = int(lesion.sum()), int((~lesion).sum())
+    scores = dict.fromkeys(SCORES) | {'lesion_share': num_lesion / lesion.size}
+    if num_lesion:
+        scores['pointing'] = float(lesion[values == values.max()].mean())
+        if values.max() > 0:
+            scores['energy'] = float(values[lesion].sum() / values.sum())
+        if num_other:
+            # The rank statistic of Mann and Whitney.
+            ranks = scipy.stats.rankdata(values)[lesion]
+            scores['auc'] = float((ranks.sum() - num_lesion * (num_lesion + 1) / 2) / (num_lesion * num_other))
+    return scores
