@@ -6,6 +6,7 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --config=configs/seq.py:/data/covidx-ct --config.extractor=/tmp/run --workdir=/tmp/seq     its second
   python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
   python main.py --mode=audit --input=/data/covidx-ct           can this dataset be trusted? lists alone will do
+  python main.py --mode=export --workdir=/tmp/run --output=model.safetensors     write it for PyTorch
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
 it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
@@ -21,22 +22,84 @@ from ml_collections import config_flags
 
 from covidjax.errors import UserError
 
-MODES = ('train', 'evaluate', 'audit')
-
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The experiment, e.g. configs/att2.py, and after a colon its raw COVIDx-CT directory.'
 )
-_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default runs/<name of the config>, or runs/audit for --mode=audit.'
 )
+_INPUT = flags.DEFINE_string('input', None, 'The raw COVIDx-CT directory, or one of lists only, of --mode=audit.')
+_OUTPUT = flags.DEFINE_string('output', None, 'File that --mode=export writes, *.safetensors.')
 _LESIONS = flags.DEFINE_string(
     'lesions', None, 'Folder of slices with outlined lesions, for --mode=evaluate of a slice run (see the README).'
 )
 _OCCLUSION = flags.DEFINE_bool(
     'occlusion', False, 'Score occlusion maps too (slow), for --mode=evaluate of a slice run.'
 )
-_INPUT = flags.DEFINE_string('input', None, 'The raw COVIDx-CT directory, or one of lists only, of --mode=audit.')
+
+
+# Each mode imports what it needs once the flags are right; an audit needs no jax.
+
+
+def run_training() -> None:
+    """Runs the experiment of --config."""
+    from covidjax import scan_experiment, slice_experiment
+
+    config = _CONFIG.value
+    if config is None:
+        raise UserError('--config is required, e.g. --config=configs/att2.py (python main.py --help)')
+    experiments = {'att2': slice_experiment, 'seq': scan_experiment}
+    if config.name not in experiments:
+        raise UserError(f'config.name={config.name} is no experiment: {", ".join(experiments)}')
+    experiments[config.name].train(config, Path(_WORKDIR.value or f'runs/{config.name}'))
+
+
+def run_evaluation() -> None:
+    """Tests the best model of --workdir again."""
+    from covidjax import scan_experiment, slice_experiment
+    from covidjax.training.workdir import load_config
+
+    workdir = get_workdir()
+    if load_config(workdir).name == 'att2':
+        lesions_dir = None if _LESIONS.value is None else Path(_LESIONS.value)
+        slice_experiment.evaluate(workdir, lesions_dir, occlusion=_OCCLUSION.value)
+    elif _LESIONS.value is not None or _OCCLUSION.value:
+        raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is of a scan run')
+    else:
+        scan_experiment.evaluate(workdir)
+
+
+def run_audit() -> None:
+    """Audits --input; exit status 1 if anything is broken."""
+    from covidjax import audit
+
+    if _INPUT.value is None:
+        raise UserError('--mode=audit needs --input=<raw COVIDx-CT directory>')
+    if audit.run_audit(Path(_INPUT.value), Path(_WORKDIR.value or 'runs/audit'))['verdict'] == 'broken':
+        sys.exit(1)
+
+
+def run_export() -> None:
+    """Writes the best model of --workdir to --output."""
+    from covidjax import export, scan_experiment, slice_experiment
+    from covidjax.training.workdir import load_config
+
+    workdir = get_workdir()
+    if _OUTPUT.value is None:
+        raise UserError('--mode=export needs --output=<file>.safetensors')
+    experiment = slice_experiment if load_config(workdir).name == 'att2' else scan_experiment
+    export.export_run(workdir, Path(_OUTPUT.value), experiment.restore_best)
+
+
+def get_workdir() -> Path:
+    """Returns --workdir, which must be there."""
+    if _WORKDIR.value is None:
+        raise UserError(f'--mode={_MODE.value} needs --workdir=<folder of a finished run>')
+    return Path(_WORKDIR.value)
+
+
+MODES = {'train': run_training, 'evaluate': run_evaluation, 'audit': run_audit, 'export': run_export}
+_MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
 
 
 def main(argv: list[str]) -> None:
@@ -46,43 +109,7 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # The libraries' own messages.
     absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.getLogger('covidjax').setLevel(logging.INFO)
-    if _MODE.value == 'audit':
-        run_audit()
-        return
-    # jax is imported only now that the flags are right, and an audit needs none.
-    from covidjax import scan_experiment, slice_experiment
-    from covidjax.training.workdir import load_config
-
-    experiments = {'att2': slice_experiment, 'seq': scan_experiment}
-    if _MODE.value == 'train':
-        config = _CONFIG.value
-        if config is None:
-            raise UserError('--config is required, e.g. --config=configs/att2.py (python main.py --help)')
-        if config.name not in experiments:
-            raise UserError(f'config.name={config.name} is no experiment: {", ".join(experiments)}')
-        experiments[config.name].train(config, Path(_WORKDIR.value or f'runs/{config.name}'))
-    elif _MODE.value == 'evaluate':
-        if _WORKDIR.value is None:
-            raise UserError('--mode=evaluate needs --workdir=<folder of a finished run>')
-        workdir = Path(_WORKDIR.value)
-        name = load_config(workdir).name
-        if name == 'att2':
-            lesions_dir = None if _LESIONS.value is None else Path(_LESIONS.value)
-            slice_experiment.evaluate(workdir, lesions_dir, occlusion=_OCCLUSION.value)
-        elif _LESIONS.value is not None or _OCCLUSION.value:
-            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is of a {name!r} run')
-        else:
-            scan_experiment.evaluate(workdir)
-
-
-def run_audit() -> None:
-    """Audits --input; exit status 1 if anything is broken."""
-    if _INPUT.value is None:
-        raise UserError('--mode=audit needs --input=<raw COVIDx-CT directory>')
-    from covidjax import audit
-
-    if audit.run_audit(Path(_INPUT.value), Path(_WORKDIR.value or 'runs/audit'))['verdict'] == 'broken':
-        sys.exit(1)
+    MODES[_MODE.value]()
 
 
 def run_main(argv: list[str]) -> None:

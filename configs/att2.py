@@ -26,7 +26,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     model.block = 'bottleneck'  # 'bottleneck' or 'basic'
     model.stem = 'imagenet'  # 'imagenet' (7x7 and max-pool, stride 4) or 'small' (3x3, stride 2)
     model.tail_blocks = 3  # blocks after the last stage that compute the global feature
-    model.compatibility = 'additive'  # 'additive' (eq. 11), 'dot' (eq. 12) or 'tanh' (Bahdanau)
+    model.compatibility = 'additive'  # (eq. 11), 'dot' (eq. 12), 'tanh' (Bahdanau) or 'uniform' (average pooling)
     model.combination = 'concat'  # of the two attention modules: 'concat' or 'average'
     model.pretrained = 'timm/resnet50.tv_in1k'  # Hugging Face name or .safetensors file; empty: from scratch
 

@@ -226,6 +226,14 @@ def fit(
     )
 
 
+def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Returns the variables of the best epoch (see `Checkpoints.restore_best`)."""
+    template = experiment.create_template(
+        functools.partial(create_variables, create_model(config), config.data.image_size)
+    )
+    return checkpoints.restore_best(template)
+
+
 def test(
     config: ConfigDict, data: covidx_ct.Prepared, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path
 ) -> dict[str, Any]:
@@ -238,12 +246,9 @@ def test(
       comparison.
     """
     start = time.perf_counter()
-    model = create_model(config)
     selections = select_scans(config.data, data)
     chosen = {split: selection.scans for split, selection in selections.items()}
-    variables = checkpoints.restore_best(
-        experiment.create_template(functools.partial(create_variables, model, config.data.image_size))
-    )
+    model, variables = create_model(config), restore_best(config, checkpoints)
     predict = create_predictor(model, data, selections, config.train.batch_size)
     predictions = {split: predict(variables, split) for split in ('val', 'test')}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}

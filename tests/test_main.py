@@ -10,11 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
+from covidjax import slice_experiment
 from covidjax.data.phantom import PhantomOptions, write_phantoms
+from covidjax.models.torch_names import from_torch
+from covidjax.training.checkpoints import open_checkpoints
+from covidjax.training.workdir import load_config
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -140,6 +146,17 @@ def test_killed_run_goes_on_and_ends_the_same(slice_run, environment, raw_dir, t
     assert [e['val_loss'] for e in epochs] == [e['val_loss'] for e in expected]
 
 
+def test_export_has_the_best_model(slice_run, call, tmp_path):
+    workdir, _ = slice_run
+    result = call('--mode=export', f'--workdir={workdir}', f'--output={tmp_path / "model.safetensors"}')
+    assert result.returncode == 0, result.stderr
+    config = load_config(workdir)
+    with open_checkpoints(workdir) as checkpoints:
+        variables = slice_experiment.restore_best(config, checkpoints)
+    tensors = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, from_torch(tensors, variables), variables)
+
+
 def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tmp_path):
     extractor, workdir = tmp_path / 'extractor', tmp_path / 'seq'
     shutil.copytree(slice_run[0], extractor)
@@ -174,6 +191,10 @@ def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tm
     again = call('--mode=evaluate', f'--workdir={workdir}')
     assert again.returncode == 0, again.stderr
     assert json.loads((workdir / 'results.json').read_text())['scan_level'] == level
+    exported = call('--mode=export', f'--workdir={workdir}', f'--output={tmp_path / "model.safetensors"}')
+    assert exported.returncode == 0, exported.stderr
+    names = safetensors.numpy.load_file(tmp_path / 'model.safetensors').keys()
+    assert {'extractor.conv1.weight', 'sequence.lstm.weight_ih_l0_reverse', 'sequence.classifier.bias'} <= names
 
 
 def copy_raw(raw_dir, folder):
@@ -203,6 +224,9 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         (('--mode=audit', f'--input={tmp_path}/none', workdir), (f'{tmp_path}/none',)),
         (('--mode=audit', f'--input={empty}', workdir), (empty, 'train_COVIDx_CT-2A.txt')),
         (('--mode=audit', f'--input={raw_dir}', f'--workdir={blocked}'), (blocked, '--workdir')),
+        (('--mode=export', f'--workdir={slice_run[0]}'), ('--output',)),
+        (('--mode=export', '--output=a.safetensors'), ('--workdir',)),
+        (('--mode=export', f'--workdir={slice_run[0]}', f'--output={blocked}'), (blocked, '.safetensors')),
         ((), ('--config',)),
         ((att2, workdir, *TINY, '--config.name=dance'), ('dance',)),
         (('--config=configs/none.py',), ('configs/none.py',)),

@@ -5,9 +5,38 @@ from collections.abc import Sequence
 import numpy as np
 
 from covidjax.data.lists import CLASSES
-from covidjax.evaluation.metrics import compute_interval, compute_ranking, draw_resamples
+from covidjax.evaluation.metrics import compute_ranking, compute_share_interval
 
 PNEUMONIA, COVID19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
+
+
+def compute_patient_scores(
+    scores_NxK: np.ndarray, labels_N: np.ndarray, patients: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Returns how far each sick patient's slices speak for COVID-19 and against pneumonia.
+
+    Args:
+      scores_NxK: probabilities, or any scores of which the largest is the prediction.
+      labels_N: int labels of the slices; normal slices take no part.
+      patients: patient of each slice.
+
+    Returns:
+      For each of G sick patients the mean over the slices of (score of COVID-19 - score of pneumonia) [G], whether it
+      is COVID-19 [G], and the patient. A patient with slices of both classes comes twice.
+    """
+    sick = np.isin(labels_N, (PNEUMONIA, COVID19))
+    groups, members = np.unique(
+        np.array(
+            [f'{label}/{patient}' for label, patient in zip(labels_N[sick], np.asarray(patients)[sick], strict=True)],
+            dtype=str,
+        ),
+        return_inverse=True,
+    )
+    difference_N = scores_NxK[sick, COVID19] - scores_NxK[sick, PNEUMONIA]
+    # Rounded, so that sums in another order leave equal scores tied.
+    score_G = np.round(np.bincount(members, difference_N) / np.bincount(members), 12)
+    names = [group.split('/', 1) for group in groups]
+    return score_G, np.array([label == str(COVID19) for label, _ in names], bool), [patient for _, patient in names]
 
 
 def compute_patient_level(
@@ -15,41 +44,28 @@ def compute_patient_level(
 ) -> dict:
     """Compares a classifier's mean slice scores per sick patient with the truth.
 
-    A patient's score is the mean over the slices of (score of COVID-19 - score of pneumonia); above 0 is called
-    COVID-19. Normal slices take no part.
+    A patient whose score (see `compute_patient_scores`) is above 0 is called COVID-19.
 
     Args:
-      scores_NxK: probabilities, or any scores of which the largest is the prediction.
-      labels_N: int labels of the slices.
-      patients: patient of each slice.
+      scores_NxK, labels_N, patients: see `compute_patient_scores`.
       seed: of the resampling.
 
     Returns:
       {'accuracy', 'accuracy_interval', 'auc', 'auc_interval', 'num_pneumonia', 'num_covid19'}, None where the test
       split has no such patients.
     """
-    sick = np.isin(labels_N, (PNEUMONIA, COVID19))
-    groups, members = np.unique(
-        np.array(
-            [f'{label}/{patient}' for label, patient in zip(labels_N[sick], np.asarray(patients)[sick], strict=True)]
-        ),
-        return_inverse=True,
-    )
-    if not len(groups):
+    score_G, is_covid19_G, _ = compute_patient_scores(scores_NxK, labels_N, patients)
+    if not len(score_G):
         return dict.fromkeys(('accuracy', 'accuracy_interval', 'auc', 'auc_interval'), None) | {
             'num_pneumonia': 0,
             'num_covid19': 0,
         }
-    difference_N = scores_NxK[sick, COVID19] - scores_NxK[sick, PNEUMONIA]
-    # Rounded, so that sums in another order leave equal scores tied.
-    score_P = np.round(np.bincount(members, difference_N) / np.bincount(members), 12)
-    is_covid19_P = np.array([group.startswith(f'{COVID19}/') for group in groups])
-    right_P = (score_P > 0) == is_covid19_P
-    ranking = compute_ranking(score_P, is_covid19_P, groups, seed=seed)
-    resamples = draw_resamples(len(groups), seed=seed)
+    right_G = (score_G > 0) == is_covid19_G
+    each = np.arange(len(score_G))
+    ranking = compute_ranking(score_G, is_covid19_G, each, seed=seed)
     return {
-        'accuracy': float(right_P.mean()),
-        'accuracy_interval': compute_interval(resamples @ right_P / len(groups)),
+        'accuracy': float(right_G.mean()),
+        'accuracy_interval': compute_share_interval(right_G, each, seed=seed),
         'auc': ranking['auc'],
         'auc_interval': ranking['auc_interval'],
         'num_pneumonia': ranking['num_negative'],

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covidjax.models.attention import LINEAR_INIT, ImageAttention
+from covidjax.models.attention import LINEAR_INIT, NEED_GLOBAL_FEATURE, ImageAttention
 from covidjax.models.resnet import BLOCKS, ResNet, stage_features
 
 COMBINATIONS = ('concat', 'average')
@@ -34,15 +34,16 @@ class Att2(nn.Module):
     """ResNet with attention after its last two stages; with the defaults the paper's ResNet50-ATT2.
 
     The tail (`tail_blocks` stride-1 blocks after the last stage, averaged over the map) computes the global feature g.
-    Under 'additive' compatibility g cancels (see `attention.ImageAttention`), so that the tail is dead weight:
-    13,387,776 of the paper's parameters. It stays in the parameter tree (59 layers, parity, export), but is neither
-    computed nor are its batch statistics updated unless `full=True`; initialise with `full=True` to create it.
+    Under 'additive' compatibility g cancels (see `attention.ImageAttention`) and 'uniform' has no g, so that the tail
+    is dead weight: 13,387,776 of the paper's parameters. It stays in the parameter tree (59 layers, parity, export),
+    but is neither computed nor are its batch statistics updated unless `full=True`; initialise with `full=True` to
+    create it.
 
     Attributes:
       stage_sizes, width, block, stem: see `resnet.ResNet`.
       tail_blocks: number of blocks in the tail.
       num_classes: K.
-      compatibility: 'additive' (eq. 11), 'dot' (eq. 12) or 'tanh'.
+      compatibility: 'additive' (eq. 11), 'dot' (eq. 12), 'tanh' or 'uniform' (average pooling).
       combination: 'concat' (one classifier on both context vectors) or 'average' (one each, probabilities averaged).
     """
 
@@ -62,14 +63,16 @@ class Att2(nn.Module):
         Args:
           images_BxHxWx1: float32 in [-1, 1] (see `normalise`); repeated to three channels as for ImageNet weights.
           train: True uses and updates batch statistics (collection 'batch_stats').
-          full: True also computes what cannot change the output under 'additive'.
+          full: True also computes a tail that can not change the output.
         """
+        if self.combination not in COMBINATIONS:
+            raise ValueError(f'combination must be one of {COMBINATIONS}, got {self.combination!r}')
         x = jnp.repeat(images_BxHxWx1, 3, axis=-1)
         backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, name='backbone')
         *_, x1, x2 = backbone(x, train=train)
         features = stage_features(self.block, self.width, len(self.stage_sizes) - 1)
         g = None
-        if full or self.compatibility != 'additive':
+        if full or self.compatibility in NEED_GLOBAL_FEATURE:
             y = x2
             for i in range(self.tail_blocks):
                 y = BLOCKS[self.block](features, name=f'tail_{i}')(y, train=train)
@@ -84,14 +87,12 @@ class Att2(nn.Module):
         embedding = jnp.concatenate(contexts, axis=-1)
         if self.combination == 'concat':
             logits = nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(embedding)
-        elif self.combination == 'average':
+        else:
             log_p = [
                 nn.log_softmax(nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name=f'classifier{i + 1}')(context))
                 for i, context in enumerate(contexts)
             ]
             logits = jax.nn.logsumexp(jnp.stack(log_p), axis=0) - jnp.log(len(log_p))
-        else:
-            raise ValueError(f'combination must be one of {COMBINATIONS}, got {self.combination!r}')
         return Att2Outputs(logits, embedding, (maps[0], maps[1]))
 
 
@@ -102,4 +103,4 @@ def normalise(images: jax.Array) -> jax.Array:
 
 def is_dead(path: str, compatibility: str) -> bool:
     """Says whether the parameter at `path` ('tail_0/conv1/...') cannot change the output of `Att2`."""
-    return compatibility == 'additive' and path.startswith('tail_')
+    return compatibility not in NEED_GLOBAL_FEATURE and path.startswith('tail_')

@@ -4,32 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
-import numpy as np
 import safetensors
 import safetensors.numpy
 
 from covidjax.errors import UserError, compare_shapes, join_faults
+from covidjax.models.torch_names import from_torch, list_shapes
 
-_BATCH_NORM = {
-    ('params', 'scale'): 'weight',
-    ('params', 'bias'): 'bias',
-    ('batch_stats', 'mean'): 'running_mean',
-    ('batch_stats', 'var'): 'running_var',
-}
-
-
-def torchvision_name(collection: str, path: str) -> str:
-    """Returns torchvision's name of a backbone variable, e.g. 'layer1.0.downsample.0.weight'.
-
-    Args:
-      collection: 'params' or 'batch_stats'.
-      path: of the variable below 'backbone', e.g. 'layer1_0/downsample_conv/dense/kernel'.
-    """
-    *module, leaf = path.replace('/dense/', '/').split('/')
-    name = re.sub(r'^(layer\d)_(\d+)', r'\1.\2', '.'.join(module))
-    name = name.replace('downsample_conv', 'downsample.0').replace('downsample_bn', 'downsample.1')
-    return f'{name}.{"weight" if leaf == "kernel" else _BATCH_NORM[collection, leaf]}'
+# What a file may hold beside the backbone: torchvision's classifier, and the other parts of an exported slice model.
+_OTHER_PARTS = ('fc.', 'tail.', 'attention1.', 'attention2.', 'classifier')
 
 
 def find_weights(pretrained: str) -> Path:
@@ -61,9 +43,9 @@ def find_weights(pretrained: str) -> Path:
 
 
 def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns `variables` with every array of 'backbone' replaced by the file's.
+    """Returns `variables` with every array of 'backbone' replaced by the file's (see `torch_names`).
 
-    Convolutions turn from [out, in, h, w] into [h, w, in, out]. The file's classifier (`fc`) is not used.
+    The file's classifier is not used, nor are tail and attention of a file that `--mode=export` wrote.
 
     Raises:
       UserError: names or shapes of the file and of the backbone differ; all differences are listed.
@@ -72,26 +54,14 @@ def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'{path} is not a readable safetensors file: {error}') from error
-    flat = flax.traverse_util.flatten_dict(variables, sep='/')
-    wanted = {}
-    for key in flat:
-        collection, module, *rest = key.split('/')
-        if module == 'backbone':
-            wanted[torchvision_name(collection, '/'.join(rest))] = key
-    given = {}
-    for name, array in tensors.items():
-        if name.startswith('fc.') or name.endswith('num_batches_tracked'):
-            continue
-        if array.ndim == 4:
-            array = array.transpose(2, 3, 1, 0)
-            if array.shape[:2] == (1, 1):
-                array = array[0, 0]
-        given[name] = np.asarray(array, np.float32)
-    faults = compare_shapes(
-        {name: array.shape for name, array in given.items()}, {name: flat[key].shape for name, key in wanted.items()}
-    )
+    backbone = {name: {'backbone': variables[name]['backbone']} for name in variables}
+    given = {
+        name: tensor.shape
+        for name, tensor in tensors.items()
+        if not name.startswith(_OTHER_PARTS) and not name.endswith('num_batches_tracked')
+    }
+    faults = compare_shapes(given, list_shapes(backbone))
     if faults:
         raise UserError(f'{path} does not fit config.model: {join_faults(faults)}')
-    for name, key in wanted.items():
-        flat[key] = given[name]
-    return flax.traverse_util.unflatten_dict(flat, sep='/')
+    loaded = from_torch(tensors, backbone)
+    return {name: {**variables[name], **loaded[name]} for name in variables}

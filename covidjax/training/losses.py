@@ -23,8 +23,11 @@ def weighted_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns per example w_c * -log p_c [B] and w_c [B]; the loss of a set is the quotient of their sums.
 
-    The paper calls it "weighted binary cross-entropy"; its code computes this.
+    In the dtype of the logits, at least float32. The paper calls it "weighted binary cross-entropy"; its code computes
+    this.
     """
-    weights_B = jnp.asarray(class_weights, jnp.float32)[labels_B]
-    nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxK.astype(jnp.float32), labels_B)
+    logits_BxK = jnp.asarray(logits_BxK)
+    dtype = jnp.promote_types(logits_BxK.dtype, jnp.float32)
+    weights_B = jnp.asarray(class_weights, dtype)[labels_B]
+    nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxK.astype(dtype), labels_B)
     return weights_B * nll_B, weights_B

@@ -99,3 +99,18 @@ def test_shared_lesions(real_data):
     shares = np.array([s.lesion.mean() for s in slices])
     assert shares[0] == pytest.approx(0.355, abs=0.01)  # slices.csv says 0.3552
     assert all(s.lung is not None for s in slices)
+
+
+def test_phantom_masks_lie_in_the_frame_of_the_slices(tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:20, 20:40] = 255
+    for folder in ('lesion_masks', '2A_images'):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(mask).save(tmp_path / folder / 'b_0001.png')
+    box = (20, 10, 60, 30)  # its left upper quarter is lesion
+    rows = [lists.Row('a_0001.png', 0, box, 'a', 'a', 1), lists.Row('b_0001.png', 1, box, 'b', 'b', 1)]
+    (found,) = lesions.read_phantom_lesions(tmp_path, rows, 8)
+    assert (found.name, found.label) == ('b_0001.png', 1)
+    expected = np.zeros((8, 8), bool)
+    expected[:4, :4] = True
+    np.testing.assert_array_equal(found.lesion, expected)

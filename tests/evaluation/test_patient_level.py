@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
+from covidjax.evaluation.patient_level import compute_patient_level, compute_patient_scores, format_comparison
 
 
 def test_by_hand():
@@ -13,6 +13,15 @@ def test_by_hand():
     assert result['accuracy'] == pytest.approx(2 / 3)
     assert result['auc'] == 1.0  # b (-0.1) still above a (-0.3)
     assert (result['num_pneumonia'], result['num_covid19']) == (1, 2)
+
+
+def test_patient_scores_by_hand():
+    labels = np.array([2, 1, 0, 2, 1])
+    scores = np.array([[0, 0.1, 0.9], [0, 0.7, 0.3], [1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]])
+    score, is_covid19, patients = compute_patient_scores(scores, labels, ['a/1', 'b', 'n', 'a/1', 'a/1'])
+    np.testing.assert_allclose(score, [0, -0.4, 0.4])  # the patient a/1 has slices of both
+    assert is_covid19.tolist() == [False, False, True]
+    assert patients == ['a/1', 'b', 'a/1']
 
 
 def test_no_sick_patients():

@@ -3,11 +3,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
 from covidjax.models.att2 import COMBINATIONS, Att2, is_dead, normalise
-from covidjax.models.attention import COMPATIBILITIES
+from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
+from covidjax.training.optim import create_optimizer
+from covidjax.training.state import create_train_state
+from covidjax.training.step import train_step
 from tests.variables import draw_variables
 
 SMALL = functools.partial(Att2, stage_sizes=(1, 1, 1), width=8, block='basic', stem='small', tail_blocks=1)
@@ -88,44 +92,115 @@ def test_average_is_the_mean_of_probabilities(images):
     np.testing.assert_allclose(jax.nn.softmax(outputs.logits), sum(probabilities) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
-def test_tail_is_dead_under_additive_only(images, compatibility):
-    model = SMALL(compatibility=compatibility)
-    variables = draw_variables(model, images, train=False, full=True)
-
-    def compute_loss(params, images):
-        outputs = model.apply({**variables, 'params': params}, images, train=False, full=True)
-        return (outputs.logits**2).sum()
-
-    gradients = flatten_dict(jax.jit(jax.grad(compute_loss))(variables['params'], images), sep='/')
-    largest = max(float(jnp.abs(g).max()) for g in gradients.values())
-    tail = max(float(jnp.abs(g).max()) for path, g in gradients.items() if path.startswith('tail_'))
-    if compatibility == 'additive':
-        assert tail < 1e-6 * largest
-    else:
-        assert tail > 1e-6 * largest
-    assert {path for path in gradients if is_dead(path, compatibility)} == (
-        {path for path in gradients if path.startswith('tail_')} if compatibility == 'additive' else set()
+def split_tail(tree):
+    """Returns the arrays of the tail and all others, by path."""
+    flat = flatten_dict(tree, sep='/')
+    return tuple(
+        {path: leaf for path, leaf in flat.items() if path.startswith('tail_') == want} for want in (True, False)
     )
 
 
-def test_leaving_the_tail_out_changes_nothing(images):
-    model = SMALL()
+def assert_independent_of_the_tail(model, images):
+    """Checks that another tail gives the same logits and gradients, and that the tail gets no gradient."""
+    variables = draw_variables(model, images, train=False, full=True)
+    others = draw_variables(model, images, train=False, full=True, seed=1)
+    changed = {
+        **variables['params'],
+        **{name: part for name, part in others['params'].items() if name.startswith('tail_')},
+    }
+
+    @jax.jit
+    def differentiate(params, images):
+        def compute_loss(params):
+            logits = model.apply({**variables, 'params': params}, images, train=False, full=True).logits
+            return (logits**2).sum(), logits
+
+        return jax.grad(compute_loss, has_aux=True)(params)
+
+    gradients, logits = differentiate(variables['params'], images)
+    other_gradients, other_logits = differentiate(changed, images)
+    np.testing.assert_allclose(other_logits, logits, atol=1e-5 * np.abs(logits).max(), rtol=0)
+    dead, alive = split_tail(gradients)
+    _, other_alive = split_tail(other_gradients)
+    largest = max(np.abs(gradient).max() for gradient in alive.values())
+    for path, gradient in alive.items():
+        np.testing.assert_allclose(other_alive[path], gradient, atol=1e-5 * largest, rtol=0, err_msg=path)
+    for path, gradient in dead.items():
+        np.testing.assert_allclose(gradient, 0, atol=1e-6 * largest, err_msg=path)
+
+
+@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
+def test_nothing_depends_on_the_tail_unless_the_global_feature_is_needed(images, compatibility):
+    model = SMALL(compatibility=compatibility)
+    if compatibility in NEED_GLOBAL_FEATURE:
+        with pytest.raises(AssertionError):
+            assert_independent_of_the_tail(model, images)
+    else:
+        assert_independent_of_the_tail(model, images)
+
+
+@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
+def test_dead_parameters_are_those_of_the_tail(compatibility):
+    _, variables = init_shapes(SMALL(compatibility=compatibility), 32)
+    tail, _ = split_tail(variables['params'])
+    dead = {path for path in flatten_dict(variables['params'], sep='/') if is_dead(path, compatibility)}
+    assert dead == (set() if compatibility in NEED_GLOBAL_FEATURE else set(tail))
+
+
+@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
+def test_dead_tail_is_not_computed(images, compatibility):
+    model = SMALL(compatibility=compatibility)
+    variables = draw_variables(model, images, train=False, full=True)
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: np.full_like(leaf, np.nan) if path[1].key.startswith('tail_') else leaf, variables
+    )
+    logits = jax.jit(functools.partial(model.apply, train=False))(broken, images).logits
+    assert np.isnan(logits).any() == (compatibility in NEED_GLOBAL_FEATURE)
+
+
+@pytest.mark.parametrize('compatibility', ['additive', 'tanh'])
+def test_dead_tail_is_not_trained(compatibility):
+    model = SMALL(compatibility=compatibility)
+    optimizer = create_optimizer(
+        optax.constant_schedule(0.1),
+        weight_decay=0.5,
+        decay='decoupled',
+        is_frozen=functools.partial(is_dead, compatibility=compatibility),
+    )
+    variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
+    state = create_train_state(jax.tree.map(jnp.asarray, variables), optimizer, jax.random.key(0))
+
+    def forward(variables, images, _):
+        outputs, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        return outputs.logits, updates['batch_stats']
+
+    batch = {
+        'image': np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), dtype=np.uint8),
+        'label': np.array([0, 2], np.int32),
+        'mask': np.ones(2, np.float32),
+    }
+    step = functools.partial(
+        train_step, forward=forward, optimizer=optimizer, class_weights=(1.0, 1.0, 1.0), augmentation=None
+    )
+    new, _ = jax.jit(step)(state, batch)
+    for before, after in ((variables['params'], new.params), (variables['batch_stats'], new.batch_stats)):
+        for path, leaf in flatten_dict(before, sep='/').items():
+            is_still = np.array_equal(leaf, flatten_dict(after, sep='/')[path])
+            assert is_still == is_dead(path, compatibility), path
+    # Nor has it moments in the optimizer's state.
+    trained = [leaf for path, leaf in flatten_dict(new.params, sep='/').items() if not is_dead(path, compatibility)]
+    moments = [leaf for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trained)
+
+
+@pytest.mark.parametrize('compatibility', ['additive', 'uniform'])
+def test_leaving_the_tail_out_changes_nothing(images, compatibility):
+    model = SMALL(compatibility=compatibility)
     variables = draw_variables(model, images, train=False, full=True)
     full = jax.jit(functools.partial(model.apply, train=False, full=True))(variables, images)
     pruned = jax.jit(functools.partial(model.apply, train=False))(variables, images)
     tolerance = 1e-6 * np.abs(full.logits).max()
     np.testing.assert_allclose(pruned.logits, full.logits, atol=tolerance, rtol=0)
-
-
-def test_training_leaves_the_dead_tail_alone(images):
-    model = SMALL()
-    variables = draw_variables(model, images, train=False, full=True)
-    _, updates = jax.jit(functools.partial(model.apply, train=True, mutable=['batch_stats']))(variables, images)
-    before, after = (flatten_dict(v['batch_stats'], sep='/') for v in (variables, updates))
-    assert before.keys() == after.keys()
-    for path, value in before.items():
-        assert bool((value == after[path]).all()) == path.startswith('tail_'), path
 
 
 def test_normalise_maps_bytes_to_minus_one_and_one():

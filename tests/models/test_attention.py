@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covidjax.models.attention import COMPATIBILITIES, ImageAttention
+from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE, ImageAttention
 
 B, N, C, D = 2, 6, 5, 7
 
@@ -24,14 +24,19 @@ def test_equations_7_to_12(features, compatibility):
     x, g = features
     module = ImageAttention(compatibility, D)
     (context, attention), variables = module.init_with_output(jax.random.key(0), x, g)
-    w = np.asarray(variables['params']['W_p'])
-    u = np.asarray(variables['params']['u'])[:, 0] if compatibility != 'dot' else None
+    params = variables.get('params', {})
+    assert (
+        params.keys()
+        == {'additive': {'W_p', 'u'}, 'dot': {'W_p'}, 'tanh': {'W_p', 'u'}, 'uniform': set()}[compatibility]
+    )
+    w, u = np.asarray(params.get('W_p', np.zeros((C, D)))), np.asarray(params.get('u', np.zeros((D, 1))))[:, 0]
     for b in range(B):
         projected = [w.T @ x[b, i] for i in range(N)]
         score = {
             'additive': lambda p: u @ (p + g[b]),  # noqa: B023, called in this turn of the loop
             'dot': lambda p: p @ g[b],  # noqa: B023
             'tanh': lambda p: u @ np.tanh(p + g[b]),  # noqa: B023
+            'uniform': lambda p: 0.0,
         }[compatibility]
         expected = softmax(np.array([score(p) for p in projected]))
         np.testing.assert_allclose(attention[b], expected, atol=1e-6)
@@ -45,7 +50,7 @@ def test_no_projection_where_widths_agree(features):
 
 
 @pytest.mark.parametrize('compatibility', COMPATIBILITIES)
-def test_global_feature_cancels_under_additive_only(features, compatibility):
+def test_global_feature_cancels_where_it_is_not_needed(features, compatibility):
     x, g = features
     module = ImageAttention(compatibility, D)
     variables = module.init(jax.random.key(0), x, g)
@@ -55,12 +60,27 @@ def test_global_feature_cancels_under_additive_only(features, compatibility):
 
     change = np.abs(compute_context(g) - compute_context(3 * g + 1)).max()
     gradient = np.abs(jax.grad(lambda g: (compute_context(g) ** 2).sum())(g)).max()
-    if compatibility == 'additive':
-        assert change < 1e-5
-        assert gradient < 1e-5
-    else:
+    if compatibility in NEED_GLOBAL_FEATURE:
         assert change > 1e-2
         assert gradient > 1e-2
+    else:
+        assert change < 1e-5
+        assert gradient < 1e-5
+
+
+def test_additive_without_g_never_projects_the_features(features):
+    x, g = features
+    module = ImageAttention('additive', D)
+    variables = module.init(jax.random.key(0), x, g)
+    projected = f'f32[{B},{N},{D}]'
+    assert projected in str(jax.make_jaxpr(module.apply)(variables, x, g))
+    assert projected not in str(jax.make_jaxpr(lambda v, x: module.apply(v, x, None))(variables, x))
+
+
+def test_uniform_is_global_average_pooling(features):
+    context, attention = ImageAttention('uniform', D).apply({}, features[0], None)
+    np.testing.assert_allclose(context, features[0].mean(1), atol=1e-6)
+    np.testing.assert_allclose(attention, np.full((B, N), 1 / N), rtol=1e-6)
 
 
 def test_additive_without_g_equals_eq_11(features):
@@ -71,12 +91,14 @@ def test_additive_without_g_equals_eq_11(features):
         np.testing.assert_allclose(short, printed, atol=1e-6)
 
 
-@pytest.mark.parametrize('compatibility', ['dot', 'tanh'])
+@pytest.mark.parametrize('compatibility', NEED_GLOBAL_FEATURE)
 def test_others_need_g(features, compatibility):
     with pytest.raises(ValueError, match='needs the global feature'):
         ImageAttention(compatibility, D).init(jax.random.key(0), features[0], None)
 
 
-def test_unknown_compatibility(features):
-    with pytest.raises(ValueError, match="'cosine'"):
-        ImageAttention('cosine', D).init(jax.random.key(0), *features)
+@pytest.mark.parametrize('with_g', [True, False])
+def test_unknown_compatibility(features, with_g):
+    x, g = features
+    with pytest.raises(ValueError, match=r"must be one of .*'cosine'"):
+        ImageAttention('cosine', D).init(jax.random.key(0), x, g if with_g else None)

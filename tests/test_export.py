@@ -1,0 +1,116 @@
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from configs import att2, seq
+from covidjax import scan_experiment, slice_experiment
+from covidjax.errors import UserError
+from covidjax.export import export_run
+from covidjax.files import write_json
+from covidjax.models.pretrained import load_pretrained
+from covidjax.models.torch_names import from_torch
+from covidjax.training.workdir import save_config
+
+RESULTS = {'model': 'ResNet50-ATT2 (slices)', 'data': 'phantoms', 'notice': 'not patients'}
+
+
+def make_run(workdir, name):
+    """Makes the folder of a finished run; returns the variables that its checkpoint stands for."""
+    experiment, config = {'att2': (slice_experiment, att2), 'seq': (scan_experiment, seq)}[name]
+    config = config.get_config()
+    workdir.mkdir()
+    save_config(workdir, config)
+    write_json(workdir / 'results.json', RESULTS)
+    template = experiment.restore_best(config, types.SimpleNamespace(restore_best=lambda template: template))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), template)
+
+
+@pytest.mark.parametrize('name', ['att2', 'seq'])
+def test_there_and_back_is_exact(tmp_path, name, capsys):
+    variables = make_run(tmp_path / 'run', name)
+    path = tmp_path / 'model.safetensors'
+    export_run(tmp_path / 'run', path, lambda config, checkpoints: variables)
+    back = from_torch(safetensors.numpy.load_file(path), variables)
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    for before, after in zip(jax.tree.leaves(variables), jax.tree.leaves(back), strict=True):
+        assert np.asarray(before).tobytes() == after.tobytes()
+        assert before.dtype == after.dtype
+    assert str(path) in capsys.readouterr().out
+
+
+def test_metadata(tmp_path):
+    variables = make_run(tmp_path / 'run', 'att2')
+    path = tmp_path / 'model.safetensors'
+    metadata = export_run(tmp_path / 'run', path, lambda config, checkpoints: variables)
+    with safetensors.safe_open(path, 'numpy') as file:
+        assert file.metadata() == metadata
+    assert json.loads(metadata['classes']) == ['normal', 'pneumonia', 'covid19']
+    assert json.loads(metadata['config'])['model']['width'] == 8
+    assert metadata['notice'] == 'not patients'
+    # The normalisation is that of the model.
+    scale = json.loads(metadata['normalisation'])
+    grey = np.arange(256.0)
+    expected = slice_experiment.normalise(jnp.asarray(grey))
+    np.testing.assert_allclose((grey - scale['mean']) / scale['std'], expected, atol=1e-6)
+
+
+def test_another_run_can_start_from_its_backbone(tmp_path):
+    variables = make_run(tmp_path / 'run', 'att2')
+    export_run(tmp_path / 'run', tmp_path / 'model.safetensors', lambda config, checkpoints: variables)
+    other = jax.tree.map(jnp.zeros_like, variables)
+    loaded = load_pretrained(other, tmp_path / 'model.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, loaded['params']['backbone'], variables['params']['backbone'])
+    jax.tree.map(np.testing.assert_array_equal, loaded['params']['classifier'], other['params']['classifier'])
+
+
+def fail(config, checkpoints):
+    raise AssertionError('the checkpoint was read')
+
+
+@pytest.mark.parametrize('name', ['model.onnx', 'model', 'model.safetensors.gz'])
+def test_other_kinds_of_files(tmp_path, name):
+    make_run(tmp_path / 'run', 'att2')
+    with pytest.raises(UserError, match=r'must end in \.safetensors'):
+        export_run(tmp_path / 'run', tmp_path / name, fail)
+
+
+def test_missing_and_unfinished_runs(tmp_path):
+    with pytest.raises(UserError, match='not the workdir of a run'):
+        export_run(tmp_path / 'none', tmp_path / 'model.safetensors', fail)
+    make_run(tmp_path / 'run', 'att2')
+    (tmp_path / 'run' / 'results.json').unlink()
+    with pytest.raises(UserError, match='has not finished'):
+        export_run(tmp_path / 'run', tmp_path / 'model.safetensors', fail)
+
+
+def test_output_that_can_not_be_written(tmp_path):
+    variables = make_run(tmp_path / 'run', 'att2')
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'folder.safetensors').mkdir()
+    for output in ('none/model.safetensors', 'file/model.safetensors', 'folder.safetensors'):
+        with pytest.raises(UserError, match='can not write --output'):
+            export_run(tmp_path / 'run', tmp_path / output, lambda config, checkpoints: variables)
+    assert {path.name for path in tmp_path.iterdir()} == {'run', 'file', 'folder.safetensors'}
+
+
+def test_failure_keeps_the_old_file(tmp_path, monkeypatch):
+    variables = make_run(tmp_path / 'run', 'att2')
+    path = tmp_path / 'model.safetensors'
+    path.write_text('old')
+
+    def fill_disk(tensors, filename, metadata):
+        filename.write_text('half')
+        raise safetensors.SafetensorError('No space left on device')
+
+    monkeypatch.setattr(safetensors.numpy, 'save_file', fill_disk)
+    with pytest.raises(UserError, match='No space left'):
+        export_run(tmp_path / 'run', path, lambda config, checkpoints: variables)
+    assert path.read_text() == 'old'
+    assert {path.name for path in tmp_path.iterdir()} == {'run', 'model.safetensors'}

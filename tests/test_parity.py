@@ -1,0 +1,90 @@
+"""Parity with PyTorch: values that tests/goldens/make_torch_goldens.py computed with torch and torchvision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covidjax.models.attention import COMPATIBILITIES
+from tests.goldens import cases, compute
+
+
+@pytest.fixture(scope='module')
+def goldens():
+    with np.load(cases.GOLDENS) as file:
+        return dict(file)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_goldens_name_their_makers(goldens):
+    assert goldens['torch']
+    assert goldens['torchvision']
+    assert cases.GOLDENS.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize('array', [np.arange(1000.0), np.arange(60.0).reshape(3, 4, 5), np.array(2.0)])
+def test_a_changed_array_is_noticed(array):
+    golden = cases.condense(array)
+    assert cases.measure_error(array, golden) == 0
+    changed = array.copy()
+    changed.flat[7 % array.size] += 5  # not among the values that are kept of the first
+    assert cases.measure_error(changed, golden) > 1e-6
+
+
+def test_evaluation_at_224_pixels(goldens):
+    found = compute.compute_eval(full=True)
+    assert compute.measure(found, goldens, 'eval') < 1e-5
+    # Without the dead tail the outputs are the same.
+    pruned = compute.compute_eval(full=False)
+    assert found.keys() - pruned.keys() == {'stage5'}
+    for name in ('logits', 'embedding', 'attention1', 'attention2'):
+        tolerance = (1e-6 if name == 'logits' else 1e-5) * np.abs(found[name]).max()
+        np.testing.assert_allclose(pruned[name], found[name], atol=tolerance, rtol=0)
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('compatibility', compute.TRAIN_COMPATIBILITIES)
+def test_training_step(goldens, compatibility):
+    found = compute.compute_train(compatibility, jnp.float64)
+    assert compute.measure(found, goldens, f'train/{compatibility}') < 1e-8
+
+
+def test_sequence_classifier(goldens):
+    assert compute.measure(compute.compute_sequence(jnp.float32), goldens, 'sequence/float32') < 1e-5
+    with jax.enable_x64(True):
+        assert compute.measure(compute.compute_sequence(jnp.float64), goldens, 'sequence/float64') < 1e-8
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
+def test_attention(goldens, compatibility):
+    found = compute.compute_attention(compatibility)
+    assert compute.measure(found, goldens, f'attention/{compatibility}') < 1e-8
+
+
+@pytest.mark.usefixtures('float64')
+def test_weighted_loss(goldens):
+    assert compute.measure(compute.compute_loss_case(), goldens, 'loss') < 1e-8
+
+
+@pytest.mark.usefixtures('float64')
+def test_optimizers_over_ten_steps(goldens):
+    assert compute.measure(compute.compute_optimizers(), goldens, 'optimizer') < 1e-8
+
+
+@pytest.mark.parametrize('name', cases.AFFINES)
+def test_affine(goldens, name):
+    inside = goldens[f'affine/{name}/inside']
+    assert inside.mean() > 0.5
+    difference = np.abs(compute.compute_affine(name) - goldens[f'affine/{name}'])
+    assert difference[inside].max() < 1e-3
+
+
+@pytest.mark.parametrize('sigma', cases.BLUR_SIGMAS)
+def test_blur(goldens, sigma):
+    np.testing.assert_allclose(compute.compute_blur(sigma), goldens[f'blur/{sigma}'], atol=1e-3)
