@@ -227,10 +227,11 @@ def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any
     }
 
 
-def describe_training(history: Sequence[dict], min_delta: float) -> dict[str, Any]:
-    """Returns the part `training` of results.json."""
+def describe_training(history: Sequence[dict], min_delta: float, pretrained: str) -> dict[str, Any]:
+    """Returns the part `training` of results.json; `pretrained` is that of the section `model` of the slice model."""
     best_epoch = loop.find_best_epoch([entry['val_loss'] for entry in history], min_delta)
     return {
+        'pretrained': pretrained or 'none (from scratch)',
         'num_epochs': len(history),
         'best_epoch': best_epoch,
         'best_val_loss': history[best_epoch - 1]['val_loss'],

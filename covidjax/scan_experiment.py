@@ -264,7 +264,7 @@ def test(
             'file names only': baselines.compute_file_name_scores(selections['train'].whole, selections['test'].whole),
         }.items()
     }
-    training = experiment.describe_training(history, config.train.min_delta)
+    training = experiment.describe_training(history, config.train.min_delta, config.att2.model.pretrained)
     results = {
         **experiment.describe_data(config.data, data),
         'model': 'ResNet50-LSTM-ATT2 (scans)',

@@ -154,7 +154,7 @@ def test(
     majority_scores = baselines.compute_majority_scores(labels['train'], len(rows), len(CLASSES))
     scores = {'model': probabilities, 'thumbnail ridge': thumbnail_scores, 'majority class': majority_scores}
     metrics = {name: compute_metrics(labels['test'], s.argmax(-1), patients, CLASSES) for name, s in scores.items()}
-    training = experiment.describe_training(history, config.train.min_delta)
+    training = experiment.describe_training(history, config.train.min_delta, config.model.pretrained)
     results = {
         **experiment.describe_data(config.data, data),
         'model': 'ResNet50-ATT2 (slices)',
@@ -168,7 +168,7 @@ def test(
         'covid19_against_pneumonia_per_patient': {
             name: compute_patient_level(s, labels['test'], patients) for name, s in scores.items()
         },
-        'training': {'pretrained': config.model.pretrained or 'none (from scratch)', **training},
+        'training': training,
         'environment': experiment.describe_environment(),
     }
     write_predictions(workdir / 'predictions.csv', rows, probabilities)
