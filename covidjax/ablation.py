@@ -24,6 +24,7 @@ from covidjax.evaluation.predictions import softmax
 from covidjax.files import replace_file, write_json
 from covidjax.training.checkpoints import open_checkpoints
 from covidjax.training.config import check_config, flatten_config
+from covidjax.training.workdir import lock_workdir
 
 REFERENCE = 'additive-concat'  # the paper's; differences are taken from it, or from the first variant without it
 _TITLES = {
@@ -170,20 +171,18 @@ def format_report(comparison: dict[str, Any]) -> str:
     lines = [
         '# Ablation of the attention',
         '',
-        f'{len(comparison["seeds"])} seeds ({", ".join(map(str, comparison["seeds"]))}), equal budget, best epoch by '
-        f'validation loss. Test split: {counts["slices"]:,} slices of {counts["patients"]} patients, '
-        f'{counts["lesion_slices"]:,} slices with a known lesion. Each cell: mean over the seeds, 95 % interval over '
-        'seeds (Student), 95 % interval over patients (bootstrap). Localisation is that of the geometric mean of both '
-        'attention maps.',
+        f'Seeds {", ".join(map(str, comparison["seeds"]))}, equal budget, best epoch by validation loss. Test split: '
+        f'{counts["slices"]:,} slices of {counts["patients"]} patients, {counts["lesion_slices"]:,} of them with a '
+        'known lesion. Each cell: mean over the seeds, 95 % interval over seeds (Student), 95 % interval over patients '
+        '(bootstrap). Localisation is that of the geometric mean of both attention maps.',
         *([f'Data: {comparison["notice"]}.'] if comparison['notice'] else []),
         '',
         format_table({**comparison['variants'], **comparison['references']}),
         '',
-        f'Difference to {comparison["reference"]}, paired by seed and patient:',
-        '',
-        format_table(comparison['differences']),
-        '',
     ]
+    if comparison['differences']:
+        lines += [f'Difference to {comparison["reference"]}, paired by seed and patient:', '']
+        lines += [format_table(comparison['differences']), '']
     return '\n'.join(lines)
 
 
@@ -192,6 +191,15 @@ def compare(
 ) -> dict[str, Any]:
     """Trains what is missing, compares all runs and writes ablation.json and ablation.md.
 
+    Args:
+      base: config of the slice experiment; its seed, compatibility and combination are those of no run.
+      seeds, compatibilities, combinations: every triple of them is a run.
+      output: created if absent; the workdir of a run is <output>/<compatibility>-<combination>/seed<seed>.
+
+    Returns:
+      The content of ablation.json: by variant and figure (see `estimate`) the dicts of `over_seeds.summarise`, the same
+      for 'references' that know nothing of the slice, and the 'differences' to one variant.
+
     Raises:
       UserError: bad config, data or folder.
     """
@@ -199,16 +207,16 @@ def compare(
     runs = {(variant, seed): create_config(base, *variant.split('-'), seed) for variant in variants for seed in seeds}
     for config in runs.values():
         check_config(config)
-    data = experiment.load_data(base.data, output)
-    rows = data.rows['test']
-    raw_dir = experiment.get_raw_dir(base.data, output)
-    lesions = read_phantom_lesions(raw_dir, rows, base.data.image_size)  # none where there are no masks
     outcomes = {}
-    for i, ((variant, seed), config) in enumerate(runs.items(), start=1):
-        workdir = output / variant / f'seed{seed}'
-        log.info('run %d of %d: %s', i, len(runs), workdir)
-        baselines = slice_experiment.train(config, workdir, data)['baselines']  # the same in all runs
-        outcomes[variant, seed] = predict(config, data, workdir, lesions)
+    with lock_workdir(output):
+        data = experiment.load_data(base.data, output)
+        rows = data.rows['test']
+        lesions = read_phantom_lesions(data.raw_dir, rows, base.data.image_size)  # none where there are no masks
+        for i, ((variant, seed), config) in enumerate(runs.items(), start=1):
+            workdir = output / variant / f'seed{seed}'
+            log.info('run %d of %d: %s', i, len(runs), workdir)
+            baselines = slice_experiment.train(config, workdir, data)['baselines']  # the same in all runs
+            outcomes[variant, seed] = predict(config, data, workdir, lesions)
 
     resamples = draw_resamples(len({row.patient for row in rows}), seed=0)
     figures = {}

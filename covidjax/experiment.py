@@ -81,9 +81,10 @@ def evaluate(
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     """Prepares the slices of the raw directory, or of phantoms written to the workdir where none is named."""
-    raw_dir = get_raw_dir(config, workdir)
+    raw_dir = Path(config.raw_dir).expanduser()  # no shell expands a ~ after a colon
     if not config.raw_dir:
         log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
+        raw_dir = workdir / 'phantoms'
         phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
     data = covidx_ct.prepare(
         raw_dir, image_size=config.image_size, prepared_dir=config.prepared_dir, skip_bad=config.skip_bad
@@ -94,12 +95,6 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     for split, rows in data.rows.items():
         log.info('%s: %s', split, format_counts([row.label for row in rows]))
     return data
-
-
-def get_raw_dir(config: ConfigDict, workdir: Path) -> Path:
-    """Returns the raw directory: the named one, or that of the phantoms of this workdir."""
-    # No shell expands a ~ after a colon.
-    return Path(config.raw_dir).expanduser() if config.raw_dir else workdir / 'phantoms'
 
 
 def count_classes(labels: Sequence[int]) -> dict[str, int]:
@@ -232,10 +227,11 @@ def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any
     }
 
 
-def describe_training(history: Sequence[dict], min_delta: float) -> dict[str, Any]:
-    """Returns the part `training` of results.json."""
+def describe_training(history: Sequence[dict], min_delta: float, pretrained: str) -> dict[str, Any]:
+    """Returns the part `training` of results.json; `pretrained` is that of the section `model` of the slice model."""
     best_epoch = loop.find_best_epoch([entry['val_loss'] for entry in history], min_delta)
     return {
+        'pretrained': pretrained or 'none (from scratch)',
         'num_epochs': len(history),
         'best_epoch': best_epoch,
         'best_val_loss': history[best_epoch - 1]['val_loss'],

@@ -271,7 +271,7 @@ def test(
         'file names only': baselines.compute_file_name_scores(whole['train'], whole['test'], per_slice=False),
         'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in chosen['test']]),
     }
-    training = experiment.describe_training(history, config.train.min_delta)
+    training = experiment.describe_training(history, config.train.min_delta, config.att2.model.pretrained)
     results = {
         **experiment.describe_data(config.data, data),
         'model': 'ResNet50-LSTM-ATT2 (scans)',
@@ -290,11 +290,7 @@ def test(
             CLASSES,
             train_shares_K=np.bincount(labels['train'], minlength=len(CLASSES)) / len(labels['train']),
         ),
-        'slice_attention': None
-        if config.data.raw_dir
-        else scan_report.score_slice_attention(
-            chosen['test'], data, predictions['test'].attention, experiment.get_raw_dir(config.data, workdir)
-        ),
+        'slice_attention': scan_report.score_slice_attention(chosen['test'], data, predictions['test'].attention),
         'scan_level': scan_level,
         'scans': {
             'min_slices': config.data.min_slices,

@@ -1,7 +1,6 @@
 """The part of a scan run's report that shows scans: their slices, attention over them, what it is worth, mistakes."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,18 @@ _NUM_MISTAKES = 9
 
 
 def score_slice_attention(
-    scans: Sequence[Scan], data: covidx_ct.Prepared, attention: Sequence[np.ndarray], phantom_dir: Path
-) -> dict[str, dict]:
-    """Returns `localisation.score_slice_attention` of the sick test scans of phantoms, whose lesions are known.
+    scans: Sequence[Scan], data: covidx_ct.Prepared, attention: Sequence[np.ndarray]
+) -> dict[str, dict] | None:
+    """Returns `localisation.score_slice_attention` of phantoms, whose lesions are known; None of other data.
 
     Args:
       scans: M test scans.
-      data: of phantoms.
+      data: with the test slices.
       attention: per scan [T].
-      phantom_dir: their raw directory.
     """
-    rows, masks = data.rows['test'], phantom_dir / phantom.MASK_FOLDER
+    rows, masks = data.rows['test'], data.raw_dir / phantom.MASK_FOLDER
+    if not masks.is_dir():
+        return None
     shows_lesion = [np.array([(masks / rows[record].file).exists() for record in scan.records]) for scan in scans]
     return localisation.score_slice_attention(attention, shows_lesion)
 

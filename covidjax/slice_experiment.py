@@ -174,7 +174,7 @@ def test(
       pneumonia against COVID-19 per patient, curves, `screening.evaluate_rules` and the scores of explanations.
     """
     start = time.perf_counter()
-    lesions = load_lesions(config.data, data, workdir, lesions_dir)
+    lesions = load_lesions(data, config.data.image_size, lesions_dir)
     model, variables = create_model(config.model), restore_best(config, checkpoints)
     predict = create_predictor(model, data, config.train.batch_size)
     logits = {split: predict(variables, split) for split in ('val', 'test')}
@@ -194,7 +194,7 @@ def test(
         'thumbnail ridge': thumbnail_scores,
     }
     metrics = {name: compute_metrics(labels['test'], s.argmax(-1), patients, CLASSES) for name, s in scores.items()}
-    training = experiment.describe_training(history, config.train.min_delta)
+    training = experiment.describe_training(history, config.train.min_delta, config.model.pretrained)
     results = {
         **experiment.describe_data(config.data, data),
         'model': 'ResNet50-ATT2 (slices)',
@@ -215,7 +215,7 @@ def test(
             train_shares_K=np.bincount(labels['train'], minlength=len(CLASSES)) / len(labels['train']),
         ),
         'explanations': slice_report.score_explanations(model, variables, data, lesions, occlusion=occlusion),
-        'training': {'pretrained': config.model.pretrained or 'none (from scratch)', **training},
+        'training': training,
         'environment': experiment.describe_environment(),
     }
     write_predictions(workdir / 'predictions.csv', rows, probabilities)
@@ -247,15 +247,11 @@ def test(
     return results
 
 
-def load_lesions(
-    config: ConfigDict, data: covidx_ct.Prepared, workdir: Path, lesions_dir: Path | None
-) -> list[LesionSlice]:
+def load_lesions(data: covidx_ct.Prepared, image_size: int, lesions_dir: Path | None) -> list[LesionSlice]:
     """Returns slices with outlined lesions: those of a named folder, else the test phantoms', else none."""
     if lesions_dir is not None:
-        return read_lesion_folder(lesions_dir, config.image_size)
-    if config.raw_dir:
-        return []
-    return read_phantom_lesions(experiment.get_raw_dir(config, workdir), data.rows['test'], config.image_size)
+        return read_lesion_folder(lesions_dir, image_size)
+    return read_phantom_lesions(data.raw_dir, data.rows['test'], image_size)
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:

@@ -30,7 +30,6 @@ def test_comparison_of_tiny_runs(tmp_path):
     )
     config = create_tiny_config(raw_dir)
     config.unlock().data.prepared_dir = str(tmp_path / 'prepared')
-    output.mkdir()
     comparison = compare(config, [0], ['uniform'], ['concat'], output)
     assert json.loads((output / 'ablation.json').read_text()) == comparison
     assert comparison['test']['patients'] == 3

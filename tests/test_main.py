@@ -175,6 +175,7 @@ def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tm
     results = json.loads((workdir / 'results.json').read_text())
     level = results['scan_level']
     assert results['num_examples'] == 6
+    assert results['training']['pretrained'] == 'none (from scratch)'
     assert level['vote']['num_examples'] == 6
     assert level['sequence']['confusion_matrix'] == results['confusion_matrix']
     assert level['short_scans']['num_scans'] <= 6

@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import filelock
@@ -161,6 +162,7 @@ class Prepared(NamedTuple):
     """A dataset on disk, open for reading.
 
     Attributes:
+      raw_dir: where the lists and images lie.
       version: '1', '2A' or '3A'.
       fingerprint: sha256, in hex, of the lists and of the settings of the preparation.
       path: folder of the record files.
@@ -169,6 +171,7 @@ class Prepared(NamedTuple):
       dropped: file and reason of each image that is listed but was missing or unreadable.
     """
 
+    raw_dir: Path
     version: str
     fingerprint: str
     path: str
@@ -204,14 +207,14 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
         for config in configs:
             builder = CovidxCt(config=config, data_dir=data_dir)
             if builder.is_prepared():
-                return _open(builder, version, rows)
+                return _open(builder, raw_dir, version, rows)
         config_dir = os.path.join(data_dir, CovidxCt.name, configs[0].name)
         with _report_write_errors(config_dir), _lock(config_dir):
             # Only now: a builder looks at the disk when it is made, and another process may just have written.
             builder = CovidxCt(config=configs[0], data_dir=data_dir)
             if not builder.is_prepared():
                 _write(builder, os.path.abspath(raw_dir))
-        return _open(builder, version, rows)
+        return _open(builder, raw_dir, version, rows)
 
 
 def _create_config(version: str, rows: Mapping, image_size: int, skip_bad: bool) -> CovidxCtConfig:
@@ -238,7 +241,7 @@ def _write(builder: CovidxCt, raw_dir: str) -> None:
         loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
-def _open(builder: CovidxCt, version: str, rows: Mapping[str, list[lists.Row]]) -> Prepared:
+def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list[lists.Row]]) -> Prepared:
     try:
         _check_sizes(builder)
         bad = {(split, file): reason for split, file, reason in builder.info.metadata['dropped']}
@@ -254,7 +257,7 @@ def _open(builder: CovidxCt, version: str, rows: Mapping[str, list[lists.Row]]) 
         log.warning('%d images were dropped when %s was prepared', len(bad), builder.data_dir)
     dropped = [(file, reason) for (_, file), reason in bad.items()]
     fingerprint = builder.builder_config.fingerprint
-    return Prepared(version, fingerprint, builder.data_dir, _drop_rows(rows, bad), sources, dropped)
+    return Prepared(Path(raw_dir), version, fingerprint, builder.data_dir, _drop_rows(rows, bad), sources, dropped)
 
 
 def _check_sizes(builder: CovidxCt) -> None:

@@ -94,10 +94,10 @@ def _read_row(folder: Path, row: dict[str, str | None], size: int) -> LesionSlic
 
 
 def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int) -> list[LesionSlice]:
-    """Returns those of a phantom dataset's rows that show a lesion.
+    """Returns those of a phantom dataset's rows that show a lesion; none of a dataset without masks.
 
     Args:
-      raw_dir: of `phantom.write_phantoms`.
+      raw_dir: of `phantom.write_phantoms`, or any other.
       rows: of one of its lists.
       size: side of the slices for the networks, pixels.
     """
