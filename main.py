@@ -7,10 +7,14 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
-it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
+it stopped; SIGTERM and Ctrl-C save after the next step. All devices of a host are used; to use several hosts, start the
+command on each of them with --coordinator. Any field of a config can be set: --config.train.batch_size=16 (the fields
+are in the config's file).
 """
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +31,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/<name of the config>.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator',
+    None,
+    "For a run of several processes: host:port of the first, or 'auto' under Slurm, Open MPI, Cloud TPU or GKE.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes run; with --coordinator=host:port.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0; with --coordinator=host:port.')
 
 
 def main(argv: list[str]) -> None:
@@ -38,8 +49,12 @@ def main(argv: list[str]) -> None:
     logging.getLogger('covidjax').setLevel(logging.INFO)
     # jax is imported only now that the flags are right.
     from covidjax import scan_experiment, slice_experiment
+    from covidjax.training import compilation, hosts
     from covidjax.training.workdir import load_config
 
+    compilation.use_compilation_cache()
+    if _COORDINATOR.value is not None:
+        hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     experiments = {'att2': slice_experiment, 'seq': scan_experiment}
     if _MODE.value == 'train':
         config = _CONFIG.value
@@ -55,12 +70,30 @@ def main(argv: list[str]) -> None:
 
 def run_main(argv: list[str]) -> None:
     """Runs main; a user's mistake is one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is a Ctrl-C
     try:
         main(argv)
     except UserError as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted: the same command goes on after the last finished epoch')
+        end(f'error: {error}')
+    except KeyboardInterrupt as interrupt:
+        saved = str(interrupt)  # said by the training loop, where all processes stop together
+        message = f'interrupted: {saved or "nothing new was saved"}; the same command goes on from the last checkpoint'
+        sys.exit(message) if saved else end(message)
+    except Exception as error:
+        from covidjax.training.hosts import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        end('error: another process of the run is gone; the same commands go on from the last checkpoint')
+
+
+def end(message: str) -> None:
+    """Ends the process with a line on stderr and exit status 1."""
+    if _COORDINATOR.value is None:
+        sys.exit(message)
+    # The others shall see this process gone; an orderly exit would first wait for them.
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -23,7 +23,8 @@ from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
-from covidjax.training.devices import create_shardings
+from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.hosts import is_first
 from covidjax.training.workdir import save_config
 
 
@@ -79,7 +80,7 @@ def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, 
 
 @functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share one compilation
 def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-    return model.apply(variables, normalise(batch['image']), train=False).logits
+    return replicate(model.apply(variables, normalise(batch['image']), train=False).logits)
 
 
 def create_predictor(
@@ -87,11 +88,11 @@ def create_predictor(
 ) -> Callable[[dict[str, Any], str], np.ndarray]:
     """Returns (variables, split) -> logits of the split's slices [N, K] in evaluation mode."""
     apply = functools.partial(_apply, model)
-    batch_sharding, _ = create_shardings()
+    batch_size = pad_batch_size(batch_size)
 
     def predict(variables, split):
-        batches = load_eval_batches(data.sources[split], batch_size=batch_size)
-        return compute_logits(apply, variables, batches, batch_sharding)
+        batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
+        return compute_logits(apply, variables, map(place_batch, batches), len(data.sources[split]))
 
     return predict
 
@@ -103,8 +104,20 @@ def fit(
     model = create_model(config.model)
     predict = create_predictor(model, data, config.train.batch_size)
 
+    trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
+    rows = data.rows['train']
+
+    def load_batches(first_step, shard):
+        return load_train_batches(
+            data.sources['train'],
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=first_step,
+            shard=shard,
+        )
+
     def forward(variables, images, _):
-        outputs, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        outputs, updates = trained.apply(variables, images, train=True, mutable=['batch_stats'])
         return outputs.logits, updates['batch_stats']
 
     return experiment.fit(
@@ -114,11 +127,10 @@ def fit(
         load_weights=lambda variables: variables if weights is None else load_pretrained(variables, weights),
         forward=forward,
         is_frozen=functools.partial(is_dead, compatibility=config.model.compatibility),
-        load_batches=lambda first_step: load_train_batches(
-            data.sources['train'], batch_size=config.train.batch_size, seed=config.seed, first_step=first_step
-        ),
+        load_batches=lambda first_step: load_batches(first_step, get_shard()),
+        name_batch=lambda step: [rows[i].file for i in next(load_batches(step, (0, 1)))['index']],
         compute_val_logits=lambda variables: predict(variables, 'val'),
-        train_labels=[row.label for row in data.rows['train']],
+        train_labels=[row.label for row in rows],
         val_labels=[row.label for row in data.rows['val']],
         steps_per_epoch=config.train.steps_per_epoch,
         checkpoints=checkpoints,
@@ -141,11 +153,13 @@ def test(
 
     Returns:
       The content of results.json: what was run, `compute_metrics` of the test slices, the baselines on the same slices,
-      and pneumonia against COVID-19 per patient.
+      and pneumonia against COVID-19 per patient. Of several processes only the first writes and returns it.
     """
     start = time.perf_counter()
     predict = create_predictor(create_model(config.model), data, config.train.batch_size)
     probabilities = softmax(predict(restore_best(config, checkpoints), 'test'))
+    if not is_first():
+        return {}
     rows = data.rows['test']
     labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
     patients = [row.patient for row in rows]

@@ -55,5 +55,5 @@ class ImageAttention(nn.Module):
                 scores_BxN = jnp.tanh(p_BxNxD + g_Bx1xD) @ u_D
             else:
                 raise ValueError(f'compatibility must be one of {COMPATIBILITIES}, got {self.compatibility!r}')
-        attention_BxN = nn.softmax(scores_BxN.astype(jnp.float32))
+        attention_BxN = nn.softmax(scores_BxN.astype(jnp.promote_types(scores_BxN.dtype, jnp.float32)))
         return jnp.einsum('bn,bnc->bc', attention_BxN, x_BxNxC), attention_BxN

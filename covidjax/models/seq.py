@@ -30,11 +30,12 @@ class SeqOutputs(NamedTuple):
 
 
 def masked_softmax(scores_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """Returns the softmax over the positions where the mask is True, in float32, and 0 elsewhere.
+    """Returns the softmax over the positions where the mask is True, in float32 at least, and 0 elsewhere.
 
     Every row needs one such position.
     """
-    return nn.softmax(jnp.where(mask_BxT, scores_BxT.astype(jnp.float32), -jnp.inf), axis=-1)
+    scores_BxT = scores_BxT.astype(jnp.promote_types(scores_BxT.dtype, jnp.float32))
+    return nn.softmax(jnp.where(mask_BxT, scores_BxT, -jnp.inf), axis=-1)
 
 
 class GlobalAttention(nn.Module):
@@ -69,8 +70,9 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns logits [B, K] and attentions [B, T]; positions from lengths_B on have no influence."""
-        forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, name='forward'))
-        backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, name='backward'))
+        dtype = jnp.result_type(float)  # of the parameters and the carry: float64 only under jax_enable_x64
+        forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='forward'))
+        backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='backward'))
         h_BxTxH = nn.Bidirectional(forward, backward)(x_BxTxE, seq_lengths=lengths_B)
         context_BxH, attention_BxT = GlobalAttention(name='attention')(h_BxTxH, lengths_B)
         return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT

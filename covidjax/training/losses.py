@@ -26,5 +26,6 @@ def weighted_cross_entropy(
     The paper calls it "weighted binary cross-entropy"; its code computes this.
     """
     weights_B = jnp.asarray(class_weights, jnp.float32)[labels_B]
-    nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxK.astype(jnp.float32), labels_B)
+    logits_BxK = logits_BxK.astype(jnp.promote_types(logits_BxK.dtype, jnp.float32))
+    nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxK, labels_B)
     return weights_B * nll_B, weights_B
