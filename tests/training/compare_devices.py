@@ -20,7 +20,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 5
-BATCH_SIZE = 8
+BATCH_SIZE = int(os.environ.get('BATCH', 8))
 NUM_EVALUATED = 13  # divides over no number of devices
 
 
@@ -45,6 +45,13 @@ def create_case(name):
         return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
 
     return model, forward, is_extractor, 16
+
+
+def draw_images(rng, shape):
+    """Draws images of 4 x 4 fields of grey: under white noise they all look alike to the last layers, whose BatchNorm
+    then blows up rounding errors."""
+    fields = rng.integers(0, 256, (shape[0], 4, 4, shape[3]), dtype=np.uint8)
+    return fields.repeat(shape[1] // 4, 1).repeat(shape[2] // 4, 2)
 
 
 def train(case, dtype, parallelism, accumulation_steps, output, coordinator, num_processes, process_id):
@@ -77,7 +84,7 @@ def train(case, dtype, parallelism, accumulation_steps, output, coordinator, num
 
     flags.FLAGS.mark_as_parsed()  # grain asks for them
     model, forward, is_frozen, num_slices = create_case(case)
-    size = 32
+    size = int(os.environ.get('SIZE', 32))
     images = jnp.zeros((1, size, size, num_slices or 1))
     variables = (
         draw_variables(model, images, jnp.ones(1, jnp.int32))
@@ -106,7 +113,7 @@ def train(case, dtype, parallelism, accumulation_steps, output, coordinator, num
     results = {}
     for k in range(NUM_STEPS):
         batch = {
-            'image': rng.integers(0, 256, (BATCH_SIZE, size, size, num_slices or 1), dtype=np.uint8),
+            'image': draw_images(rng, (BATCH_SIZE, size, size, num_slices or 1)),
             'label': rng.integers(0, 3, BATCH_SIZE, dtype=np.int32),
             'length': rng.integers(1, 17, BATCH_SIZE, dtype=np.int32),
             'mask': np.float32(np.arange(BATCH_SIZE) < BATCH_SIZE - k),
