@@ -10,6 +10,7 @@ run that was stopped between an epoch's last update and its validation goes on.
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,22 @@ def _list_finished(manager: ocp.CheckpointManager) -> list[int]:
 
 
 def _save(manager: ocp.CheckpointManager, number: int, arguments: ocp.args.Composite) -> None:
-    manager.save(number, args=arguments)
+    with _quiet_writers():
+        manager.save(number, args=arguments)
     if jax.process_index() == 0:
         write_digests(_get_folder(manager, number))
+
+
+@contextlib.contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Keeps orbax's threads from printing and logging the traceback of an error that `save` raises."""
+    logger = logging.getLogger('absl')
+    before = threading.excepthook, logger.disabled
+    threading.excepthook, logger.disabled = lambda _: None, True
+    try:
+        yield
+    finally:
+        threading.excepthook, logger.disabled = before
 
 
 def _list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
