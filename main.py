@@ -9,10 +9,14 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --mode=export --workdir=/tmp/run --output=model.safetensors     write it for PyTorch
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
-it stopped. Any field of a config can be set: --config.train.batch_size=16 (the fields are in the config's file).
+it stopped; SIGTERM and Ctrl-C save after the next step. All devices of a host are used; to use several hosts, start the
+command on each of them with --coordinator. Any field of a config can be set: --config.train.batch_size=16 (the fields
+are in the config's file).
 """
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +40,13 @@ _LESIONS = flags.DEFINE_string(
 _OCCLUSION = flags.DEFINE_bool(
     'occlusion', False, 'Score occlusion maps too (slow), for --mode=evaluate of a slice run.'
 )
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator',
+    None,
+    "For a run of several processes: host:port of the first, or 'auto' under Slurm, Open MPI, Cloud TPU or GKE.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes run; with --coordinator=host:port.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0; with --coordinator=host:port.')
 
 
 # Each mode imports what it needs once the flags are right; an audit needs no jax.
@@ -43,11 +54,12 @@ _OCCLUSION = flags.DEFINE_bool(
 
 def run_training() -> None:
     """Runs the experiment of --config."""
-    from covidjax import scan_experiment, slice_experiment
-
     config = _CONFIG.value
     if config is None:
         raise UserError('--config is required, e.g. --config=configs/att2.py (python main.py --help)')
+    start_jax()
+    from covidjax import scan_experiment, slice_experiment
+
     experiments = {'att2': slice_experiment, 'seq': scan_experiment}
     if config.name not in experiments:
         raise UserError(f'config.name={config.name} is no experiment: {", ".join(experiments)}')
@@ -56,10 +68,11 @@ def run_training() -> None:
 
 def run_evaluation() -> None:
     """Tests the best model of --workdir again."""
+    workdir = get_workdir()
+    start_jax()
     from covidjax import scan_experiment, slice_experiment
     from covidjax.training.workdir import load_config
 
-    workdir = get_workdir()
     if load_config(workdir).name == 'att2':
         lesions_dir = None if _LESIONS.value is None else Path(_LESIONS.value)
         slice_experiment.evaluate(workdir, lesions_dir, occlusion=_OCCLUSION.value)
@@ -98,6 +111,15 @@ def get_workdir() -> Path:
     return Path(_WORKDIR.value)
 
 
+def start_jax() -> None:
+    """Turns on the compilation cache and connects the processes of a run; before anything is computed."""
+    from covidjax.training import compilation, hosts
+
+    compilation.use_compilation_cache()
+    if _COORDINATOR.value is not None:
+        hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+
+
 MODES = {'train': run_training, 'evaluate': run_evaluation, 'audit': run_audit, 'export': run_export}
 _MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
 
@@ -114,12 +136,32 @@ def main(argv: list[str]) -> None:
 
 def run_main(argv: list[str]) -> None:
     """Runs main; a user's mistake is one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is a Ctrl-C
     try:
         main(argv)
     except UserError as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted: the same command goes on after what was finished')
+        end(f'error: {error}')
+    except KeyboardInterrupt as interrupt:
+        saved = str(interrupt)  # said by the training loop, where all processes stop together
+        message = f'interrupted: {saved or "nothing new was saved"}; the same command goes on from there'
+        sys.exit(message) if saved else end(message)
+    except Exception as error:
+        if _COORDINATOR.value is None:
+            raise
+        from covidjax.training.hosts import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        end('error: another process of the run is gone; the same commands go on from the last checkpoint')
+
+
+def end(message: str) -> None:
+    """Ends the process with a line on stderr and exit status 1."""
+    if _COORDINATOR.value is None:
+        sys.exit(message)
+    # The others shall see this process gone; an orderly exit would first wait for them.
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

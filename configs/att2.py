@@ -42,6 +42,10 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.weight_decay = 0.0
     train.decay = 'decoupled'  # 'decoupled' (AdamW) or 'l2' (in the gradient)
     train.augment = True  # flips, blur and affine of section IV-B
+    train.dtype = 'float32'  # of activations: 'float32' or 'bfloat16'; parameters and sums stay float32
+    train.accumulation_steps = 1  # parts of a batch that go through the model one after the other, to save memory
+    train.parallelism = 'jit'  # over devices: 'jit' (the compiler divides the batch) or 'pmap'
+    train.checkpoint_steps = 0  # steps between checkpoints within an epoch; 0: at the end of epochs only
 
     if not raw_dir:
         data.image_size = 64

@@ -12,18 +12,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import covidjax
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.augment import AugmentOptions
 from covidjax.data.lists import CLASSES
-from covidjax.errors import UserError
-from covidjax.files import write_json
+from covidjax.errors import join_faults
+from covidjax.files import report_full_disk, write_json
 from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import check_config
-from covidjax.training.devices import create_shardings
+from covidjax.training.devices import check_batch_size, compile_step, create_shardings, place_batch, place_state
+from covidjax.training.hosts import is_first
 from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
 from covidjax.training.optim import create_optimizer, create_schedule
 from covidjax.training.state import TrainState, create_train_state
@@ -47,7 +49,7 @@ def run(
       UserError: bad config; the workdir can't be written, is in use, or was made by another config.
     """
     check_config(config)
-    with lock_workdir(workdir):
+    with lock_workdir(workdir), report_full_disk(workdir):
         check_workdir(workdir, config)
         results_path = workdir / 'results.json'
         if results_path.exists():
@@ -55,7 +57,8 @@ def run(
             results = json.loads(results_path.read_text())
         else:
             results = execute()
-    print(format_summary(results, workdir))
+    if is_first():
+        print(format_summary(results, workdir))
     return results
 
 
@@ -70,12 +73,13 @@ def evaluate(
       UserError: the folder is not the workdir of a run with a finished epoch, or its data are gone.
     """
     config = load_config(workdir)
-    with lock_workdir(workdir):
+    with lock_workdir(workdir), report_full_disk(workdir):
         history = loop.read_history(workdir)
         data = load_data(config.data, workdir)
         with open_checkpoints(workdir) as checkpoints:
             results = test(config, data, checkpoints, history, workdir)
-    print(format_summary(results, workdir))
+    if is_first():
+        print(format_summary(results, workdir))
     return results
 
 
@@ -85,11 +89,13 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     if not config.raw_dir:
         log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
         raw_dir = workdir / 'phantoms'
-        phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
+        if is_first():
+            phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
+        multihost_utils.sync_global_devices('phantoms')
     data = covidx_ct.prepare(
         raw_dir, image_size=config.image_size, prepared_dir=config.prepared_dir, skip_bad=config.skip_bad
     )
-    if data.dropped:
+    if data.dropped and is_first():
         log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
         write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
     for split, rows in data.rows.items():
@@ -125,6 +131,7 @@ def fit(
     forward: Forward,
     is_frozen: Callable[[str], bool],
     load_batches: Callable[[int], Iterator[dict]],
+    name_batch: Callable[[int], list[str]],
     compute_val_logits: Callable[[dict[str, Any]], np.ndarray],
     train_labels: Sequence[int],
     val_labels: Sequence[int],
@@ -141,7 +148,8 @@ def fit(
       load_weights: replaces initial variables by stored ones; called in a new run only.
       forward: see `step.train_step`.
       is_frozen: path of a parameter -> whether it stays as it is.
-      load_batches: number of the first step -> batches on the host.
+      load_batches: number of the first step -> this process's rows of the batches, on the host.
+      name_batch: number of a step -> names of the examples in its batch, for the error of a loss that is not finite.
       compute_val_logits: variables -> logits of the validation split, in the order of `val_labels`.
       train_labels: of the training examples; they set the class weights.
       val_labels: of the validation examples.
@@ -149,23 +157,18 @@ def fit(
       checkpoints, workdir: see `loop.fit`.
 
     Raises:
-      UserError: the batch does not divide over the devices.
+      UserError: the batch does not divide over the devices; or see `loop.fit`.
     """
-    batch_sharding, replicated = create_shardings()
-    num_devices = len(batch_sharding.device_set)
-    if config.batch_size % num_devices:
-        raise UserError(f'config.train.batch_size={config.batch_size} does not divide over {num_devices} devices')
+    check_batch_size(config.batch_size, config.accumulation_steps)
     class_weights = compute_class_weights(list(count_classes(train_labels).values()))
+    learning_rate = create_schedule(
+        config.schedule,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.num_epochs * steps_per_epoch,
+    )
     optimizer = create_optimizer(
-        create_schedule(
-            config.schedule,
-            learning_rate=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            total_steps=config.num_epochs * steps_per_epoch,
-        ),
-        weight_decay=config.weight_decay,
-        decay=config.decay,
-        is_frozen=is_frozen,
+        learning_rate, weight_decay=config.weight_decay, decay=config.decay, is_frozen=is_frozen
     )
     init_key, train_key = jax.random.split(jax.random.key(seed))
 
@@ -173,11 +176,14 @@ def fit(
         # Run once: compiling it well would take longer than running it badly.
         initialise = jax.jit(create_variables, compiler_options={'xla_backend_optimization_level': 0})
         variables = load_weights(initialise(init_key))
-        return jax.device_put(create_train_state(variables, optimizer, train_key), replicated)
+        return place_state(create_train_state(variables, optimizer, train_key))
 
     def place_batches(first_step: int) -> Iterator[dict]:
         for batch in load_batches(first_step):
-            yield jax.device_put(batch, batch_sharding)
+            yield place_batch(batch, config.parallelism)
+
+    def describe_step(step: int) -> str:
+        return f'learning rate {float(learning_rate(step)):g}, batch of {join_faults(name_batch(step))}'
 
     def validate(variables: dict[str, Any]) -> tuple[float, float]:
         logits, labels = compute_val_logits(variables), np.asarray(val_labels)
@@ -187,23 +193,27 @@ def fit(
     return loop.fit(
         create_template(lambda key: create_train_state(create_variables(key), optimizer, key)),
         create_state,
-        jax.jit(
+        compile_step(
             functools.partial(
                 train_step,
                 forward=forward,
                 optimizer=optimizer,
                 class_weights=class_weights,
                 augmentation=AugmentOptions() if config.augment else None,
+                dtype=config.dtype,
+                accumulation_steps=config.accumulation_steps,
             ),
-            donate_argnums=0,
+            config.parallelism,
         ),
         validate,
         place_batches,
+        describe_step,
         schedule=loop.Schedule(
             steps_per_epoch=steps_per_epoch,
             num_epochs=config.num_epochs,
             patience=config.patience,
             min_delta=config.min_delta,
+            checkpoint_steps=config.checkpoint_steps,
             examples_per_step=config.batch_size,
         ),
         checkpoints=checkpoints,

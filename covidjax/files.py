@@ -1,12 +1,17 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from covidjax.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -28,3 +33,19 @@ def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; NaN and infinities are errors, since JSON has none."""
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
+
+
+@contextlib.contextmanager
+def report_full_disk(folder: Path) -> Iterator[None]:
+    """Turns the errors of a disk without room, or a quota without, into a UserError that names `folder`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # The array writer of checkpoints reports one as a ValueError.
+        codes = [f"os_error_code='{code}'" for code in FULL]
+        if getattr(error, 'errno', None) not in FULL and not any(code in str(error) for code in codes):
+            raise
+        raise UserError(
+            f'no room is left to write to {folder} ({error}): make room and run the same command again; what was saved '
+            'before is kept'
+        ) from error

@@ -28,7 +28,8 @@ from covidjax.models.att2 import normalise
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import flatten_config
-from covidjax.training.devices import create_shardings
+from covidjax.training.devices import get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.hosts import is_first
 from covidjax.training.workdir import load_config, save_config
 
 log = logging.getLogger(__name__)
@@ -158,26 +159,25 @@ class ScanPredictions(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share their compilations
 def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -> SeqOutputs:
-    return model.apply(variables, normalise(batch['image']), batch['length'])
+    return replicate(model.apply(variables, normalise(batch['image']), batch['length']))
 
 
 def create_predictor(
     model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection], batch_size: int
 ) -> Callable[[dict[str, Any], str], ScanPredictions]:
     """Returns (variables, split) -> predictions in evaluation mode."""
-    batch_sharding, _ = create_shardings()
+    batch_size = pad_batch_size(batch_size)
 
     def predict(variables, split):
         found = {}
-        for batch in scans.load_eval_scans(data.sources[split], selections[split].scans, batch_size=batch_size):
-            outputs = jax.device_get(_apply(model, variables, jax.device_put(batch, batch_sharding)))
-            for i in np.flatnonzero(batch['mask']):
-                t = batch['length'][i]
-                found[int(batch['index'][i])] = (
-                    outputs.logits[i],
-                    outputs.attention[i, :t],
-                    softmax(outputs.slice_logits[i, :t]),
-                )
+        chosen = selections[split].scans
+        batches = scans.load_eval_scans(data.sources[split], chosen, batch_size=batch_size, shard=get_shard())
+        # A process loads some of the scans of a batch and gets the outputs of all.
+        for members, batch in zip(scans.plan_pass(chosen, batch_size, None), batches, strict=True):
+            outputs = jax.device_get(_apply(model, variables, place_batch(batch)))
+            for i, member in enumerate(members):
+                t = len(chosen[member].records)
+                found[member] = (outputs.logits[i], outputs.attention[i, :t], softmax(outputs.slice_logits[i, :t]))
         logits, attention, slice_probabilities = zip(*(found[m] for m in range(len(found))), strict=True)
         return ScanPredictions(np.stack(logits), list(attention), list(slice_probabilities))
 
@@ -200,6 +200,20 @@ def fit(
             extractor = slice_experiment.restore_best(get_slice_config(config), source)
         return {name: {**variables[name], 'extractor': extractor[name]} for name in ('params', 'batch_stats')}
 
+    def load_batches(first_step, shard):
+        return scans.load_train_scans(
+            data.sources['train'],
+            chosen['train'],
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=first_step,
+            shard=shard,
+        )
+
+    def name_batch(step):
+        batch = next(load_batches(step, (0, 1)))
+        return [chosen['train'][i].scan for i in batch['index'][batch['mask'] > 0]]
+
     def forward(variables, images, batch):
         return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
 
@@ -210,13 +224,8 @@ def fit(
         load_weights=load_weights,
         forward=forward,
         is_frozen=is_extractor,
-        load_batches=lambda first_step: scans.load_train_scans(
-            data.sources['train'],
-            chosen['train'],
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            first_step=first_step,
-        ),
+        load_batches=lambda first_step: load_batches(first_step, get_shard()),
+        name_batch=name_batch,
         compute_val_logits=lambda variables: predict(variables, 'val').logits,
         train_labels=[scan.label for scan in chosen['train']],
         val_labels=[scan.label for scan in chosen['val']],
@@ -243,7 +252,7 @@ def test(
 
     Returns:
       The content of results.json: what was run, `compute_metrics` of the sequence model, and `scan_level`, the whole
-      comparison.
+      comparison. Of several processes only the first writes and returns it.
     """
     start = time.perf_counter()
     selections = select_scans(config.data, data)
@@ -251,6 +260,8 @@ def test(
     model, variables = create_model(config), restore_best(config, checkpoints)
     predict = create_predictor(model, data, selections, config.train.batch_size)
     predictions = {split: predict(variables, split) for split in ('val', 'test')}
+    if not is_first():
+        return {}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
 
     rule, val_accuracies = voting.choose_rule(predictions['val'].slice_probabilities, labels['val'])

@@ -29,7 +29,8 @@ from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import flatten_config
-from covidjax.training.devices import create_shardings
+from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.hosts import is_first
 from covidjax.training.workdir import save_config
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, 
 
 @functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share one compilation
 def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-    return model.apply(variables, normalise(batch['image']), train=False).logits
+    return replicate(model.apply(variables, normalise(batch['image']), train=False).logits)
 
 
 def create_predictor(
@@ -103,11 +104,11 @@ def create_predictor(
 ) -> Callable[[dict[str, Any], str], np.ndarray]:
     """Returns (variables, split) -> logits of the split's slices [N, K] in evaluation mode."""
     apply = functools.partial(_apply, model)
-    batch_sharding, _ = create_shardings()
+    batch_size = pad_batch_size(batch_size)
 
     def predict(variables, split):
-        batches = load_eval_batches(data.sources[split], batch_size=batch_size)
-        return compute_logits(apply, variables, batches, batch_sharding)
+        batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
+        return compute_logits(apply, variables, map(place_batch, batches), len(data.sources[split]))
 
     return predict
 
@@ -119,8 +120,20 @@ def fit(
     model = create_model(config.model)
     predict = create_predictor(model, data, config.train.batch_size)
 
+    trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
+    rows = data.rows['train']
+
+    def load_batches(first_step, shard):
+        return load_train_batches(
+            data.sources['train'],
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=first_step,
+            shard=shard,
+        )
+
     def forward(variables, images, _):
-        outputs, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        outputs, updates = trained.apply(variables, images, train=True, mutable=['batch_stats'])
         return outputs.logits, updates['batch_stats']
 
     return experiment.fit(
@@ -130,11 +143,10 @@ def fit(
         load_weights=lambda variables: variables if weights is None else load_pretrained(variables, weights),
         forward=forward,
         is_frozen=functools.partial(is_dead, compatibility=config.model.compatibility),
-        load_batches=lambda first_step: load_train_batches(
-            data.sources['train'], batch_size=config.train.batch_size, seed=config.seed, first_step=first_step
-        ),
+        load_batches=lambda first_step: load_batches(first_step, get_shard()),
+        name_batch=lambda step: [rows[i].file for i in next(load_batches(step, (0, 1)))['index']],
         compute_val_logits=lambda variables: predict(variables, 'val'),
-        train_labels=[row.label for row in data.rows['train']],
+        train_labels=[row.label for row in rows],
         val_labels=[row.label for row in data.rows['val']],
         steps_per_epoch=config.train.steps_per_epoch,
         checkpoints=checkpoints,
@@ -171,13 +183,17 @@ def test(
 
     Returns:
       The content of results.json: what was run, `compute_metrics` of the test slices, the baselines on the same slices,
-      pneumonia against COVID-19 per patient, curves, `screening.evaluate_rules` and the scores of explanations.
+      pneumonia against COVID-19 per patient, curves, `screening.evaluate_rules` and the scores of explanations. Of
+      several processes only the first writes and returns it.
     """
     start = time.perf_counter()
     lesions = load_lesions(data, config.data.image_size, lesions_dir)
     model, variables = create_model(config.model), restore_best(config, checkpoints)
     predict = create_predictor(model, data, config.train.batch_size)
     logits = {split: predict(variables, split) for split in ('val', 'test')}
+    if not is_first():
+        return {}
+    variables = jax.device_get(variables)  # what follows runs in this process alone
     probabilities = softmax(logits['test'])
     rows = data.rows['test']
     labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}

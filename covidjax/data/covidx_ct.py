@@ -134,24 +134,42 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
 
 
 class SliceSource:
-    """Random access to the prepared slices of a split, in record order. It can be pickled and shared by threads."""
+    """Random access to the prepared slices of a split, in record order. It can be pickled and shared by threads.
 
-    def __init__(self, records: Sequence[bytes]):
+    Args:
+      records: serialised examples.
+      path: the folder of their files, for errors.
+      files: name of the image of each record, for errors.
+    """
+
+    def __init__(self, records: Sequence[bytes], path: str, files: Sequence[str]):
         self._records = records
+        self._path = path
+        self._files = files
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        """Returns {'image': uint8 [size, size, 1], 'label': int} of the record at an index."""
+        """Returns {'image': uint8 [size, size, 1], 'label': int} of the record at an index.
+
+        Raises:
+          UserError: the record is unreadable.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f'record {index} of {len(self)}')
-        # TFDS's own decoding, of all features, takes more than twice as long.
-        features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
-        return {
-            'image': preprocess.decode_png(features['image'].bytes_list.value[0]),
-            'label': features['label'].int64_list.value[0],
-        }
+        try:
+            # TFDS's own decoding, of all features, takes more than twice as long.
+            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            return {
+                'image': preprocess.decode_png(features['image'].bytes_list.value[0]),
+                'label': features['label'].int64_list.value[0],
+            }
+        except Exception as error:  # whatever the readers of damaged files raise
+            raise UserError(
+                f'record {index} ({self._files[index]}) of the prepared dataset in {self._path} is unreadable '
+                f'({" ".join(str(error).split())}): delete that folder and run again'
+            ) from error
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns the records at several indices."""
@@ -247,7 +265,15 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
         bad = {(split, file): reason for split, file, reason in builder.info.metadata['dropped']}
         # Raw bytes: `SliceSource` decodes them itself.
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        sources = {s: SliceSource(builder.as_data_source(s, deserialize_method=raw).data_source) for s in lists.SPLITS}
+        kept = _drop_rows(rows, bad)
+        sources = {
+            split: SliceSource(
+                builder.as_data_source(split, deserialize_method=raw).data_source,
+                builder.data_dir,
+                [row.file for row in kept[split]],
+            )
+            for split in lists.SPLITS
+        }
     except Exception as error:  # whatever the readers of damaged files raise
         reason = ' '.join(str(error).split())
         raise UserError(
@@ -257,7 +283,7 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
         log.warning('%d images were dropped when %s was prepared', len(bad), builder.data_dir)
     dropped = [(file, reason) for (_, file), reason in bad.items()]
     fingerprint = builder.builder_config.fingerprint
-    return Prepared(Path(raw_dir), version, fingerprint, builder.data_dir, _drop_rows(rows, bad), sources, dropped)
+    return Prepared(Path(raw_dir), version, fingerprint, builder.data_dir, kept, sources, dropped)
 
 
 def _check_sizes(builder: CovidxCt) -> None:

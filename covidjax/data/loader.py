@@ -32,24 +32,45 @@ class _Records(grain.sources.RandomAccessDataSource):
         }
 
 
-def load_train_batches(source: Sequence[dict], *, batch_size: int, seed: int, first_step: int) -> Iterator[dict]:
+def load_train_batches(
+    source: Sequence[dict], *, batch_size: int, seed: int, first_step: int, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict]:
     """Yields batches without end; every pass over the records is shuffled anew.
 
     Batch k depends on (source, batch_size, seed, k) only: a stream that starts at `first_step` goes on exactly where
     an interrupted one stopped.
+
+    Args:
+      source: the records of a split.
+      batch_size: of all processes together.
+      seed: of the order.
+      first_step: number of the first batch.
+      shard: (p, P) yields the rows [p B / P, (p + 1) B / P) of every batch of B; P divides B.
     """
-    dataset = grain.MapDataset.source(_Records(source)).seed(seed).shuffle().repeat().batch(batch_size)
+    process, num_processes = shard
+    records = grain.MapDataset.source(_Records(source)).seed(seed).shuffle().repeat()
+    dataset = records.batch(batch_size // num_processes)[process::num_processes]
     iterator = iter(dataset.to_iter_dataset(READ_AHEAD))
     iterator.set_state({'next_index': first_step})
     return iterator
 
 
-def load_eval_batches(source: Sequence[dict], *, batch_size: int) -> Iterator[dict]:
-    """Yields every record once, in order; the last batch is padded with zeros (mask 0)."""
-    dataset = grain.MapDataset.source(_Records(source)).batch(batch_size)
-    for batch in dataset.to_iter_dataset(READ_AHEAD):
-        missing = batch_size - len(batch['mask'])
-        yield {
-            name: np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
-            for name, array in batch.items()
-        }
+def load_eval_batches(source: Sequence[dict], *, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[dict]:
+    """Yields every record once, in order; the last batch is padded with zeros (mask 0).
+
+    `batch_size` and `shard` are as in `load_train_batches`; all processes yield equally many batches.
+    """
+    process, num_processes = shard
+    records, rows = _Records(source), batch_size // num_processes
+    empty = {name: np.zeros((rows, *np.shape(value)), np.asarray(value).dtype) for name, value in records[0].items()}
+
+    def load(number: int) -> dict[str, np.ndarray]:
+        batch = {name: array.copy() for name, array in empty.items()}
+        first = number * batch_size + process * rows
+        for row, index in enumerate(range(first, min(first + rows, len(records)))):
+            for name, value in records[index].items():
+                batch[name][row] = value
+        return batch
+
+    num_batches = -(-len(records) // batch_size)
+    return iter(grain.MapDataset.range(num_batches).map(load).to_iter_dataset(READ_AHEAD))

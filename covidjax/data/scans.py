@@ -98,9 +98,14 @@ def plan_pass(scans: Sequence[Scan], batch_size: int, rng: np.random.Generator |
     return batches
 
 
-def _load_batch(members: np.ndarray, scans: Sequence[Scan], source: Sequence[dict], batch_size: int) -> dict:
+def _load_batch(
+    members: np.ndarray, scans: Sequence[Scan], source: Sequence[dict], batch_size: int, shard: tuple[int, int]
+) -> dict:
     length = pad_length(len(scans[members[0]].records))
     size = source[scans[members[0]].records[0]]['image'].shape[0]
+    process, num_processes = shard
+    batch_size //= num_processes
+    members = members[process * batch_size : (process + 1) * batch_size]
     batch = {
         'image': np.zeros((batch_size, size, size, length), np.uint8),
         'length': np.ones(batch_size, np.int32),
@@ -126,12 +131,20 @@ def _stream(load: Callable[[int], dict], num_batches: int) -> Iterator[dict]:
 
 
 def load_train_scans(
-    source: Sequence[dict], scans: Sequence[Scan], *, batch_size: int, seed: int, first_step: int
+    source: Sequence[dict],
+    scans: Sequence[Scan],
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[dict]:
     """Yields batches of scans without end; every pass is a new permutation and takes `count_batches` steps.
 
-    Batch k depends on the arguments and k only. A batch is a dict: 'image' uint8 [B, S, S, T], 'length' int32 [B] (of
-    T), 'label' int32 [B], 'index' int32 [B] (of the scan), 'mask' float32 [B] (0 marks scans that are padding).
+    Batch k depends on the arguments and k only; `batch_size` and `shard` are as in `loader.load_train_batches`.
+
+    A batch is a dict: 'image' uint8 [B, S, S, T], 'length' int32 [B] (of T), 'label' int32 [B], 'index' int32 [B] (of
+    the scan), 'mask' float32 [B] (0 marks scans that are padding).
     """
     steps_per_pass = count_batches(scans, batch_size)
 
@@ -140,14 +153,16 @@ def load_train_scans(
         return plan_pass(scans, batch_size, np.random.default_rng((seed, number)))
 
     def load(step: int) -> dict:
-        return _load_batch(plan(step // steps_per_pass)[step % steps_per_pass], scans, source, batch_size)
+        return _load_batch(plan(step // steps_per_pass)[step % steps_per_pass], scans, source, batch_size, shard)
 
     stream = _stream(load, np.iinfo(np.int32).max)
     stream.set_state({'next_index': first_step})
     return stream
 
 
-def load_eval_scans(source: Sequence[dict], scans: Sequence[Scan], *, batch_size: int) -> Iterator[dict]:
-    """Yields every scan once, in batches as `load_train_scans`; 'index' tells the scan."""
+def load_eval_scans(
+    source: Sequence[dict], scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict]:
+    """Yields every scan once, in batches as `load_train_scans` and in the order of `plan_pass` without `rng`."""
     plan = plan_pass(scans, batch_size, None)
-    return _stream(lambda number: _load_batch(plan[number], scans, source, batch_size), len(plan))
+    return _stream(lambda number: _load_batch(plan[number], scans, source, batch_size, shard), len(plan))

@@ -13,15 +13,15 @@ from covidjax.files import replace_file
 
 
 def compute_logits(
-    apply: Callable[[dict, dict], jax.Array], variables: dict, batches: Iterable[dict], sharding: jax.sharding.Sharding
+    apply: Callable[[dict, dict], jax.Array], variables: dict, batches: Iterable[dict], num_examples: int
 ) -> np.ndarray:
     """Returns the logits of a padded pass, padding removed.
 
     Args:
-      apply: compiled (variables, batch) -> logits [B, K].
+      apply: compiled (variables, batch) -> logits [B, K] of the batch of all processes, on each of them.
       variables: the model's.
-      batches: see `data.loader.load_eval_batches`.
-      sharding: of the batches.
+      batches: see `data.loader.load_eval_batches`, on the devices.
+      num_examples: N; what follows is padding.
 
     Returns:
       float32 [N, K], in the order of the batches.
@@ -29,12 +29,12 @@ def compute_logits(
     results = []
     pending = None
     for batch in batches:
-        logits = apply(variables, jax.device_put(batch, sharding))
+        logits = apply(variables, batch)
         if pending is not None:  # Read one batch late, so that the device has the next one while we wait.
-            results.append(np.asarray(pending[0])[pending[1]])
-        pending = logits, batch['mask'] > 0
-    results.append(np.asarray(pending[0])[pending[1]])
-    return np.concatenate(results)
+            results.append(np.asarray(pending))
+        pending = logits
+    results.append(np.asarray(pending))
+    return np.concatenate(results)[:num_examples]
 
 
 def softmax(logits_NxK: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class Att2(nn.Module):
     create it.
 
     Attributes:
-      stage_sizes, width, block, stem: see `resnet.ResNet`.
+      stage_sizes, width, block, stem, axis_name: see `resnet.ResNet`.
       tail_blocks: number of blocks in the tail.
       num_classes: K.
       compatibility: 'additive' (eq. 11), 'dot' (eq. 12), 'tanh' or 'uniform' (average pooling).
@@ -55,6 +55,7 @@ class Att2(nn.Module):
     num_classes: int = 3
     compatibility: str = 'additive'
     combination: str = 'concat'
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images_BxHxWx1: jax.Array, *, train: bool, full: bool = False) -> Att2Outputs:
@@ -68,14 +69,14 @@ class Att2(nn.Module):
         if self.combination not in COMBINATIONS:
             raise ValueError(f'combination must be one of {COMBINATIONS}, got {self.combination!r}')
         x = jnp.repeat(images_BxHxWx1, 3, axis=-1)
-        backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, name='backbone')
+        backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, self.axis_name, name='backbone')
         *_, x1, x2 = backbone(x, train=train)
         features = stage_features(self.block, self.width, len(self.stage_sizes) - 1)
         g = None
         if full or self.compatibility in NEED_GLOBAL_FEATURE:
             y = x2
             for i in range(self.tail_blocks):
-                y = BLOCKS[self.block](features, name=f'tail_{i}')(y, train=train)
+                y = BLOCKS[self.block](features, axis_name=self.axis_name, name=f'tail_{i}')(y, train=train)
             g = y.mean((1, 2))
         contexts, maps = [], []
         for i, local in enumerate((x1, x2)):

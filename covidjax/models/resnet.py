@@ -41,9 +41,9 @@ def conv3x3(features: int, stride: int, name: str) -> nn.Conv:
     )
 
 
-def batch_norm(train: bool, name: str) -> nn.BatchNorm:
+def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
     """Returns BatchNorm with torchvision's epsilon; flax's momentum 0.9 is PyTorch's 0.1."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, name=name)
 
 
 class BottleneckBlock(nn.Module):
@@ -51,16 +51,19 @@ class BottleneckBlock(nn.Module):
 
     features: int
     stride: int = 1
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         inner = self.features // 4
-        y = nn.relu(batch_norm(train, 'bn1')(Conv1x1(inner, name='conv1')(x)))
-        y = nn.relu(batch_norm(train, 'bn2')(conv3x3(inner, self.stride, 'conv2')(y)))
-        y = batch_norm(train, 'bn3')(Conv1x1(self.features, name='conv3')(y))
+        y = nn.relu(batch_norm(train, self.axis_name, 'bn1')(Conv1x1(inner, name='conv1')(x)))
+        y = nn.relu(batch_norm(train, self.axis_name, 'bn2')(conv3x3(inner, self.stride, 'conv2')(y)))
+        y = batch_norm(train, self.axis_name, 'bn3')(Conv1x1(self.features, name='conv3')(y))
         if x.shape != y.shape:
-            x = batch_norm(train, 'downsample_bn')(Conv1x1(self.features, self.stride, name='downsample_conv')(x))
+            x = batch_norm(train, self.axis_name, 'downsample_bn')(
+                Conv1x1(self.features, self.stride, name='downsample_conv')(x)
+            )
         return nn.relu(x + y)
 
 
@@ -69,14 +72,17 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int = 1
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
-        y = nn.relu(batch_norm(train, 'bn1')(conv3x3(self.features, self.stride, 'conv1')(x)))
-        y = batch_norm(train, 'bn2')(conv3x3(self.features, 1, 'conv2')(y))
+        y = nn.relu(batch_norm(train, self.axis_name, 'bn1')(conv3x3(self.features, self.stride, 'conv1')(x)))
+        y = batch_norm(train, self.axis_name, 'bn2')(conv3x3(self.features, 1, 'conv2')(y))
         if x.shape != y.shape:
-            x = batch_norm(train, 'downsample_bn')(Conv1x1(self.features, self.stride, name='downsample_conv')(x))
+            x = batch_norm(train, self.axis_name, 'downsample_bn')(
+                Conv1x1(self.features, self.stride, name='downsample_conv')(x)
+            )
         return nn.relu(x + y)
 
 
@@ -99,12 +105,14 @@ class ResNet(nn.Module):
       width: base width, 64 in all published ResNets.
       block: 'bottleneck' or 'basic'.
       stem: 'imagenet' (7x7 stride 2, then 3x3 max-pool stride 2: map H/4) or 'small' (3x3 stride 2: map H/2).
+      axis_name: axis of `jax.pmap` over which BatchNorm takes the statistics of a batch; None elsewhere.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
     width: int = 64
     block: str = 'bottleneck'
     stem: str = 'imagenet'
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> list[jax.Array]:
@@ -119,7 +127,7 @@ class ResNet(nn.Module):
             kernel_init=KAIMING_FAN_OUT,
             name='conv1',
         )(x_BxHxWxC)
-        x = nn.relu(batch_norm(train, 'bn1')(x))
+        x = nn.relu(batch_norm(train, self.axis_name, 'bn1')(x))
         if self.stem == 'imagenet':
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         outputs = []
@@ -127,6 +135,7 @@ class ResNet(nn.Module):
             features = stage_features(self.block, self.width, stage)
             for i in range(num_blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = BLOCKS[self.block](features, stride, name=f'layer{stage + 1}_{i}')(x, train=train)
+                block = BLOCKS[self.block](features, stride, self.axis_name, name=f'layer{stage + 1}_{i}')
+                x = block(x, train=train)
             outputs.append(x)
         return outputs

@@ -1,9 +1,16 @@
 """Checkpoints of a run: the latest state to go on from, and the best model to test.
 
-Both lie under `<workdir>/checkpoints`. orbax renames a finished checkpoint into place, so that one is whole or absent.
+Both lie under `<workdir>/checkpoints`. orbax renames a finished checkpoint into place, and only then the digests of its
+files are added, so that one is whole or counts as absent. orbax itself restores a file with a flipped byte without a
+word: nothing is restored before its digests were verified.
+
+A checkpoint is named by the number of updates and validations before it, which grows from one to the next also where a
+run that was stopped between an epoch's last update and its validation goes on.
 """
 
 import contextlib
+import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +19,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from covidjax.errors import UserError, compare_shapes, join_faults
+from covidjax.training.digests import find_damage, is_finished, write_digests
 from covidjax.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -23,43 +33,68 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         folder = Path(workdir).absolute() / 'checkpoints'
+        # Two, so that one is left when the newer turns out to be damaged.
         self._latest = self._open(
-            folder / 'latest', keep=1, state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler()
+            folder / 'latest', keep=2, state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler()
         )
-        # Two, so that one is left when the newer is dropped on resuming from a state before it.
-        self._best = self._open(folder / 'best', keep=2, variables=ocp.StandardCheckpointHandler())
+        # Three: going back by one state drops up to two that were saved after it.
+        self._best = self._open(folder / 'best', keep=3, variables=ocp.StandardCheckpointHandler())
 
     @staticmethod
     def _open(folder: Path, keep: int, **item_handlers: ocp.CheckpointHandler) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
         return ocp.CheckpointManager(folder, options=options, item_handlers=item_handlers)
 
-    def save_latest(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Saves a whole state and the JSON-able `progress` of the run beside it."""
+    def save_latest(self, number: int, state: TrainState, progress: dict[str, Any]) -> None:
+        """Saves a whole state and the JSON-able `progress` of the run beside it, under the name `number`."""
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        self._latest.save(int(state.step), args=arguments)
+        _save(self._latest, number, arguments)
 
-    def save_best(self, state: TrainState) -> None:
+    def save_best(self, number: int, state: TrainState) -> None:
         """Saves the model's variables of the best epoch so far."""
-        self._best.save(int(state.step), args=ocp.args.Composite(variables=ocp.args.StandardSave(state.variables)))
+        _save(self._best, number, ocp.args.Composite(variables=ocp.args.StandardSave(state.variables)))
 
     def restore_latest(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Returns the latest state and its progress, or None before the first; `template` gives shapes and shardings.
+        """Returns the latest sound state and its progress, or None before the first.
 
-        Best models saved after that state are dropped: the run is going to find them again.
+        A state is sound if neither its own files nor those of the best model at that time are damaged. What was saved
+        after it is dropped: the run is going to make it again.
+
+        Args:
+          template: shapes, dtypes and shardings of the state.
+
+        Raises:
+          UserError: there are finished checkpoints, but all are damaged; every fault is listed.
         """
-        step = self._latest.latest_step()
-        if step is None:
-            self._drop_best_after(-1)
-            return None
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore())
-        restored = self._latest.restore(step, args=arguments)
-        self._drop_best_after(step)
-        return restored['state'], restored['progress']
+        damage = []
+        for number in sorted(self._latest.all_steps(), reverse=True):
+            folders = [_get_folder(self._latest, number)]
+            folders += [_get_folder(self._best, best) for best in _list_finished(self._best) if best <= number][-1:]
+            faults = [f'{folder}: {fault}' for folder in folders for fault in find_damage(folder)]
+            if not faults:
+                self._drop_after(number)
+                arguments = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
+                )
+                restored = self._latest.restore(number, args=arguments)
+                return restored['state'], restored['progress']
+            log.warning('checkpoint %d is no good, trying the one before: %s', number, join_faults(faults))
+            if is_finished(folders[0]):
+                damage += faults
+        if damage:
+            raise UserError(
+                f'no sound checkpoint is left ({join_faults(damage)}): put copies of these files back, or delete '
+                f'{self._latest.directory.parent} to start anew'
+            )
+        self._drop_after(-1)
+        return None
 
-    def _drop_best_after(self, step: int) -> None:
-        for later in [s for s in self._best.all_steps() if s > step]:
-            self._best.delete(later)
+    def _drop_after(self, number: int) -> None:
+        for manager in (self._latest, self._best):
+            for later in [other for other in manager.all_steps() if other > number]:
+                manager.delete(later)
 
     def restore_best(self, template: dict[str, Any]) -> dict[str, Any]:
         """Returns the variables of the best epoch.
@@ -68,23 +103,57 @@ class Checkpoints:
           template: shapes, dtypes and shardings of the model's variables.
 
         Raises:
-          UserError: there is none yet; or its names or shapes are not the template's, all differences being listed.
+          UserError: there is none yet; its files are damaged; or its names or shapes are not the template's. All
+            faults or differences are listed.
         """
-        step = self._best.latest_step()
-        if step is None:
+        finished = _list_finished(self._best)
+        if not finished:
             raise UserError(f'{self._best.directory} has no checkpoint yet: train first')
+        folder = _get_folder(self._best, finished[-1])
+        faults = find_damage(folder)
+        if faults:
+            raise UserError(
+                f'{folder} is damaged ({join_faults(faults)}): put a copy back, or train in another --workdir'
+            )
         differences = compare_shapes(
-            _list_shapes(self._best.item_metadata(step)['variables'].tree), _list_shapes(template)
+            _list_shapes(self._best.item_metadata(finished[-1])['variables'].tree), _list_shapes(template)
         )
         if differences:
             raise UserError(f'the checkpoint in {self._best.directory} is of another model: {join_faults(differences)}')
         arguments = ocp.args.Composite(variables=ocp.args.StandardRestore(template))
-        return self._best.restore(step, args=arguments)['variables']
+        return self._best.restore(finished[-1], args=arguments)['variables']
 
     def close(self) -> None:
         """Waits for writes and lets go of the folders."""
         self._latest.close()
         self._best.close()
+
+
+def _get_folder(manager: ocp.CheckpointManager, number: int) -> Path:
+    return Path(manager.directory) / str(number)
+
+
+def _list_finished(manager: ocp.CheckpointManager) -> list[int]:
+    return sorted(number for number in manager.all_steps() if is_finished(_get_folder(manager, number)))
+
+
+def _save(manager: ocp.CheckpointManager, number: int, arguments: ocp.args.Composite) -> None:
+    with _quiet_writers():
+        manager.save(number, args=arguments)
+    if jax.process_index() == 0:
+        write_digests(_get_folder(manager, number))
+
+
+@contextlib.contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Keeps orbax's threads from printing and logging the traceback of an error that `save` raises."""
+    logger = logging.getLogger('absl')
+    before = threading.excepthook, logger.disabled
+    threading.excepthook, logger.disabled = lambda _: None, True
+    try:
+        yield
+    finally:
+        threading.excepthook, logger.disabled = before
 
 
 def _list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from covidjax.errors import UserError
 from covidjax.models.att2 import COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
 from covidjax.models.resnet import BLOCKS
+from covidjax.training.devices import PARALLELISMS
 from covidjax.training.optim import DECAYS, SCHEDULES
 
 _AT_LEAST = {
@@ -25,6 +26,8 @@ _AT_LEAST = {
     'train.patience': 1,
     'train.min_delta': 0,
     'train.warmup_steps': 0,
+    'train.checkpoint_steps': 0,
+    'train.accumulation_steps': 1,
     'train.weight_decay': 0,
 }
 _ONE_OF = {
@@ -34,6 +37,8 @@ _ONE_OF = {
     'model.combination': COMBINATIONS,
     'train.schedule': SCHEDULES,
     'train.decay': DECAYS,
+    'train.dtype': ('float32', 'bfloat16'),
+    'train.parallelism': PARALLELISMS,
 }
 
 

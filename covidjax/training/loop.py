@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import tensorboardX
 from tqdm import tqdm
 
 from covidjax.errors import UserError
 from covidjax.files import replace_file
 from covidjax.training.checkpoints import Checkpoints
+from covidjax.training.curves import open_curves
 from covidjax.training.state import TrainState
+from covidjax.training.stop import Stopped, StopSignals, hold_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Schedule(NamedTuple):
       num_epochs: at most.
       patience: epochs without a better validation loss before stopping.
       min_delta: by how much a loss must fall below the best to be better.
+      checkpoint_steps: updates between two checkpoints within an epoch; 0 saves at the end of epochs only.
       examples_per_step: for the rates that are shown.
     """
 
@@ -37,7 +39,26 @@ class Schedule(NamedTuple):
     num_epochs: int
     patience: int
     min_delta: float
+    checkpoint_steps: int
     examples_per_step: int
+
+
+class Epoch(NamedTuple):
+    """What an unfinished epoch has come to: sums over its steps (see `train_step`) and the seconds they took.
+
+    Sums are added in double precision in the order of the steps, so that an interruption changes none of them.
+    """
+
+    loss: float = 0.0
+    weight: float = 0.0
+    correct: float = 0.0
+    count: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, sums: dict[str, float]) -> 'Epoch':
+        """Returns the epoch with one more step."""
+        added = {name: getattr(self, name) + float(sums[name]) for name in ('loss', 'weight', 'correct', 'count')}
+        return self._replace(**added)
 
 
 def find_best_epoch(val_losses: Sequence[float], min_delta: float) -> int:
@@ -55,6 +76,7 @@ def fit(
     step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     validate: Callable[[dict], tuple[float, float]],
     load_batches: Callable[[int], Iterator[dict]],
+    describe_step: Callable[[int], str],
     *,
     schedule: Schedule,
     checkpoints: Checkpoints,
@@ -62,52 +84,90 @@ def fit(
 ) -> list[dict]:
     """Trains until the last epoch or until patience ends, going on from the latest checkpoint if there is one.
 
+    A checkpoint holds all that the rest of the run depends on: the state with its root key, the history, which decides
+    about stopping, and the sums of an unfinished epoch. The number of updates is also the position in the data.
+
     Args:
       template: shapes and shardings of the state.
       create_state: makes the initial state; called in a new run only.
       step: compiled `train_step`.
       validate: variables -> (mean weighted loss, accuracy) of the validation split.
       load_batches: number of the first step -> batches from there on, placed on the devices.
-      schedule: when to validate and stop.
+      describe_step: number of a step -> its learning rate and examples, for the error of a loss that is not finite.
+      schedule: when to validate, to save and to stop.
       checkpoints: the latest state is saved after every epoch, the model of the best epoch beside it.
       workdir: gets metrics.jsonl (a line per epoch) and tensorboard/.
 
     Returns:
-      Per epoch a dict: epoch, step, train_loss, train_accuracy, val_loss, val_accuracy, seconds, examples_per_second.
+      Per epoch a dict: epoch, step, train_loss, train_accuracy, val_loss, val_accuracy, seconds, examples_per_second,
+      val_seconds.
 
     Raises:
-      UserError: the loss is not finite.
+      UserError: a loss or gradient is not finite.
+      Stopped: on SIGTERM or Ctrl-C, the state being saved.
     """
     restored = checkpoints.restore_latest(template)
     if restored is None:
-        state, history = create_state(), []
+        state, history, epoch = create_state(), [], Epoch()
     else:
-        state, history = restored[0], restored[1]['history']
-        log.info('going on after epoch %d of at most %d', len(history), schedule.num_epochs)
-    writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=int(state.step) + 1)
-    batches = None
-    try:
+        state, history, epoch = restored[0], restored[1]['history'], Epoch(**restored[1]['epoch'])
+        log.info('going on after epoch %d of at most %d, step %d', len(history), schedule.num_epochs, int(state.step))
+    write_history(workdir, history)
+    if is_finished(history, schedule):
+        return history
+
+    def save(state: TrainState, epoch: Epoch) -> None:
+        progress = {'history': history, 'epoch': epoch._asdict()}
+        checkpoints.save_latest(int(state.step) + len(history), state, progress)
+
+    batches = load_batches(int(state.step))
+    with open_curves(workdir / 'tensorboard', int(state.step) + 1) as add_point, hold_stop_signals() as signals:
         while not is_finished(history, schedule):
-            if batches is None:
-                batches = load_batches(int(state.step))
-            state, entry = _train_epoch(state, step, batches, len(history) + 1, schedule, writer)
+            state, epoch = _train_epoch(
+                state,
+                epoch,
+                step,
+                batches,
+                number=len(history) + 1,
+                schedule=schedule,
+                describe_step=describe_step,
+                save=save,
+                signals=signals,
+                add_point=add_point,
+            )
             start = time.perf_counter()
-            entry['val_loss'], entry['val_accuracy'] = validate(state.variables)
-            entry['val_seconds'] = round(time.perf_counter() - start, 3)
-            if not (math.isfinite(entry['train_loss']) and math.isfinite(entry['val_loss'])):
+            try:
+                with signals.let_through():
+                    val_loss, val_accuracy = validate(state.variables)
+            except KeyboardInterrupt as interrupt:
+                save(state, epoch)
+                raise Stopped(f'saved before the validation of epoch {len(history) + 1}') from interrupt
+            entry = {
+                'epoch': len(history) + 1,
+                'step': int(state.step),
+                'train_loss': epoch.loss / epoch.weight,
+                'train_accuracy': epoch.correct / epoch.count,
+                'seconds': round(epoch.seconds, 3),
+                'examples_per_second': round(schedule.steps_per_epoch * schedule.examples_per_step / epoch.seconds, 1),
+                'val_loss': val_loss,
+                'val_accuracy': val_accuracy,
+                'val_seconds': round(time.perf_counter() - start, 3),
+            }
+            if not math.isfinite(val_loss):
                 raise UserError(
-                    f'the loss is not finite in epoch {entry["epoch"]} (train {entry["train_loss"]}, validation '
-                    f'{entry["val_loss"]}): lower --config.train.learning_rate; earlier checkpoints are kept'
+                    f'the validation loss is not finite in epoch {entry["epoch"]} ({val_loss}): lower '
+                    '--config.train.learning_rate; earlier checkpoints are kept'
                 )
             history.append(entry)
+            epoch = Epoch()
             is_best = find_best_epoch([e['val_loss'] for e in history], schedule.min_delta) == entry['epoch']
             # The best first: killed in between, the run repeats this epoch and finds the same best again.
             if is_best:
-                checkpoints.save_best(state)
-            checkpoints.save_latest(state, {'history': history})
+                checkpoints.save_best(entry['step'] + len(history), state)
+            save(state, epoch)
             write_history(workdir, history)
             for name in ('train_loss', 'train_accuracy', 'val_loss', 'val_accuracy'):
-                writer.add_scalar(f'epoch/{name}', entry[name], entry['step'])
+                add_point(f'epoch/{name}', entry[name], entry['step'])
             log.info(
                 'epoch %d: train loss %.4f accuracy %.3f, validation loss %.4f accuracy %.3f%s (%.0f examples/s)',
                 entry['epoch'],
@@ -118,9 +178,6 @@ def fit(
                 ', best so far' if is_best else '',
                 entry['examples_per_second'],
             )
-    finally:
-        writer.close()
-    write_history(workdir, history)
     return history
 
 
@@ -132,41 +189,72 @@ def is_finished(history: Sequence[dict], schedule: Schedule) -> bool:
 
 def _train_epoch(
     state: TrainState,
+    epoch: Epoch,
     step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     batches: Iterator[dict],
-    epoch: int,
+    *,
+    number: int,
     schedule: Schedule,
-    writer: tensorboardX.SummaryWriter,
-) -> tuple[TrainState, dict]:
-    start = time.perf_counter()
-    first_step = int(state.step)
-    totals = previous = None
-    with tqdm(total=schedule.steps_per_epoch, desc=f'epoch {epoch}/{schedule.num_epochs}', unit='step') as progress:
-        for i in range(schedule.steps_per_epoch):
+    describe_step: Callable[[int], str],
+    save: Callable[[TrainState, Epoch], None],
+    signals: StopSignals,
+    add_point: Callable[[str, float, int], None],
+) -> tuple[TrainState, Epoch]:
+    """Trains to the end of the epoch of this number; `epoch` is what was done of it."""
+    first = (number - 1) * schedule.steps_per_epoch
+    done = int(state.step) - first
+    seconds_before, start = epoch.seconds, time.perf_counter()
+    under_way: list[tuple[int, dict]] = []  # number and sums of the steps that were not read yet
+
+    def read(num_steps: int) -> None:
+        nonlocal epoch
+        for k, sums in jax.device_get(under_way[:num_steps]):
+            loss = float(sums['loss'] / sums['weight'])
+            if not all(math.isfinite(value) for value in sums.values()):
+                raise UserError(
+                    f'step {k} is not finite: loss {loss}, norm of the gradient {sums["gradient_norm"]}, '
+                    f'{describe_step(k)}: lower --config.train.learning_rate, or look at these; the checkpoints before '
+                    'are kept'
+                )
+            epoch = epoch.add(sums)
+            if (k + 1 - first) % LOG_EVERY_STEPS == 0:
+                rate = (k + 1 - first - done) * schedule.examples_per_step / (time.perf_counter() - start)
+                bar.set_postfix_str(f'loss {loss:.3f}, {rate:.0f} examples/s', refresh=False)
+                add_point('step/train_loss', loss, k + 1)
+        del under_way[:num_steps]
+        epoch = epoch._replace(seconds=seconds_before + time.perf_counter() - start)
+
+    with tqdm(
+        total=schedule.steps_per_epoch,
+        initial=done,
+        desc=f'epoch {number}/{schedule.num_epochs}',
+        unit='step',
+        disable=jax.process_index() > 0,
+    ) as bar:
+        for k in range(first + done, first + schedule.steps_per_epoch):
             state, sums = step(state, next(batches))
-            totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
-            # The device works on this step while the one before is read.
-            if previous is not None and i % LOG_EVERY_STEPS == 0:
-                loss = float(previous['loss'] / previous['weight'])
-                rate = i * schedule.examples_per_step / (time.perf_counter() - start)
-                progress.set_postfix_str(f'loss {loss:.3f}, {rate:.0f} examples/s', refresh=False)
-                writer.add_scalar('step/train_loss', loss, first_step + i)
-            previous = sums
-            progress.update()
-        totals = jax.device_get(totals)
-    seconds = time.perf_counter() - start
-    return state, {
-        'epoch': epoch,
-        'step': first_step + schedule.steps_per_epoch,
-        'train_loss': float(totals['loss'] / totals['weight']),
-        'train_accuracy': float(totals['correct'] / totals['count']),
-        'seconds': round(seconds, 3),
-        'examples_per_second': round(schedule.steps_per_epoch * schedule.examples_per_step / seconds, 1),
-    }
+            under_way.append((k, sums))
+            # The device works on this step while those before are read.
+            if len(under_way) > LOG_EVERY_STEPS:
+                read(LOG_EVERY_STEPS)
+            bar.update()
+            stopping = signals.is_due(k + 1)
+            if stopping or (schedule.checkpoint_steps and (k + 1) % schedule.checkpoint_steps == 0):
+                read(len(under_way))
+                save(state, epoch)
+            if stopping:
+                raise Stopped(f'saved after step {k + 1}')
+        read(len(under_way))
+    return state, epoch
 
 
 def write_history(workdir: Path, history: Sequence[dict]) -> None:
-    """Writes metrics.jsonl anew, a line per epoch, so that a resumed run neither loses nor doubles one."""
+    """Writes metrics.jsonl anew, a line per epoch, so that a resumed run neither loses nor doubles one.
+
+    Of several processes only the first writes.
+    """
+    if jax.process_index() > 0:
+        return
     with replace_file(workdir / 'metrics.jsonl') as temporary:
         temporary.write_text(''.join(json.dumps(entry) + '\n' for entry in history))
 

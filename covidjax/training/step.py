@@ -1,4 +1,7 @@
-"""The training step as a pure function; callers bind the keyword arguments and compile it once."""
+"""The training step as a pure function; callers bind the keyword arguments and compile it once.
+
+Shapes: B examples of the batch, or of the part of it that one device sees.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +15,8 @@ from covidjax.models.att2 import normalise
 from covidjax.training.losses import weighted_cross_entropy
 from covidjax.training.state import TrainState
 
-# (variables, images in [-1, 1], batch) -> logits [B, K] and the new batch statistics.
+# (variables, images in [-1, 1], batch) -> logits [B, K] and the new batch statistics. Under `jax.pmap` its batch
+# statistics are those of all devices together.
 Forward = Callable[[dict[str, Any], jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
 
 
@@ -24,8 +28,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     class_weights: Sequence[float],
     augmentation: AugmentOptions | None,
+    dtype: str = 'float32',
+    accumulation_steps: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Augments a batch, makes one update and returns the new state and the batch's sums.
+
+    Numerators and weights are summed over devices and over the parts of a batch and divided once, so that neither the
+    number of devices nor `accumulation_steps` changes the loss; what the parts do change is batch normalisation, which
+    sees one part at a time. Its running statistics move once, by the mean over the parts.
 
     Args:
       state: before the update.
@@ -35,31 +46,76 @@ def train_step(
       optimizer: as the state was created with.
       class_weights: [K], see `losses.compute_class_weights`.
       augmentation: None trains on the images as they are.
+      dtype: of activations and of the copies of the parameters that compute them; parameters, batch statistics, softmax
+        and loss stay in their own.
+      accumulation_steps: A, a divisor of B; example b belongs to part b modulo A, so that a batch that is sharded over
+        devices gives parts that are.
+      axis_name: the axis of `jax.pmap`; None where the step sees the whole batch.
 
     Returns:
       The state after the update, and scalars 'loss' (sum of weighted losses), 'weight' (sum of weights), 'correct' and
-      'count'; the mean weighted loss is loss / weight.
+      'count' (the mean weighted loss is loss / weight), and 'gradient_norm', finite if and only if the update is.
     """
+
+    def add_up(tree):
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
     images = batch['image']
     if augmentation is not None:
-        keys_B = jax.random.split(jax.random.fold_in(state.key, state.step), len(images))
+        keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(images), axis_name)
         unit = images.astype(jnp.float32) / 255
         images = 255 * jax.vmap(lambda key, image: augment(key, image, options=augmentation))(keys_B, unit)
+    batch = {**batch, 'image': normalise(images)}
+    weight = add_up((jnp.asarray(class_weights, jnp.float32)[batch['label']] * batch['mask']).sum())
 
-    def compute_loss(params):
-        variables = {'params': params, 'batch_stats': state.batch_stats}
-        logits, batch_stats = forward(variables, normalise(images), batch)
-        losses_B, weights_B = weighted_cross_entropy(logits, batch['label'], class_weights)
-        mask_B = batch['mask']
+    def compute_loss(params, part):
+        variables = {'params': _cast(params, dtype), 'batch_stats': state.batch_stats}
+        logits, batch_stats = forward(variables, _cast(part['image'], dtype), part)
+        losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights)
+        mask_B = part['mask']
         sums = {
             'loss': (losses_B * mask_B).sum(),
             'weight': (weights_B * mask_B).sum(),
-            'correct': ((logits.argmax(-1) == batch['label']) * mask_B).sum(),
+            'correct': ((logits.argmax(-1) == part['label']) * mask_B).sum(),
             'count': mask_B.sum(),
         }
-        return sums['loss'] / sums['weight'], (sums, batch_stats)
+        return sums['loss'] / weight, (sums, batch_stats)
 
-    (_, (sums, batch_stats)), gradients = jax.value_and_grad(compute_loss, has_aux=True)(state.params)
+    def compute_part(part):
+        (_, (sums, batch_stats)), gradients = jax.value_and_grad(compute_loss, has_aux=True)(state.params, part)
+        return gradients, sums, batch_stats
+
+    gradients, sums, batch_stats = _accumulate(compute_part, batch, accumulation_steps)
+    gradients, sums = add_up((gradients, sums))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    sums['gradient_norm'] = optax.tree.norm(gradients)
     return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+
+
+def _split_key(key: jax.Array, num_examples: int, axis_name: str | None) -> jax.Array:
+    """Returns the keys of this device's examples: those that they have where one device sees the whole batch."""
+    if axis_name is None:
+        return jax.random.split(key, num_examples)
+    keys = jax.random.split(key, num_examples * jax.lax.axis_size(axis_name))
+    return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(axis_name) * num_examples, num_examples)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    """Returns float32 arrays as `dtype`; wider ones stay."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, tree)
+
+
+def _accumulate(compute_part: Callable[[dict], tuple[Any, Any, Any]], batch: dict, num_parts: int) -> tuple:
+    """Returns the sums of gradients and of sums over the parts of a batch, and the mean of their batch statistics."""
+    if num_parts == 1:
+        return compute_part(batch)
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)
+    shapes = jax.eval_shape(compute_part, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add_part(total, part):
+        return jax.tree.map(jnp.add, total, compute_part(part)), None
+
+    (gradients, sums, batch_stats), _ = jax.lax.scan(add_part, zeros, parts)
+    return gradients, sums, jax.tree.map(lambda total: total / num_parts, batch_stats)

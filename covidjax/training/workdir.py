@@ -6,23 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import jax
 from ml_collections import ConfigDict
 
 from covidjax.errors import UserError
 from covidjax.files import write_json
 from covidjax.training.config import flatten_config
 
-# Where prepared slices lie changes no result.
-_MAY_DIFFER = ('data.prepared_dir',)
+# Neither where prepared slices lie nor how often a run is saved changes a result.
+_MAY_DIFFER = ('data.prepared_dir', 'train.checkpoint_steps', 'att2.train.checkpoint_steps')
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Creates the workdir if absent and keeps other runs out of it.
+    """Creates the workdir if absent and keeps other runs out of it; of several processes the first holds the lock.
 
     Raises:
       UserError: it can't be created or written, or another run is in it.
     """
+    if jax.process_index() > 0:
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(workdir / '.lock').acquire(timeout=0)
@@ -57,7 +61,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def save_config(workdir: Path, config: ConfigDict) -> None:
     """Saves the config of a run. Call it when the data are there: a mistyped command shall not claim the workdir."""
-    write_json(workdir / 'config.json', config.to_dict())
+    if jax.process_index() == 0:
+        write_json(workdir / 'config.json', config.to_dict())
 
 
 def load_config(workdir: Path) -> ConfigDict:

@@ -1,6 +1,7 @@
 import itertools
-import json
 import math
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import pytest
 
 from covidjax.errors import UserError
 from covidjax.training.checkpoints import open_checkpoints
+from covidjax.training.digests import find_damage
 from covidjax.training.loop import Schedule, find_best_epoch, fit, is_finished, read_history
 from covidjax.training.state import create_train_state
+from covidjax.training.stop import Stopped
 
-SCHEDULE = Schedule(steps_per_epoch=3, num_epochs=4, patience=2, min_delta=0.0, examples_per_step=2)
+SCHEDULE = Schedule(steps_per_epoch=3, num_epochs=4, patience=2, min_delta=0.0, checkpoint_steps=0, examples_per_step=2)
 
 
 def create_state():
@@ -32,7 +35,7 @@ def step(state, batch):
         opt_state=opt_state,
         batch_stats={'mean': state.batch_stats['mean'] + batch['x']},
     )
-    sums = {'loss': jnp.float32(batch['x']), 'weight': 1.0, 'correct': jnp.float32(1), 'count': jnp.float32(2)}
+    sums = {'loss': batch['x'], 'weight': 1.0, 'correct': 1.0, 'count': 2.0, 'gradient_norm': abs(batch['x'])}
     return state, jax.tree.map(jnp.float32, sums)
 
 
@@ -40,7 +43,10 @@ def load_batches(first_step):
     return ({'x': jnp.float32(k)} for k in itertools.count(first_step))
 
 
-def run(workdir, val_losses, **changes):
+LOSSES = [0.5, 0.4, 0.45, 0.3]  # of the validations
+
+
+def run(workdir, val_losses, load_batches=load_batches, **changes):
     """Fits with these validation losses, counted from the epoch the run goes on with."""
     losses = iter(val_losses)
     template = jax.tree.map(ocp_shape, create_state())
@@ -51,6 +57,7 @@ def run(workdir, val_losses, **changes):
             step,
             lambda variables: (next(losses), 0.5),
             load_batches,
+            lambda k: f'files of step {k}',
             schedule=SCHEDULE._replace(**changes),
             checkpoints=checkpoints,
             workdir=workdir,
@@ -61,10 +68,18 @@ def ocp_shape(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def restore(workdir):
-    template = jax.tree.map(ocp_shape, create_state())
+def restore_latest(workdir):
     with open_checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_latest(template)[0], checkpoints.restore_best(template.variables)
+        return checkpoints.restore_latest(jax.tree.map(ocp_shape, create_state()))
+
+
+def restore_best(workdir):
+    with open_checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_best(jax.tree.map(ocp_shape, create_state()).variables)
+
+
+def restore(workdir):
+    return restore_latest(workdir)[0], restore_best(workdir)
 
 
 def test_best_epoch_needs_min_delta():
@@ -104,38 +119,178 @@ def test_run_stops_early_and_keeps_the_best(tmp_path):
     assert float(latest.batch_stats['mean']) == sum(range(12))
 
 
-def test_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path):
-    losses = [0.5, 0.4, 0.45, 0.3]
-    whole = run(tmp_path / 'whole', losses)
-
-    def interrupt(after):
-        yield from losses[:after]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / 'parts', interrupt(2))  # dies while epoch 3 is validated
-    resumed = run(tmp_path / 'parts', losses[2:])
+def assert_same_end(one, other):
+    """Compares two finished workdirs bit for bit, timings aside."""
     timings = ('seconds', 'val_seconds', 'examples_per_second')
-    strip = lambda history: [{k: v for k, v in e.items() if k not in timings} for e in history]  # noqa: E731
-    assert strip(resumed) == strip(whole)
-    for one, other in zip(
-        jax.tree.leaves(restore(tmp_path / 'parts')), jax.tree.leaves(restore(tmp_path / 'whole')), strict=True
-    ):
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        np.testing.assert_array_equal(one, other)
-    lines = (tmp_path / 'parts' / 'metrics.jsonl').read_text().splitlines()
-    assert [json.loads(line)['epoch'] for line in lines] == [1, 2, 3, 4]
+    histories = [
+        [{name: value for name, value in entry.items() if name not in timings} for entry in read_history(workdir)]
+        for workdir in (one, other)
+    ]
+    assert histories[0] == histories[1]
+    for a, b in zip(jax.tree.leaves(restore(one)), jax.tree.leaves(restore(other)), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole')
+    run(workdir, LOSSES)
+    return workdir
+
+
+def interrupt_at(step, action):
+    """Returns `load_batches` that does `action` before batch `step`."""
+
+    def load(first_step):
+        for k in itertools.count(first_step):
+            if k == step:
+                action()
+            yield {'x': jnp.float32(k)}
+
+    return load
+
+
+def die():
+    raise MemoryError  # stands for the end of the process: nothing in the loop handles it
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_run_that_dies_while_it_validates_ends_as_if_it_had_not(tmp_path, whole):
+    def losses(after):
+        yield from LOSSES[:after]
+        die()
+
+    with pytest.raises(MemoryError):
+        run(tmp_path, losses(2))
+    run(tmp_path, LOSSES[2:])
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize(('step', 'resumed_from'), [(1, 0), (5, 4), (7, 6)])
+def test_run_that_dies_within_an_epoch_ends_as_if_it_had_not(tmp_path, whole, step, resumed_from):
+    with pytest.raises(MemoryError):
+        run(tmp_path, LOSSES, interrupt_at(step, die), checkpoint_steps=2)
+    started = []
+
+    def watch(first_step):
+        started.append(first_step)
+        return load_batches(first_step)
+
+    run(tmp_path, LOSSES[resumed_from // SCHEDULE.steps_per_epoch :], watch, checkpoint_steps=2)
+    assert started == [resumed_from]
+    assert_same_end(tmp_path, whole)
+
+
+# At the first step, within an epoch, at the last step of an epoch.
+@pytest.mark.parametrize(('number', 'step'), [(signal.SIGTERM, 0), (signal.SIGINT, 4), (signal.SIGTERM, 5)])
+def test_signal_saves_after_the_step_and_stops(tmp_path, whole, number, step):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f'saved after step {step + 1}'):
+        run(tmp_path, LOSSES, interrupt_at(step, send(number)))
+    assert signal.getsignal(number) == before
+    assert int(restore_latest(tmp_path)[0].step) == step + 1
+    run(tmp_path, LOSSES[(step >= 3) :])
+    assert_same_end(tmp_path, whole)
+
+
+def test_signal_during_validation_saves_at_once(tmp_path, whole):
+    def losses():
+        yield LOSSES[0]
+        send(signal.SIGTERM)()
+        pytest.fail('validation went on')
+
+    with pytest.raises(Stopped, match='before the validation of epoch 2'):
+        run(tmp_path, losses())
+    run(tmp_path, LOSSES[1:], interrupt_at(3, die))  # the updates of epoch 2 are not made again
+    assert_same_end(tmp_path, whole)
+
+
+def list_checkpoints(workdir, kind='latest'):
+    """Returns folders, the newest first."""
+    return sorted((workdir / 'checkpoints' / kind).iterdir(), key=lambda path: -int(path.name))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b'')
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize('damage', [truncate, empty, flip, remove])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, whole, caplog, damage):
+    run(tmp_path, LOSSES, num_epochs=3)
+    newest, before = list_checkpoints(tmp_path)
+    path = max((path for path in newest.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+    damage(path)
+    run(tmp_path, LOSSES[2:])  # the third epoch again, from the end of the second
+    assert (newest.name, before.name) == ('12', '8')
+    assert f'{newest}: {path.relative_to(newest)} ' in caplog.text
+    assert_same_end(tmp_path, whole)
+
+
+def test_every_file_of_a_checkpoint_is_watched(tmp_path):
+    run(tmp_path, LOSSES, num_epochs=1)
+    (folder,) = list_checkpoints(tmp_path)
+    assert find_damage(folder) == []
+    for path in [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size]:
+        content = path.read_bytes()
+        flip(path)
+        assert len(find_damage(folder)) == 1, path
+        path.write_bytes(content)
+    assert find_damage(folder) == []
+
+
+def test_damaged_best_takes_a_state_from_before_it(tmp_path, whole):
+    run(tmp_path, LOSSES, num_epochs=2)  # both epochs were the best so far
+    flip(next(path for path in list_checkpoints(tmp_path, 'best')[0].rglob('*') if path.is_file()))
+    run(tmp_path, LOSSES[1:])
+    assert_same_end(tmp_path, whole)
+
+
+def test_no_sound_checkpoint_is_left(tmp_path):
+    run(tmp_path, LOSSES, num_epochs=2)
+    for folder in list_checkpoints(tmp_path):
+        empty(folder / 'sha256.json')
+    with pytest.raises(UserError, match=r'8: sha256.json is unreadable; .*4: sha256.json is unreadable \(2 in all\)'):
+        run(tmp_path, LOSSES)
+
+
+def test_checkpoint_without_digests_was_not_finished(tmp_path, whole):
+    run(tmp_path, LOSSES, num_epochs=1)
+    (list_checkpoints(tmp_path)[0] / 'sha256.json').unlink()
+    run(tmp_path, LOSSES)  # as if there were none
+    assert_same_end(tmp_path, whole)
+
+
+def test_damaged_best_is_not_tested(tmp_path):
+    run(tmp_path, LOSSES, num_epochs=1)
+    folder = list_checkpoints(tmp_path, 'best')[0]
+    truncate(folder / '_CHECKPOINT_METADATA')
+    with pytest.raises(UserError, match=f'{folder} is damaged .*_CHECKPOINT_METADATA has changed'):
+        restore_best(tmp_path)
 
 
 def test_best_saved_before_a_kill_is_found_again(tmp_path, monkeypatch):
     with open_checkpoints(tmp_path) as checkpoints:
-
-        def die(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(type(checkpoints), 'save_latest', die)
-    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(type(checkpoints), 'save_latest', lambda *_: die())
+    with pytest.raises(MemoryError):
         run(tmp_path, [0.5])  # the best of epoch 1 is on disk, its latest state is not
     monkeypatch.undo()
     run(tmp_path, [0.5, 0.6, 0.7])
@@ -157,11 +312,26 @@ def test_finished_run_is_left_alone(tmp_path):
     assert run(tmp_path, []) == history  # no validation is asked for
 
 
-def test_loss_that_is_not_finite(tmp_path):
+def test_validation_loss_that_is_not_finite(tmp_path):
     run(tmp_path, [0.5], num_epochs=1)
     with pytest.raises(UserError, match=r'epoch 2 .*learning_rate'):
         run(tmp_path, [math.nan])
     assert int(restore(tmp_path)[0].step) == 3  # the good checkpoint is still there
+
+
+@pytest.mark.parametrize(('name', 'bad_step'), [('loss', 5), ('gradient_norm', 17), ('loss', 29)])
+def test_step_that_is_not_finite_is_named_and_not_saved(tmp_path, monkeypatch, name, bad_step):
+    good = step
+
+    def spoil(state, batch):
+        number = int(state.step)
+        state, sums = good(state, batch)
+        return state, {**sums, name: jnp.float32(jnp.inf)} if number >= bad_step else sums
+
+    monkeypatch.setitem(globals(), 'step', spoil)
+    with pytest.raises(UserError, match=f'step {bad_step} is not finite: .*files of step {bad_step}:'):
+        run(tmp_path, LOSSES, steps_per_epoch=15, checkpoint_steps=4)
+    assert int(restore_latest(tmp_path)[0].step) == bad_step // 4 * 4
 
 
 def test_no_epoch_yet(tmp_path):

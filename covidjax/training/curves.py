@@ -1,0 +1,40 @@
+"""Curves for TensorBoard."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+
+@contextlib.contextmanager
+def open_curves(folder: Path, first_step: int) -> Iterator[Callable[[str, float, int], None]]:
+    """Opens an event file that replaces the points of earlier ones from `first_step` on.
+
+    tensorboardX's SummaryWriter writes in a thread, which a full disk kills without a word and then blocks the caller;
+    here the caller gets the error.
+
+    Yields:
+      (name, value, step) -> None: adds a point. Of several processes only the first writes.
+    """
+    if jax.process_index() > 0:
+        yield lambda name, value, step: None
+        return
+    folder.mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / 'events'))
+
+    def write(step: int, **content) -> None:
+        writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    try:
+        write(first_step, session_log=SessionLog(status=SessionLog.START))
+        yield lambda name, value, step: write(step, summary=scalar(name, value))
+        writer.flush()
+    finally:
+        # What a full disk did not take is given up here.
+        with contextlib.suppress(OSError):
+            writer.close()

@@ -1,0 +1,57 @@
+"""A run of several processes, on one host or many: connecting them, and stopping when one is lost."""
+
+import logging
+
+import jax
+
+from covidjax.errors import UserError
+
+HEARTBEAT_TIMEOUT_SECONDS = 60  # jax ends a process this long after another went silent without closing its sockets
+# The others wait this long at their end for the first, which writes figures and baselines meanwhile.
+SHUTDOWN_TIMEOUT_SECONDS = 3600
+
+
+def connect(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the processes of a run; call it before anything else of jax.
+
+    Args:
+      coordinator: 'host:port' of the first process, or 'auto' under Slurm, Open MPI, Cloud TPU and GKE, where jax finds
+        all it needs by itself.
+      num_processes, process_id: how many there are and which this one is; None under 'auto'.
+
+    Raises:
+      UserError: numbers that do not fit, an environment that tells nothing, or processes that did not appear.
+    """
+    if coordinator == 'auto':
+        if num_processes is not None or process_id is not None:
+            raise UserError('--coordinator=auto takes --num_processes and --process_id from the environment: omit them')
+        address = None
+    else:
+        if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
+            raise UserError(
+                f'--coordinator={coordinator} needs --num_processes and --process_id between 0 and that less one (got '
+                f'{num_processes} and {process_id})'
+            )
+        address = coordinator
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f'--coordinator={coordinator}: the processes did not connect: {error}') from error
+    if jax.process_index() > 0:  # The first one speaks for all.
+        logging.getLogger('covidjax').setLevel(logging.ERROR)
+
+
+def is_first() -> bool:
+    """Says whether this process logs, reports and writes what is not a checkpoint."""
+    return jax.process_index() == 0
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Says whether an error of a computation means that another process of the run is gone."""
+    return jax.process_count() > 1 and any(word in str(error) for word in ('Gloo', 'NCCL', 'coordination service'))

@@ -1,0 +1,325 @@
+"""Kills, damages and starves training runs, starts each again with the same command, and compares what comes out.
+
+  python tests/faults/campaign.py                     a few faults of each kind, some minutes on two cores
+  python tests/faults/campaign.py --kills=50 --damages=12 --full_disks=4
+  python tests/faults/campaign.py --processes=2       every run on two processes, of which one is killed
+
+A run survives a fault if it ends with parameters, optimizer state, batch statistics, history (timings aside) and
+predictions that are bit for bit those of a run that nothing happened to. The last line counts; exit status 1 if any run
+was lost. Full disks are small memory disks, which takes the right to mount.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MODEL = (
+    '--config.{0}model.stage_sizes=(1,1)',
+    '--config.{0}model.width=4',
+    '--config.{0}model.block=basic',
+    '--config.{0}model.stem=small',
+    '--config.{0}model.tail_blocks=1',
+    '--config.{0}model.pretrained=',
+)
+STOP_SECONDS = 60  # within which the other processes stop when one was killed, see docs/devices.md
+TIMINGS = ('seconds', 'val_seconds', 'examples_per_second')
+KINDS = ('kill', 'kill while saving', 'stop', 'truncate', 'empty', 'flip', 'full disk')
+
+
+class Run:
+    """A training command, on one process or several, in one workdir."""
+
+    def __init__(self, arguments, workdir, log, num_processes):
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            port = free.getsockname()[1]
+        self.log = log.open('a+')
+        command = [sys.executable, 'main.py', *arguments, f'--workdir={workdir}']
+        several = [f'--coordinator=localhost:{port}', f'--num_processes={num_processes}']
+        self.processes = [
+            subprocess.Popen(
+                [*command, *([*several, f'--process_id={i}'] if num_processes > 1 else [])],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=self.log,
+            )
+            for i in range(num_processes)
+        ]
+        self.start = self.log.tell()
+
+    def is_running(self):
+        return all(process.poll() is None for process in self.processes)
+
+    def wait(self, timeout=600):
+        """Waits for all processes; returns whether they ended well."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        return not any(process.returncode for process in self.processes)
+
+    def send(self, number):
+        """Sends a signal to one process; returns the seconds until all have stopped."""
+        start = time.monotonic()
+        random.choice(self.processes).send_signal(number)
+        self.wait(STOP_SECONDS)
+        return time.monotonic() - start
+
+    def read_log(self):
+        self.log.seek(self.start)
+        return self.log.read()
+
+
+def count_checkpoints(workdir):
+    return len(list(workdir.glob('checkpoints/latest/*/sha256.json')))
+
+
+def read_outcome(workdir):
+    """Returns all that must be bit for bit the same at the end of a run."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    outcome = {
+        'predictions': (workdir / 'predictions.csv').read_bytes(),
+        'history': [
+            {name: value for name, value in json.loads(line).items() if name not in TIMINGS}
+            for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+        ],
+    }
+    for kind, item in (('latest', 'state'), ('best', 'variables')):
+        newest = max((workdir / 'checkpoints' / kind).iterdir(), key=lambda path: int(path.name))
+        tree = ocp.StandardCheckpointer().restore(newest / item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            leaf = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            outcome[f'{kind}{jax.tree_util.keystr(path)}'] = (leaf.shape, bytes(memoryview(leaf).cast('B')))
+    return outcome
+
+
+def damage(folder, kind, rng):
+    """Damages one file of a checkpoint; returns its name."""
+    path = rng.choice([path for path in sorted(folder.rglob('*')) if path.is_file() and path.stat().st_size])
+    content = bytearray(path.read_bytes())
+    if kind == 'flip':
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(
+        b'' if kind == 'empty' else content[: rng.randrange(len(content))] if kind == 'truncate' else content
+    )
+    return path.name
+
+
+@contextlib.contextmanager
+def mount_small_disk(folder, num_bytes):
+    """Mounts a memory disk; yields a function that gives it room."""
+    folder.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={num_bytes}', 'tmpfs', folder], check=True)
+    try:
+        yield lambda: subprocess.run(['mount', '-o', 'remount,size=1g', folder], check=True)
+    finally:
+        subprocess.run(['umount', folder], check=True)
+
+
+def can_mount(folder):
+    try:
+        with mount_small_disk(folder / 'probe', 4096):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+class Campaign:
+    """The faults done to runs of one experiment, and what became of them."""
+
+    def __init__(self, name, arguments, folder, num_processes, rng):
+        self.name, self.arguments, self.folder, self.num_processes, self.rng = (
+            name,
+            arguments,
+            folder,
+            num_processes,
+            rng,
+        )
+        self.survived, self.lost, self.stop_seconds = collections.Counter(), collections.Counter(), []
+        self.num_runs = 0
+        whole = folder / f'{name}-whole'
+        for attempt in (whole, folder / f'{name}-again'):  # the second one, which compiles nothing, is timed
+            start = time.monotonic()
+            run = self.start(attempt)
+            if not run.wait():
+                sys.exit(f'the {name} run without faults failed:\n{run.read_log()}')
+            self.seconds = time.monotonic() - start
+        self.expected = read_outcome(whole)
+        if read_outcome(attempt) != self.expected:
+            sys.exit(f'two {name} runs without faults differ')
+        self.size = sum(path.stat().st_size for path in whole.rglob('*') if path.is_file())
+
+    def get_log(self, workdir):
+        """Returns the log of all runs in a workdir; it never lies on a disk that is full."""
+        return self.folder / f'{workdir.name}.log'
+
+    def start(self, workdir):
+        return Run(self.arguments, workdir, self.get_log(workdir), self.num_processes)
+
+    def new_workdir(self):
+        self.num_runs += 1
+        return self.folder / f'{self.name}-{self.num_runs}'
+
+    def settle(self, workdir, faults, notes):
+        """Lets a run end and books its faults as survived or lost."""
+        run = self.start(workdir)
+        ended = run.wait()
+        missing = [note for note in notes if note not in self.get_log(workdir).read_text()]
+        different = sorted(k for k, v in read_outcome(workdir).items() if v != self.expected.get(k)) if ended else []
+        good = ended and not missing and not different
+        (self.survived if good else self.lost).update(faults)
+        if not good:
+            print(f'LOST {workdir}: {faults}; ended {ended}, not said {missing}, different {different[:5]}')
+            print(run.read_log()[-2000:])
+        else:
+            shutil.rmtree(workdir)
+        print(f'{self.name}: {"survived" if good else "lost"} {", ".join(faults)}', flush=True)
+
+    def kill(self, count):
+        """Kills at random moments, half of them while a checkpoint is written, until that many kills were done."""
+        done = 0
+        while done < count:
+            workdir, faults = self.new_workdir(), []
+            while done < count and len(faults) < 5:
+                run = self.start(workdir)
+                kind = self.rng.choice(('kill', 'kill while saving', 'stop') if done % 5 == 0 else KINDS[:2])
+                if kind == 'kill while saving':
+                    skip = self.rng.randrange(6)
+                    seen = set()
+                    while run.is_running() and len(seen) <= skip:
+                        seen |= {path.name for path in workdir.glob('checkpoints/*/*tmp*')}
+                    time.sleep(self.rng.uniform(0, 0.15))
+                else:
+                    deadline = time.monotonic() + self.rng.uniform(0, self.seconds)
+                    while run.is_running() and time.monotonic() < deadline:
+                        time.sleep(0.005)
+                if not run.is_running():
+                    run.wait()
+                    break
+                seconds = run.send(signal.SIGTERM if kind == 'stop' else signal.SIGKILL)
+                if self.num_processes > 1:
+                    self.stop_seconds.append(seconds)
+                    if kind != 'stop':
+                        print(f'  the others stopped after {seconds:.1f} s: {summarise(run.read_log())}')
+                faults.append(kind)
+                done += 1
+            if faults:
+                self.settle(workdir, faults, [])
+
+    def damage(self, count):
+        """Stops runs that have two checkpoints and damages the newer one."""
+        for i in range(count):
+            workdir = self.new_workdir()
+            run = self.start(workdir)
+            while run.is_running() and count_checkpoints(workdir) < 2:
+                time.sleep(0.005)
+            run.send(signal.SIGKILL)
+            newest = max(
+                (path.parent for path in workdir.glob('checkpoints/latest/*/sha256.json')),
+                key=lambda path: int(path.name),
+            )
+            kind = ('truncate', 'empty', 'flip')[i % 3]
+            name = damage(newest, kind, self.rng)
+            self.settle(workdir, [kind], [f'{newest}: ', name])
+
+    def fill_disk(self, count):
+        """Runs on disks that are too small, then makes room."""
+        for _ in range(count):
+            workdir = self.new_workdir()
+            disk = workdir.with_name(f'{workdir.name}-disk')
+            with mount_small_disk(disk, int(self.size * self.rng.uniform(0.2, 0.9))) as make_room:
+                workdir = disk / workdir.name
+                ended = self.start(workdir).wait()
+                make_room()
+                if not ended:
+                    self.settle(workdir, ['full disk'], ['error: no room is left'])
+
+
+def summarise(log):
+    """Returns the line in which a process says why it stopped."""
+    lines = [line for line in log.replace('\r', '\n').splitlines() if line.startswith('error: ')]
+    return lines[-1] if lines else 'without a line of this project'
+
+
+def main():
+    """Runs the campaign and prints one line at its end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=4, help='by SIGKILL or SIGTERM, of each experiment')
+    parser.add_argument('--damages', type=int, default=3, help='of the newest checkpoint, of each experiment')
+    parser.add_argument('--full_disks', type=int, default=1, help='of each experiment')
+    parser.add_argument('--processes', type=int, default=1)
+    parser.add_argument('--experiments', nargs='+', default=['att2', 'seq'], choices=['att2', 'seq'])
+    parser.add_argument('--seed', type=int, default=0)
+    options = parser.parse_args()
+
+    from covidjax.data.phantom import PhantomOptions, write_phantoms
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ['TFDS_DATA_DIR'] = str(folder / 'prepared')
+        raw = folder / 'raw'
+        write_phantoms(
+            raw, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20)
+        )
+        shared = ('--config.data.image_size=32', '--config.train.checkpoint_steps=5')
+        commands = {
+            'att2': [
+                f'--config=configs/att2.py:{raw}',
+                *shared,
+                *(argument.format('') for argument in MODEL),
+                '--config.train.batch_size=16',
+                '--config.train.steps_per_epoch=12',
+                '--config.train.num_epochs=4',
+            ],
+            'seq': [
+                f'--config=configs/seq.py:{raw}',
+                *shared,
+                f'--config.extractor={folder / "att2-whole"}',
+                '--config.data.min_slices=1',
+                '--config.model.hidden=8',
+                '--config.train.batch_size=4',
+                '--config.train.num_epochs=6',
+            ],
+        }
+        if 'seq' in options.experiments and 'att2' not in options.experiments:
+            sys.exit('seq takes its extractor from the att2 run: name both')
+        with_disks = options.full_disks and can_mount(folder)
+        campaigns = []
+        for experiment in options.experiments:
+            campaign = Campaign(
+                experiment, commands[experiment], folder, options.processes, random.Random(options.seed)
+            )
+            campaigns.append(campaign)
+            campaign.kill(options.kills)
+            campaign.damage(options.damages)
+            if with_disks:
+                campaign.fill_disk(options.full_disks)
+    survived = sum((campaign.survived for campaign in campaigns), collections.Counter())
+    lost = sum((campaign.lost for campaign in campaigns), collections.Counter())
+    tally = ', '.join(
+        f'{kind} {survived[kind]}/{survived[kind] + lost[kind]}' for kind in KINDS if (survived + lost)[kind]
+    )
+    disks = '' if with_disks or not options.full_disks else '; full disks not tried: no right to mount'
+    slowest = max([s for campaign in campaigns for s in campaign.stop_seconds], default=0)
+    stops = f'; all processes stopped within {slowest:.1f} s' if options.processes > 1 else ''
+    print(f'survived {survived.total()}, lost {lost.total()} ({tally}{disks}{stops}; {time.monotonic() - start:.0f} s)')
+    sys.exit(lost.total() > 0)
+
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(ROOT))
+    main()
