@@ -51,12 +51,12 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
 
     def execute() -> dict[str, Any]:
         # Looked for before the long work, and only as long as no trained weights have taken their place.
-        is_new = not (workdir / 'metrics.jsonl').exists()
-        weights = find_weights(config.model.pretrained) if config.model.pretrained and is_new else None
+        if config.model.pretrained and not (workdir / 'metrics.jsonl').exists():
+            find_weights(config.model.pretrained)
         opened = data or experiment.load_data(config.data, workdir)
         save_config(workdir, config)
         with open_checkpoints(workdir) as checkpoints:
-            history = fit(config, opened, weights, checkpoints, workdir)
+            history = fit(config, opened, checkpoints, workdir)
             return test(config, opened, checkpoints, history, workdir, lesions_dir=None, occlusion=False)
 
     return experiment.run(config, workdir, execute, format_summary)
@@ -113,10 +113,8 @@ def create_predictor(
     return predict
 
 
-def fit(
-    config: ConfigDict, data: covidx_ct.Prepared, weights: Path | None, checkpoints: Checkpoints, workdir: Path
-) -> list[dict]:
-    """Trains the model of the config, from pretrained `weights` or from scratch; returns the history of `loop.fit`."""
+def fit(config: ConfigDict, data: covidx_ct.Prepared, checkpoints: Checkpoints, workdir: Path) -> list[dict]:
+    """Trains the model of the config, from pretrained weights or from scratch; returns the history of `loop.fit`."""
     model = create_model(config.model)
     predict = create_predictor(model, data, config.train.batch_size)
 
@@ -140,7 +138,9 @@ def fit(
         config.train,
         seed=config.seed,
         create_variables=functools.partial(create_variables, model, config.data.image_size),
-        load_weights=lambda variables: variables if weights is None else load_pretrained(variables, weights),
+        load_weights=lambda variables: (
+            load_pretrained(variables, find_weights(config.model.pretrained)) if config.model.pretrained else variables
+        ),
         forward=forward,
         is_frozen=functools.partial(is_dead, compatibility=config.model.compatibility),
         load_batches=lambda first_step: load_batches(first_step, get_shard()),

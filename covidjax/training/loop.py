@@ -112,7 +112,7 @@ def fit(
     else:
         state, history, epoch = restored[0], restored[1]['history'], Epoch(**restored[1]['epoch'])
         log.info('going on after epoch %d of at most %d, step %d', len(history), schedule.num_epochs, int(state.step))
-    write_history(workdir, history)
+        write_history(workdir, history)
     if is_finished(history, schedule):
         return history
 
