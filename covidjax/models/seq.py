@@ -30,7 +30,7 @@ class SeqOutputs(NamedTuple):
 
 
 def masked_softmax(scores_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """Returns the softmax over the positions where the mask is True, at least in float32, and 0 elsewhere.
+    """Returns the softmax over the positions where the mask is True, in float32 at least, and 0 elsewhere.
 
     Every row needs one such position.
     """
@@ -70,7 +70,7 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns logits [B, K] and attentions [B, T]; positions from lengths_B on have no influence."""
-        dtype = jnp.promote_types(x_BxTxE.dtype, jnp.float32)  # that of the state which the cells begin with
+        dtype = jnp.result_type(float)  # of the parameters and the carry: float64 only under jax_enable_x64
         forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='forward'))
         backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='backward'))
         h_BxTxH = nn.Bidirectional(forward, backward)(x_BxTxE, seq_lengths=lengths_B)

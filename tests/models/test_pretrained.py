@@ -71,6 +71,13 @@ def test_the_backbone_of_an_exported_model_is_read(variables, tmp_path):
         )
 
 
+def test_an_exported_scan_model_is_refused_by_its_names(variables, tmp_path):
+    tensors = {f'extractor.{name}': tensor for name, tensor in to_torch(variables).items()}
+    safetensors.numpy.save_file(tensors, tmp_path / 'w.safetensors')
+    with pytest.raises(UserError, match=r'does not fit config\.model: missing bn1\.bias'):
+        load_pretrained(variables, tmp_path / 'w.safetensors')
+
+
 def test_differences_are_all_listed(variables, tmp_path):
     tensors = write_torchvision_file(variables, tmp_path / 'w.safetensors')
     tensors['extra.weight'] = tensors.pop('conv1.weight')
