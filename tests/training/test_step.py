@@ -113,11 +113,10 @@ def test_root_key_is_never_replaced(batch):
     np.testing.assert_array_equal(jax.random.key_data(new.key), jax.random.key_data(state.key))
 
 
-@pytest.mark.parametrize('accumulation_steps', [2, 4])
-def test_parts_of_a_batch_add_up_to_the_whole(batch, accumulation_steps):
+def test_parts_of_a_batch_add_up_to_the_whole(batch):
     batch['mask'][2] = 0  # so that the parts weigh differently
     state, step = make(optax.adam(0.1), AugmentOptions())
-    _, in_parts = make(optax.adam(0.1), AugmentOptions(), accumulation_steps=accumulation_steps)
+    _, in_parts = make(optax.adam(0.1), AugmentOptions(), accumulation_steps=2)
     (new, sums), (other, other_sums) = step(state, batch), in_parts(state, batch)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), other_sums, sums)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other.params, new.params)
@@ -148,7 +147,9 @@ def slice_model(slices):
         step = functools.partial(
             train_step, forward=forward, optimizer=optimizer, class_weights=WEIGHTS, augmentation=None, **options
         )
-        return create_train_state(variables, optimizer, jax.random.key(1)), jax.jit(step)
+        # Compiled badly, which takes half the time.
+        compiled = jax.jit(step, compiler_options={'xla_backend_optimization_level': 0})
+        return create_train_state(variables, optimizer, jax.random.key(1)), compiled
 
     return make
 
@@ -182,6 +183,6 @@ def test_bfloat16_computes_in_it_and_keeps_the_rest(slices, slice_model):
     np.testing.assert_allclose(rounded, losses, rtol=0.02)
     assert not np.array_equal(rounded, losses)
     assert {leaf.dtype for leaf in jax.tree.leaves((end.params, end.batch_stats))} == {np.dtype('float32')}
-    program = str(jax.make_jaxpr(in_bfloat16)(state, slices))
+    program = str(in_bfloat16.trace(state, slices).jaxpr)
     products = re.findall(r':(\w+)\[[\d,]*\] = (?:conv_general_dilated|dot_general)', program)
     assert products.count('bf16') >= 15, products  # forward and backward through 5 convolutions
