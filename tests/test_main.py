@@ -232,6 +232,7 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         ((att2, workdir, *TINY, '--config.name=dance'), ('dance',)),
         (('--config=configs/none.py',), ('configs/none.py',)),
         ((att2, 'stray'), ('stray',)),
+        ((att2, '--coordinator=localhost:1', '--num_processes=2', '--process_id=2'), ('--process_id', 'got 2 and 2')),
         ((att2, f'--workdir={tmp_path / "w"}', *TINY, '--config.model.pretrained=timm/absent'), ('timm/absent',)),
         ((f'--config=configs/seq.py:{raw_dir}', workdir, f'--config.extractor={empty}'), (empty, 'not the workdir')),
         ((f'--config=configs/seq.py:{raw_dir}', workdir, f'--config.extractor={slice_run[0]}'), ('image_size=32',)),
@@ -287,5 +288,8 @@ def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
 
 def test_help_names_every_mode_and_flag(call):
     result = call('--help')
-    for word in ('--mode', 'train|evaluate|audit', '--workdir', '--input', 'configs/att2.py', 'configs/seq.py'):
+    for word in (
+        *('--mode', 'train|evaluate|audit|export', '--workdir', '--input', '--output', '--lesions', '--coordinator'),
+        *('configs/att2.py', 'configs/seq.py'),
+    ):
         assert word in result.stdout

@@ -1,13 +1,14 @@
 """Curves for TensorBoard."""
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 
@@ -25,14 +26,15 @@ def open_curves(folder: Path, first_step: int) -> Iterator[Callable[[str, float,
         yield lambda name, value, step: None
         return
     folder.mkdir(exist_ok=True)
-    writer = EventsWriter(str(folder / 'events'))
+    writer = RecordWriter(str(folder / f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'))
 
-    def write(step: int, **content) -> None:
-        writer.write_event(Event(wall_time=time.time(), step=step, **content))
+    def write(**content) -> None:
+        writer.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     try:
-        write(first_step, session_log=SessionLog(status=SessionLog.START))
-        yield lambda name, value, step: write(step, summary=scalar(name, value))
+        write(file_version='brain.Event:2')
+        write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        yield lambda name, value, step: write(step=step, summary=scalar(name, value))
         writer.flush()
     finally:
         # What a full disk did not take is given up here.

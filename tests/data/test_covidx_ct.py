@@ -13,6 +13,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from covidjax.data import covidx_ct, lists, preprocess
+from covidjax.data.loader import load_train_batches
 from covidjax.errors import UserError
 
 SIZE = 16
@@ -351,3 +352,11 @@ def test_a_worker_ends_after_its_main_process(tmp_path):
     # The worker holds the other end of stdout: run returns when it is gone, too.
     subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, timeout=30, check=True)
     assert time.monotonic() - start < 20
+
+
+def test_unreadable_record_is_named_and_ends_the_stream():
+    source = covidx_ct.SliceSource([b'\xff\xff'] * 4, '/prepared', ['a.png', 'b.png', 'c.png', 'd.png'])
+    with pytest.raises(UserError, match=r'record 2 \(c.png\) of the prepared dataset in /prepared is unreadable'):
+        source[2]
+    with pytest.raises(UserError, match='is unreadable'):
+        next(load_train_batches(source, batch_size=2, seed=0, first_step=0))

@@ -53,3 +53,17 @@ def test_batch_holds_the_record(source):
     assert batch['image'].dtype == np.uint8
     assert batch['label'].tolist() == [0, 1, 2, 0]
     assert batch['label'].dtype == np.int32
+
+
+@pytest.mark.parametrize('num_processes', [2, 4])
+def test_processes_share_the_batches_of_one(source, num_processes):
+    shards = [(process, num_processes) for process in range(num_processes)]
+    whole = take(load_train_batches(source, batch_size=8, seed=0, first_step=2), 5)
+    parts = [take(load_train_batches(source, batch_size=8, seed=0, first_step=2, shard=s), 5) for s in shards]
+    assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == whole
+
+    whole = list(load_eval_batches(source, batch_size=8))
+    parts = [list(load_eval_batches(source, batch_size=8, shard=shard)) for shard in shards]
+    for name in ('image', 'index', 'mask'):
+        joined = [np.concatenate([batch[name] for batch in rows]) for rows in zip(*parts, strict=True)]
+        np.testing.assert_array_equal(joined, [batch[name] for batch in whole])

@@ -110,3 +110,17 @@ def test_training_stream_goes_on_where_it_stopped():
         one_pass = everything[3 * number : 3 * number + 3]
         visited = [i for indices, mask in one_pass for i, m in zip(indices, mask, strict=True) if m]
         assert sorted(visited) == [0, 1, 2, 3, 4]
+
+
+def test_processes_share_the_batches_of_one():
+    rows, source = make_rows([3, 17, 2, 5, 18])
+    whole = scans.group_scans(rows)
+
+    def load(shard):
+        train = scans.load_train_scans(source, whole, batch_size=4, seed=4, first_step=1, shard=shard)
+        return [*itertools.islice(train, 3), *scans.load_eval_scans(source, whole, batch_size=4, shard=shard)]
+
+    parts = [load((process, 2)) for process in range(2)]
+    for one, *halves in zip(load((0, 1)), *parts, strict=True):
+        for name, array in one.items():
+            np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)

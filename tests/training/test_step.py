@@ -1,4 +1,5 @@
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -8,10 +9,12 @@ import optax
 import pytest
 
 from covidjax.data.augment import AugmentOptions
+from covidjax.models.att2 import Att2
 from covidjax.models.seq import is_extractor
 from covidjax.training.optim import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
+from tests.variables import draw_variables
 
 
 class Linear(nn.Module):
@@ -30,12 +33,17 @@ def forward(variables, images, batch):
     return MODEL.apply({'params': variables['params']}, images), variables['batch_stats']
 
 
-def make(optimizer, augmentation=None):
+def make(optimizer, augmentation=None, **options):
     params = MODEL.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))['params']
     state = create_train_state({'params': params, 'batch_stats': {}}, optimizer, jax.random.key(1))
     step = jax.jit(
         functools.partial(
-            train_step, forward=forward, optimizer=optimizer, class_weights=WEIGHTS, augmentation=augmentation
+            train_step,
+            forward=forward,
+            optimizer=optimizer,
+            class_weights=WEIGHTS,
+            augmentation=augmentation,
+            **options,
         )
     )
     return state, step
@@ -103,3 +111,78 @@ def test_root_key_is_never_replaced(batch):
     state, step = make(optax.sgd(0.1), AugmentOptions())
     new, _ = step(state, batch)
     np.testing.assert_array_equal(jax.random.key_data(new.key), jax.random.key_data(state.key))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(batch):
+    batch['mask'][2] = 0  # so that the parts weigh differently
+    state, step = make(optax.adam(0.1), AugmentOptions())
+    _, in_parts = make(optax.adam(0.1), AugmentOptions(), accumulation_steps=2)
+    (new, sums), (other, other_sums) = step(state, batch), in_parts(state, batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), other_sums, sums)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other.params, new.params)
+
+
+@pytest.fixture(scope='module')
+def slices():
+    rng = np.random.default_rng(1)
+    return {
+        'image': rng.integers(0, 256, (8, 4, 4, 1), dtype=np.uint8).repeat(8, 1).repeat(8, 2),
+        'label': np.array([0, 1, 2, 1, 0, 0, 2, 1], np.int32),
+        'mask': np.ones(8, np.float32),
+    }
+
+
+@pytest.fixture(scope='module')
+def slice_model(slices):
+    """Returns (options) -> state and compiled step of a small model with batch normalisation."""
+    model = Att2(stage_sizes=(1, 1), width=4, block='basic', stem='small', tail_blocks=1)
+    variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
+    optimizer = optax.adam(1e-3)
+
+    def forward(variables, images, batch):
+        outputs, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        return outputs.logits, updates['batch_stats']
+
+    def make(**options):
+        step = functools.partial(
+            train_step, forward=forward, optimizer=optimizer, class_weights=WEIGHTS, augmentation=None, **options
+        )
+        # Compiled badly, which takes half the time.
+        compiled = jax.jit(step, compiler_options={'xla_backend_optimization_level': 0})
+        return create_train_state(variables, optimizer, jax.random.key(1)), compiled
+
+    return make
+
+
+def run_steps(state, step, batch, count=5):
+    losses = []
+    for _ in range(count):
+        state, sums = step(state, batch)
+        losses.append(float(sums['loss'] / sums['weight']))
+    return state, np.array(losses)
+
+
+def test_running_statistics_move_by_the_mean_over_the_parts(slices, slice_model):
+    state, step = slice_model()
+    _, in_parts = slice_model(accumulation_steps=2)
+    new, _ = in_parts(state, slices)
+    # Example b belongs to part b modulo 2.
+    parts = [step(state, {name: x[p::2] for name, x in slices.items()})[0] for p in range(2)]
+    jax.tree.map(
+        lambda mean, one, other: np.testing.assert_allclose(mean, (one + other) / 2, atol=1e-6),
+        new.batch_stats['backbone'],
+        *(part.batch_stats['backbone'] for part in parts),
+    )
+
+
+def test_bfloat16_computes_in_it_and_keeps_the_rest(slices, slice_model):
+    state, step = slice_model()
+    _, in_bfloat16 = slice_model(dtype='bfloat16')
+    _, losses = run_steps(state, step, slices)
+    end, rounded = run_steps(state, in_bfloat16, slices)
+    np.testing.assert_allclose(rounded, losses, rtol=0.02)
+    assert not np.array_equal(rounded, losses)
+    assert {leaf.dtype for leaf in jax.tree.leaves((end.params, end.batch_stats))} == {np.dtype('float32')}
+    program = str(in_bfloat16.trace(state, slices).jaxpr)
+    products = re.findall(r':(\w+)\[[\d,]*\] = (?:conv_general_dilated|dot_general)', program)
+    assert products.count('bf16') >= 15, products  # forward and backward through 5 convolutions
