@@ -98,17 +98,36 @@ def test_run_leaves_results_predictions_and_figures(slice_run):
             image.verify()
     assert len((workdir / 'metrics.jsonl').read_text().splitlines()) == 2
     assert list((workdir / 'tensorboard').glob('events*'))
+    rules = json.loads((workdir / 'calibration.json').read_text())
+    assert rules['temperature'] == results['screening']['calibration']['temperature']
+    assert rules['num_examples'] == sum(results['dataset']['slices']['val'].values())
+    scored = results['explanations']['localisation']  # the raw directory has masks
+    assert scored['num_patients'] == 4
+    page = (workdir / 'report.html').read_text()
+    for word in ('Table III', 'not a medical device', 'worth', f'{results["accuracy"]:.1%}', rows[0]['file']):
+        assert word in page
     assert 'weighted average' in result.stdout
     assert str(workdir) in result.stdout.splitlines()[-1]
 
 
-def test_evaluation_gives_the_same_numbers_again(slice_run, call):
+def test_evaluation_gives_the_same_numbers_again_and_scores_other_lesions(slice_run, call, raw_dir):
     workdir, _ = slice_run
     before, predictions = json.loads((workdir / 'results.json').read_text()), (workdir / 'predictions.csv').read_bytes()
     shutil.copytree(workdir, workdir.with_name('copy'))
-    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}')
+    lesions = raw_dir.with_name('lesions')
+    lesions.mkdir()
+    masks = sorted((raw_dir / 'lesion_masks').iterdir())[:3]
+    for mask in masks:
+        shutil.copy(mask, lesions / f'mask-{mask.name}')
+        shutil.copy(raw_dir / '2A_images' / mask.name, lesions)
+    lines = [f'{mask.name},mask-{mask.name},covid19' for mask in masks]
+    (lesions / 'slices.csv').write_text('\n'.join(['image,lesion,class', *lines]) + '\n')
+    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}', f'--lesions={lesions}', '--occlusion')
     assert result.returncode == 0, result.stderr
     after = json.loads((workdir.with_name('copy') / 'results.json').read_text())
+    scored = [results['explanations'].pop('localisation') for results in (before, after)]
+    assert scored[0]['num_slices'] > scored[1]['num_slices'] == 3
+    assert set(scored[1]['maps']) - set(scored[0]['maps']) == {'occlusion'}
     for results in (before, after):
         del results['training']['test_seconds']
     assert after == before
@@ -178,6 +197,8 @@ def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tm
     assert results['training']['pretrained'] == 'none (from scratch)'
     assert level['vote']['num_examples'] == 6
     assert level['sequence']['confusion_matrix'] == results['confusion_matrix']
+    assert results['slice_attention']['auc']['number'] > 0  # the raw directory has masks
+    assert 'Table IV' in (workdir / 'report.html').read_text()
     assert level['short_scans']['num_scans'] <= 6
     assert results['scans']['left_out']['test'] == {'normal': 0, 'pneumonia': 0, 'covid19': 0}
     assert 'McNemar' in result.stdout
@@ -221,6 +242,7 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         (('--mode=dance', att2), ('dance',)),
         (('--mode=evaluate', f'--workdir={empty}'), (empty, 'not the workdir')),
         (('--mode=evaluate',), ('--workdir',)),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--lesions={empty}'), (empty, 'slices.csv', '--lesions')),
         (('--mode=audit',), ('--input',)),
         (('--mode=audit', f'--input={tmp_path}/none', workdir), (f'{tmp_path}/none',)),
         (('--mode=audit', f'--input={empty}', workdir), (empty, 'train_COVIDx_CT-2A.txt')),
