@@ -118,7 +118,8 @@ def compute_metrics(
     """Computes confusion matrix, per-class and average scores, and their bootstrap intervals by patient.
 
     Whole patients are resampled, since slices of one patient are not independent. A share that is exactly 0 or 1 gets
-    Wilson's interval with a trial per patient instead, an F1 or an average that is has none.
+    Wilson's interval with a trial per patient instead; an F1 or an average that is has none, nor has a share of the
+    examples of one patient.
 
     Args:
       labels_N, predicted_N: int, 0 .. K-1.
@@ -163,12 +164,14 @@ def compute_metrics(
 
     def get_interval(name, i):
         value = point[name][i]
+        trials = None
+        if name in below:
+            trials = int((below[name][:, i] > 0).sum() if i is not ... else num_patients)
         # Where all is right, or nothing, every resample agrees however few patients there are.
         if value in (0, 1):
-            if name not in below:
-                return None
-            trials = int((below[name][:, i] > 0).sum() if i is not ... else num_patients)
-            return compute_wilson_interval(value * trials, trials)
+            return None if trials is None else compute_wilson_interval(value * trials, trials)
+        if trials == 1:
+            return None  # the only patient is in every resample
         return compute_interval(resampled[name][..., i] if i is not ... else resampled[name])
 
     def arrange(value):

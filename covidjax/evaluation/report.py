@@ -3,6 +3,7 @@
 A section is a title and its parts in reading order: paragraphs, tables and pictures.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,6 +315,7 @@ def build_training(results: dict[str, Any], config: Mapping[str, Any], history: 
     training, dataset = results['training'], results['dataset']
     curves = figures.render_training_curves(history, training['best_epoch'])
     facts = [
+        ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
         ('data', results['data']),
         ('raw directory', dataset['raw_dir'] or 'none: generated phantoms'),
         ('fingerprint of lists and size', dataset['fingerprint']),

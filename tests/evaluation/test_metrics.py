@@ -109,8 +109,9 @@ def test_perfect_inverted_and_constant_classifiers(predict, accuracy):
 
 
 def test_resamples_without_a_class_say_nothing_about_it():
-    # One normal patient of three, half right: a resample that misses him leaves his class undefined, not wrong.
-    metrics = compute_metrics(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), ['a', 'a', 'b', 'c'], CLASSES)
+    # Two normal patients of four, each half right: a resample that misses them leaves their class undefined, not wrong.
+    labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 1, 1, 0, 1, 1])
+    metrics = compute_metrics(labels, predicted, ['a', 'a', 'd', 'd', 'b', 'c'], CLASSES)
     assert metrics['intervals']['per_class']['normal']['recall'] == [0.5, 0.5]
     assert metrics['intervals']['per_class']['covid19']['recall'] is None
     assert metrics['per_class']['covid19']['recall'] == 0
@@ -284,3 +285,10 @@ def test_a_perfect_score_has_a_wilson_interval_by_patient():
     assert intervals['per_class']['x']['precision'] == pytest.approx([1 / (1 + z2), 1])
     assert intervals['per_class']['x']['f1'] is None
     assert intervals['weighted_average']['f1'] is None
+
+
+def test_one_patient_gives_no_interval():
+    metrics = compute_metrics(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), ['a', 'a', 'b', 'c'], CLASSES)
+    assert metrics['per_class']['normal']['recall'] == 0.5
+    assert metrics['intervals']['per_class']['normal']['recall'] is None
+    assert metrics['intervals']['accuracy'] is not None
