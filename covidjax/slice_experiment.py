@@ -22,7 +22,7 @@ from covidjax.evaluation.predictions import compute_logits, softmax, write_predi
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
-from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.hosts import is_first
 from covidjax.training.workdir import save_config
@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
 
     def execute() -> dict[str, Any]:
         # Looked for before the long work, and only as long as no trained weights have taken their place.
-        is_new = not (workdir / 'metrics.jsonl').exists()
+        is_new = not has_checkpoint(workdir)
         weights = find_weights(config.model.pretrained) if config.model.pretrained and is_new else None
         opened = data or experiment.load_data(config.data, workdir)
         save_config(workdir, config)

@@ -161,6 +161,11 @@ def _list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves}
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Says whether a run has a state to go on from, sound or damaged."""
+    return any(is_finished(folder) for folder in (Path(workdir) / 'checkpoints' / 'latest').glob('*'))
+
+
 @contextlib.contextmanager
 def open_checkpoints(workdir: Path) -> Iterator[Checkpoints]:
     """Opens the checkpoints of a workdir and closes them at the end."""

@@ -251,9 +251,12 @@ def _train_epoch(
 def write_history(workdir: Path, history: Sequence[dict]) -> None:
     """Writes metrics.jsonl anew, a line per epoch, so that a resumed run neither loses nor doubles one.
 
-    Of several processes only the first writes.
+    Before the first epoch is finished there is no such file. Of several processes only the first writes.
     """
     if jax.process_index() > 0:
+        return
+    if not history:
+        (workdir / 'metrics.jsonl').unlink(missing_ok=True)
         return
     with replace_file(workdir / 'metrics.jsonl') as temporary:
         temporary.write_text(''.join(json.dumps(entry) + '\n' for entry in history))
