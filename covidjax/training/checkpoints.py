@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from covidjax.errors import UserError, compare_shapes, join_faults
 from covidjax.training.digests import find_damage, is_finished, write_digests
+from covidjax.training.hosts import is_first
 from covidjax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _list_finished(manager: ocp.CheckpointManager) -> list[int]:
 def _save(manager: ocp.CheckpointManager, number: int, arguments: ocp.args.Composite) -> None:
     with _quiet_writers():
         manager.save(number, args=arguments)
-    if jax.process_index() == 0:
+    if is_first():
         write_digests(_get_folder(manager, number))
 
 

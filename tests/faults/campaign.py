@@ -178,7 +178,9 @@ class Campaign:
         run = self.start(workdir)
         ended = run.wait()
         missing = [note for note in notes if note not in self.get_log(workdir).read_text()]
-        different = sorted(k for k, v in read_outcome(workdir).items() if v != self.expected.get(k)) if ended else []
+        outcome = read_outcome(workdir) if ended else {}
+        names = self.expected.keys() | outcome.keys() if ended else ()
+        different = sorted(name for name in names if outcome.get(name) != self.expected.get(name))
         good = ended and not missing and not different
         (self.survived if good else self.lost).update(faults)
         if not good:
@@ -195,6 +197,9 @@ class Campaign:
             workdir, faults = self.new_workdir(), []
             while done < count and len(faults) < 5:
                 run = self.start(workdir)
+                # Processes that wait for others to appear do so for minutes.
+                while self.num_processes > 1 and run.is_running() and 'train: ' not in run.read_log():
+                    time.sleep(0.1)
                 kind = self.rng.choice(('kill', 'kill while saving', 'stop') if done % 5 == 0 else KINDS[:2])
                 if kind == 'kill while saving':
                     skip = self.rng.randrange(6)
