@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -69,12 +68,17 @@ class Run:
             process.wait(max(deadline - time.monotonic(), 0.1))
         return not any(process.returncode for process in self.processes)
 
-    def send(self, number):
-        """Sends a signal to one process; returns the seconds until all have stopped."""
+    def kill(self):
+        """Kills one process; returns the seconds until all have stopped."""
         start = time.monotonic()
-        random.choice(self.processes).send_signal(number)
+        random.choice(self.processes).kill()
         self.wait(STOP_SECONDS)
         return time.monotonic() - start
+
+    def stop(self):
+        """Asks one process to stop, and waits until all have."""
+        random.choice(self.processes).terminate()
+        self.wait()
 
     def read_log(self):
         self.log.seek(self.start)
@@ -214,11 +218,12 @@ class Campaign:
                 if not run.is_running():
                     run.wait()
                     break
-                seconds = run.send(signal.SIGTERM if kind == 'stop' else signal.SIGKILL)
-                if self.num_processes > 1:
-                    self.stop_seconds.append(seconds)
-                    if kind != 'stop':
-                        print(f'  the others stopped after {seconds:.1f} s: {summarise(run.read_log())}')
+                if kind == 'stop':
+                    run.stop()
+                else:
+                    self.stop_seconds.append(run.kill())
+                    if self.num_processes > 1:
+                        print(f'  the others stopped after {self.stop_seconds[-1]:.1f} s: {summarise(run.read_log())}')
                 faults.append(kind)
                 done += 1
             if faults:
@@ -231,7 +236,7 @@ class Campaign:
             run = self.start(workdir)
             while run.is_running() and count_checkpoints(workdir) < 2:
                 time.sleep(0.005)
-            run.send(signal.SIGKILL)
+            run.kill()
             newest = max(
                 (path.parent for path in workdir.glob('checkpoints/latest/*/sha256.json')),
                 key=lambda path: int(path.name),
@@ -300,8 +305,8 @@ def main():
                 '--config.train.num_epochs=6',
             ],
         }
-        if 'seq' in options.experiments and 'att2' not in options.experiments:
-            sys.exit('seq takes its extractor from the att2 run: name both')
+        if 'att2' not in options.experiments:  # the extractor is needed in any case
+            Run(commands['att2'], folder / 'att2-whole', folder / 'att2-whole.log', options.processes).wait()
         with_disks = options.full_disks and can_mount(folder)
         campaigns = []
         for experiment in options.experiments:
