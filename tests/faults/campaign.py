@@ -280,7 +280,7 @@ def main():
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ['TFDS_DATA_DIR'] = str(folder / 'prepared')
+        os.environ |= {'TFDS_DATA_DIR': str(folder / 'prepared'), 'XDG_CACHE_HOME': str(folder / 'cache')}
         raw = folder / 'raw'
         write_phantoms(
             raw, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20)
