@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags
@@ -150,16 +151,15 @@ def run_main(argv: list[str]) -> None:
             raise
         from covidjax.training.hosts import is_lost_peer
 
-        if not is_lost_peer(error):
-            raise
-        end('error: another process of the run is gone; the same commands go on from the last checkpoint')
+        lost = 'error: another process of the run is gone; the same commands go on from the last checkpoint'
+        end(lost if is_lost_peer(error) else traceback.format_exc())
 
 
 def end(message: str) -> None:
-    """Ends the process with a line on stderr and exit status 1."""
+    """Ends the process with a message on stderr and exit status 1."""
     if _COORDINATOR.value is None:
         sys.exit(message)
-    # The others shall see this process gone; an orderly exit would first wait for them.
+    # The others shall see this process gone; an orderly exit would wait for them while they wait for it.
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
 

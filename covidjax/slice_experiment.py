@@ -27,7 +27,7 @@ from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
-from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.config import flatten_config
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.hosts import is_first
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
 
     def execute() -> dict[str, Any]:
         # Looked for before the long work, and only as long as no trained weights have taken their place.
-        if config.model.pretrained and not (workdir / 'metrics.jsonl').exists():
+        if config.model.pretrained and not has_checkpoint(workdir):
             find_weights(config.model.pretrained)
         opened = data or experiment.load_data(config.data, workdir)
         save_config(workdir, config)

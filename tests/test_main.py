@@ -48,7 +48,8 @@ def raw_dir(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-    return {**os.environ, 'TFDS_DATA_DIR': str(tmp_path_factory.mktemp('prepared')), 'HF_HUB_OFFLINE': '1'}
+    folders = {name: str(tmp_path_factory.mktemp('own')) for name in ('TFDS_DATA_DIR', 'XDG_CACHE_HOME')}
+    return {**os.environ, **folders, 'HF_HUB_OFFLINE': '1'}
 
 
 @pytest.fixture(scope='module')

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from covidjax.errors import UserError, compare_shapes, join_faults
 from covidjax.training.digests import find_damage, is_finished, write_digests
+from covidjax.training.hosts import is_first
 from covidjax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _list_finished(manager: ocp.CheckpointManager) -> list[int]:
 def _save(manager: ocp.CheckpointManager, number: int, arguments: ocp.args.Composite) -> None:
     with _quiet_writers():
         manager.save(number, args=arguments)
-    if jax.process_index() == 0:
+    if is_first():
         write_digests(_get_folder(manager, number))
 
 
@@ -159,6 +160,11 @@ def _quiet_writers() -> Iterator[None]:
 def _list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, 'shape'))
     return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Says whether a run has a state to go on from, sound or damaged."""
+    return any(is_finished(folder) for folder in (Path(workdir) / 'checkpoints' / 'latest').glob('*'))
 
 
 @contextlib.contextmanager

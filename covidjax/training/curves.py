@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
+
+from covidjax.training.hosts import is_first
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def open_curves(folder: Path, first_step: int) -> Iterator[Callable[[str, float,
     Yields:
       (name, value, step) -> None: adds a point. Of several processes only the first writes.
     """
-    if jax.process_index() > 0:
+    if not is_first():
         yield lambda name, value, step: None
         return
     folder.mkdir(exist_ok=True)

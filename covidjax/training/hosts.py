@@ -43,7 +43,7 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f'--coordinator={coordinator}: the processes did not connect: {error}') from error
-    if jax.process_index() > 0:  # The first one speaks for all.
+    if not is_first():  # which speaks for all
         logging.getLogger('covidjax').setLevel(logging.ERROR)
 
 

@@ -15,6 +15,7 @@ from covidjax.errors import UserError
 from covidjax.files import replace_file
 from covidjax.training.checkpoints import Checkpoints
 from covidjax.training.curves import open_curves
+from covidjax.training.hosts import is_first
 from covidjax.training.state import TrainState
 from covidjax.training.stop import Stopped, StopSignals, hold_stop_signals
 
@@ -229,7 +230,7 @@ def _train_epoch(
         initial=done,
         desc=f'epoch {number}/{schedule.num_epochs}',
         unit='step',
-        disable=jax.process_index() > 0,
+        disable=not is_first(),
     ) as bar:
         for k in range(first + done, first + schedule.steps_per_epoch):
             state, sums = step(state, next(batches))
@@ -251,9 +252,12 @@ def _train_epoch(
 def write_history(workdir: Path, history: Sequence[dict]) -> None:
     """Writes metrics.jsonl anew, a line per epoch, so that a resumed run neither loses nor doubles one.
 
-    Of several processes only the first writes.
+    Before the first epoch is finished there is no such file. Of several processes only the first writes.
     """
-    if jax.process_index() > 0:
+    if not is_first():
+        return
+    if not history:
+        (workdir / 'metrics.jsonl').unlink(missing_ok=True)
         return
     with replace_file(workdir / 'metrics.jsonl') as temporary:
         temporary.write_text(''.join(json.dumps(entry) + '\n' for entry in history))

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
-import jax
 from ml_collections import ConfigDict
 
 from covidjax.errors import UserError
 from covidjax.files import write_json
 from covidjax.training.config import flatten_config
+from covidjax.training.hosts import is_first
 
 # Neither where prepared slices lie nor how often a run is saved changes a result.
 _MAY_DIFFER = ('data.prepared_dir', 'train.checkpoint_steps', 'att2.train.checkpoint_steps')
@@ -24,7 +24,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: it can't be created or written, or another run is in it.
     """
-    if jax.process_index() > 0:
+    if not is_first():
         yield
         return
     try:
@@ -61,7 +61,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def save_config(workdir: Path, config: ConfigDict) -> None:
     """Saves the config of a run. Call it when the data are there: a mistyped command shall not claim the workdir."""
-    if jax.process_index() == 0:
+    if is_first():
         write_json(workdir / 'config.json', config.to_dict())
 
 

@@ -6,14 +6,14 @@ import numpy as np
 from covidjax.data.lists import Row
 from covidjax.data.loader import load_eval_batches
 from covidjax.evaluation.predictions import compute_logits, softmax, write_predictions
-from covidjax.training.devices import create_shardings
+from covidjax.training.devices import place_batch
 
 
 def test_each_record_counts_once_and_in_order():
     source = [{'image': np.full((2, 2, 1), i, np.uint8), 'label': 0} for i in range(7)]
     apply = jax.jit(lambda variables, batch: variables * batch['image'][:, 0, 0, :].astype(float))
     batches = load_eval_batches(source, batch_size=3)
-    logits = compute_logits(apply, 2.0, batches, create_shardings()[0])
+    logits = compute_logits(apply, 2.0, map(place_batch, batches), len(source))
     assert logits[:, 0].tolist() == [0, 2, 4, 6, 8, 10, 12]
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -69,12 +68,17 @@ class Run:
             process.wait(max(deadline - time.monotonic(), 0.1))
         return not any(process.returncode for process in self.processes)
 
-    def send(self, number):
-        """Sends a signal to one process; returns the seconds until all have stopped."""
+    def kill(self):
+        """Kills one process; returns the seconds until all have stopped."""
         start = time.monotonic()
-        random.choice(self.processes).send_signal(number)
+        random.choice(self.processes).kill()
         self.wait(STOP_SECONDS)
         return time.monotonic() - start
+
+    def stop(self):
+        """Asks one process to stop, and waits until all have."""
+        random.choice(self.processes).terminate()
+        self.wait()
 
     def read_log(self):
         self.log.seek(self.start)
@@ -178,7 +182,9 @@ class Campaign:
         run = self.start(workdir)
         ended = run.wait()
         missing = [note for note in notes if note not in self.get_log(workdir).read_text()]
-        different = sorted(k for k, v in read_outcome(workdir).items() if v != self.expected.get(k)) if ended else []
+        outcome = read_outcome(workdir) if ended else {}
+        names = self.expected.keys() | outcome.keys() if ended else ()
+        different = sorted(name for name in names if outcome.get(name) != self.expected.get(name))
         good = ended and not missing and not different
         (self.survived if good else self.lost).update(faults)
         if not good:
@@ -195,6 +201,9 @@ class Campaign:
             workdir, faults = self.new_workdir(), []
             while done < count and len(faults) < 5:
                 run = self.start(workdir)
+                # Processes that wait for others to appear do so for minutes.
+                while self.num_processes > 1 and run.is_running() and 'train: ' not in run.read_log():
+                    time.sleep(0.1)
                 kind = self.rng.choice(('kill', 'kill while saving', 'stop') if done % 5 == 0 else KINDS[:2])
                 if kind == 'kill while saving':
                     skip = self.rng.randrange(6)
@@ -209,11 +218,12 @@ class Campaign:
                 if not run.is_running():
                     run.wait()
                     break
-                seconds = run.send(signal.SIGTERM if kind == 'stop' else signal.SIGKILL)
-                if self.num_processes > 1:
-                    self.stop_seconds.append(seconds)
-                    if kind != 'stop':
-                        print(f'  the others stopped after {seconds:.1f} s: {summarise(run.read_log())}')
+                if kind == 'stop':
+                    run.stop()
+                else:
+                    self.stop_seconds.append(run.kill())
+                    if self.num_processes > 1:
+                        print(f'  the others stopped after {self.stop_seconds[-1]:.1f} s: {summarise(run.read_log())}')
                 faults.append(kind)
                 done += 1
             if faults:
@@ -226,7 +236,7 @@ class Campaign:
             run = self.start(workdir)
             while run.is_running() and count_checkpoints(workdir) < 2:
                 time.sleep(0.005)
-            run.send(signal.SIGKILL)
+            run.kill()
             newest = max(
                 (path.parent for path in workdir.glob('checkpoints/latest/*/sha256.json')),
                 key=lambda path: int(path.name),
@@ -270,7 +280,7 @@ def main():
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ['TFDS_DATA_DIR'] = str(folder / 'prepared')
+        os.environ |= {'TFDS_DATA_DIR': str(folder / 'prepared'), 'XDG_CACHE_HOME': str(folder / 'cache')}
         raw = folder / 'raw'
         write_phantoms(
             raw, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20)
@@ -295,8 +305,8 @@ def main():
                 '--config.train.num_epochs=6',
             ],
         }
-        if 'seq' in options.experiments and 'att2' not in options.experiments:
-            sys.exit('seq takes its extractor from the att2 run: name both')
+        if 'att2' not in options.experiments:  # the extractor is needed in any case
+            Run(commands['att2'], folder / 'att2-whole', folder / 'att2-whole.log', options.processes).wait()
         with_disks = options.full_disks and can_mount(folder)
         campaigns = []
         for experiment in options.experiments:

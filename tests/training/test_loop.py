@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from covidjax.errors import UserError
-from covidjax.training.checkpoints import open_checkpoints
+from covidjax.training.checkpoints import has_checkpoint, open_checkpoints
 from covidjax.training.digests import find_damage
 from covidjax.training.loop import Schedule, find_best_epoch, fit, is_finished, read_history
 from covidjax.training.state import create_train_state
@@ -274,7 +274,9 @@ def test_no_sound_checkpoint_is_left(tmp_path):
 
 def test_checkpoint_without_digests_was_not_finished(tmp_path, whole):
     run(tmp_path, LOSSES, num_epochs=1)
+    assert has_checkpoint(tmp_path)
     (list_checkpoints(tmp_path)[0] / 'sha256.json').unlink()
+    assert not has_checkpoint(tmp_path)
     run(tmp_path, LOSSES)  # as if there were none
     assert_same_end(tmp_path, whole)
 
@@ -335,5 +337,7 @@ def test_step_that_is_not_finite_is_named_and_not_saved(tmp_path, monkeypatch, n
 
 
 def test_no_epoch_yet(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, LOSSES, interrupt_at(1, send(signal.SIGTERM)))
     with pytest.raises(UserError, match='no finished epoch'):
         read_history(tmp_path)
