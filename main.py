@@ -14,7 +14,6 @@ command on each of them with --coordinator. Any field of a config can be set: --
 are in the config's file).
 """
 
-import logging
 import os
 import signal
 import sys
@@ -22,9 +21,9 @@ import traceback
 from pathlib import Path
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from covidjax.command_line import create_parser, refuse_arguments, set_up_log
 from covidjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -127,11 +126,8 @@ _MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
 
 def main(argv: list[str]) -> None:
     """Calls the function of the mode."""
-    if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
-    absl_logging.set_verbosity(absl_logging.WARNING)  # The libraries' own messages.
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-    logging.getLogger('covidjax').setLevel(logging.INFO)
+    refuse_arguments(argv)
+    set_up_log()
     MODES[_MODE.value]()
 
 
@@ -164,16 +160,5 @@ def end(message: str) -> None:
     os._exit(1)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a misspelt one, config fields included, is one line on stderr and exit status 1."""
-    try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
-            _CONFIG.value.name  # noqa: B018, a file that could not be loaded raises only now
-        return rest
-    except Exception as error:  # Config overrides raise many kinds; all come from the command line.
-        sys.exit(f'error: {" ".join(str(error).split())} (python main.py --help)')
-
-
 if __name__ == '__main__':
-    app.run(run_main, flags_parser=parse_flags)
+    app.run(run_main, flags_parser=create_parser(_CONFIG))

@@ -12,15 +12,14 @@ variants trains only what is missing. At the end <output>/ablation.md and ablati
 looked for in slices of the test split that have a mask in the folder lesion_masks of the raw directory, as phantoms do.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from covidjax import ablation
+from covidjax.command_line import create_parser, refuse_arguments, set_up_log
 from covidjax.errors import UserError
 from covidjax.models.att2 import COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
@@ -36,10 +35,8 @@ _COMBINATIONS = flags.DEFINE_list('combinations', list(COMBINATIONS), 'Which of 
 
 def main(argv: list[str]) -> None:
     """Checks the flags, compares and prints."""
-    if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger('covidjax').setLevel(logging.INFO)
+    refuse_arguments(argv)
+    set_up_log()
     config = _CONFIG.value
     if config is None:
         raise UserError('--config is required: --config=configs/att2.py (python -m experiments.ablation --help)')
@@ -69,16 +66,5 @@ def run_main(argv: list[str]) -> None:
         sys.exit('interrupted: the same command goes on where it stopped')
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a misspelt one, config fields included, is one line on stderr and exit status 1."""
-    try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
-            _CONFIG.value.name  # noqa: B018, a file that could not be loaded raises only now
-        return rest
-    except Exception as error:  # Config overrides raise many kinds; all come from the command line.
-        sys.exit(f'error: {" ".join(str(error).split())} (python -m experiments.ablation --help)')
-
-
 if __name__ == '__main__':
-    app.run(run_main, flags_parser=parse_flags)
+    app.run(run_main, flags_parser=create_parser(_CONFIG))
