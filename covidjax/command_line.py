@@ -30,7 +30,9 @@ def create_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
             name = ' '.join(error.args).strip('"\'')
             sys.exit(f'error: the config has no field {name}: its file lists them (--help tells more)')
         except Exception as error:  # Config overrides raise many kinds; all come from the command line.
-            sys.exit(f'error: {" ".join(str(error).split())} (--help tells more)')
+            # Some of their messages are the quoted form of another one.
+            message = str(error).replace('\\n', ' ').replace("\\'", "'").strip("'")
+            sys.exit(f'error: {" ".join(message.split())} (--help tells more)')
 
     return parse_flags
 
