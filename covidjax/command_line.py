@@ -26,15 +26,18 @@ def create_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
             if config.value is not None:
                 config.value.name  # noqa: B018, a file that could not be loaded raises only now
             return rest
-        except KeyError as error:
-            name = ' '.join(error.args).strip('"\'')
-            sys.exit(f'error: the config has no field {name}: its file lists them (--help tells more)')
         except Exception as error:  # Config overrides raise many kinds; all come from the command line.
-            # Some of their messages are the quoted form of another one.
-            message = str(error).replace('\\n', ' ').replace("\\'", "'").strip("'")
-            sys.exit(f'error: {" ".join(message.split())} (--help tells more)')
+            sys.exit(f'error: {_describe(error)} (--help tells more)')
 
     return parse_flags
+
+
+def _describe(error: Exception) -> str:
+    """Returns what an error of parsing says, on one line; ml_collections wraps a KeyError for an absent field."""
+    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    if isinstance(cause, KeyError):
+        return f'the config has no field {" ".join(str(cause.args[0]).split())}'
+    return ' '.join(str(error).split())
 
 
 def refuse_arguments(argv: list[str]) -> None:
