@@ -101,9 +101,15 @@ def read_outcome(workdir):
             for line in (workdir / 'metrics.jsonl').read_text().splitlines()
         ],
     }
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # also what several processes have saved
     for kind, item in (('latest', 'state'), ('best', 'variables')):
         newest = max((workdir / 'checkpoints' / kind).iterdir(), key=lambda path: int(path.name))
-        tree = ocp.StandardCheckpointer().restore(newest / item)
+        checkpointer = ocp.StandardCheckpointer()
+        template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            checkpointer.metadata(newest / item).item_metadata.tree,
+        )
+        tree = checkpointer.restore(newest / item, template)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             leaf = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
             outcome[f'{kind}{jax.tree_util.keystr(path)}'] = (leaf.shape, bytes(memoryview(leaf).cast('B')))
