@@ -21,7 +21,8 @@ from covidjax.files import replace_file
 MAX_DIRECTIONS = 32
 MAX_EXAMPLES = 1000
 QUANTILE = 0.99
-_MIN_EXAMPLES = 8
+_NUM_FOLDS = 10
+_MIN_EXAMPLES = 16
 
 
 class Novelty(NamedTuple):
@@ -43,21 +44,22 @@ class Novelty(NamedTuple):
 
 
 def fit_novelty(embeddings_NxE: np.ndarray, patients: Sequence[str]) -> Novelty | None:
-    """Fits what is usual to validation slices; the threshold is from either half of the patients, fitted to the other.
+    """Fits what is usual to validation slices; the threshold is cross-validated by patient.
 
     Args:
       embeddings_NxE: of slices that the model was not trained on.
       patients: patient of each slice.
 
     Returns:
-      None where one half has fewer than eight slices, too few to tell what is usual.
+      None where there are fewer than 16 slices or 4 patients, too few to tell what is usual, or all slices are alike.
     """
     groups = group_by_patient(patients)
-    if np.bincount(groups % 2, minlength=2).min() < _MIN_EXAMPLES:
+    if len(groups) < _MIN_EXAMPLES or groups.max() < 3 or not embeddings_NxE.std(0).any():
         return None
     held_out = np.empty(len(groups))
-    for half in (0, 1):
-        inside = groups % 2 == half
+    folds = groups % _NUM_FOLDS
+    for fold in np.unique(folds):
+        inside = folds != fold
         held_out[~inside] = _measure(_fit(embeddings_NxE[inside]), embeddings_NxE[~inside])
     return _fit(embeddings_NxE)._replace(threshold=np.float32(np.quantile(held_out, QUANTILE)))
 
@@ -66,7 +68,7 @@ def _fit(x_NxE: np.ndarray) -> Novelty:
     x_NxE = x_NxE.astype(np.float64)
     count = min(MAX_DIRECTIONS, len(x_NxE) // 4, x_NxE.shape[1] - 1)
     pca = PCA(count, svd_solver='full').fit(x_NxE)
-    floor = 1e-6 * x_NxE.var(0).sum() + 1e-12  # constant embeddings have no variance
+    floor = 1e-6 * x_NxE.var(0).sum()  # features that never fire have no variance
     arrays = (pca.mean_, pca.components_, pca.explained_variance_.clip(floor), max(pca.noise_variance_, floor), 1)
     return Novelty(*(np.asarray(array, np.float32) for array in arrays))
 
@@ -96,7 +98,7 @@ def load_novelty(path: Path) -> Novelty | None:
       UserError: it is damaged.
     """
     try:
-        with np.load(path) as arrays:
+        with path.open('rb') as file, np.load(file) as arrays:
             return Novelty(*(arrays[name] for name in Novelty._fields))
     except FileNotFoundError:
         return None
