@@ -6,6 +6,7 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --config=configs/seq.py:/data/covidx-ct --config.extractor=/tmp/run --workdir=/tmp/seq     its second
   python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
   python main.py --mode=audit --input=/data/covidx-ct           can this dataset be trusted? lists alone will do
+  python main.py --mode=predict --workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz    a report on each CT scan
   python main.py --mode=export --workdir=/tmp/run --output=model.safetensors     write it for PyTorch
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
@@ -32,8 +33,22 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default runs/<name of the config>, or runs/audit for --mode=audit.'
 )
-_INPUT = flags.DEFINE_string('input', None, 'The raw COVIDx-CT directory, or one of lists only, of --mode=audit.')
-_OUTPUT = flags.DEFINE_string('output', None, 'File that --mode=export writes, *.safetensors.')
+_INPUT = flags.DEFINE_multi_string(
+    'input',
+    [],
+    'Of --mode=predict: a chest CT, as DICOM folder or zip, NIfTI, image folder or image; give it once per scan. Of '
+    '--mode=audit: the raw COVIDx-CT directory, or one of lists only.',
+)
+_OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'File that --mode=export writes, *.safetensors. Folder that --mode=predict writes to, by default '
+    '<workdir>/predictions/<input name>.',
+)
+_SERIES = flags.DEFINE_string('series', None, 'Which DICOM series --mode=predict reads, where there are several.')
+_FORCE = flags.DEFINE_bool(
+    'force', False, 'Predict in spite of doubts that the input is a chest CT; the report says so.'
+)
 _LESIONS = flags.DEFINE_string(
     'lesions', None, 'Folder of slices with outlined lesions, for --mode=evaluate of a slice run (see the README).'
 )
@@ -86,9 +101,23 @@ def run_audit() -> None:
     """Audits --input; exit status 1 if anything is broken."""
     from covidjax import audit
 
-    if _INPUT.value is None:
-        raise UserError('--mode=audit needs --input=<raw COVIDx-CT directory>')
-    if audit.run_audit(Path(_INPUT.value), Path(_WORKDIR.value or 'runs/audit'))['verdict'] == 'broken':
+    if len(_INPUT.value) != 1:
+        raise UserError('--mode=audit needs one --input=<raw COVIDx-CT directory>')
+    if audit.run_audit(Path(_INPUT.value[0]), Path(_WORKDIR.value or 'runs/audit'))['verdict'] == 'broken':
+        sys.exit(1)
+
+
+def run_prediction() -> None:
+    """Predicts every --input; exit status 1 if any is refused."""
+    workdir = get_workdir()
+    if not all(_INPUT.value or ['']):
+        raise UserError('--mode=predict needs --input=<DICOM folder or zip, NIfTI, image folder or image>')
+    start_jax()
+    from covidjax import predict
+
+    output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
+    inputs = [Path(path) for path in _INPUT.value]
+    if not predict.predict_all(workdir, inputs, output, series=_SERIES.value, force=_FORCE.value):
         sys.exit(1)
 
 
@@ -120,7 +149,13 @@ def start_jax() -> None:
         hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
 
-MODES = {'train': run_training, 'evaluate': run_evaluation, 'audit': run_audit, 'export': run_export}
+MODES = {
+    'train': run_training,
+    'evaluate': run_evaluation,
+    'predict': run_prediction,
+    'audit': run_audit,
+    'export': run_export,
+}
 _MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
 
 

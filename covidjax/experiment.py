@@ -20,7 +20,10 @@ from covidjax.data import covidx_ct, phantom
 from covidjax.data.augment import AugmentOptions
 from covidjax.data.lists import CLASSES
 from covidjax.errors import join_faults
+from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
+from covidjax.evaluation.outputs import compute_outputs
 from covidjax.files import report_full_disk, write_json
+from covidjax.models.att2 import Att2
 from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import check_config
@@ -219,6 +222,22 @@ def fit(
         checkpoints=checkpoints,
         workdir=workdir,
     )
+
+
+def save_usual(workdir: Path, extractor: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
+    """Writes novelty.npz, what is usual among validation slices, for predictions to tell what is not.
+
+    Args:
+      workdir: of the run.
+      extractor, variables: the slice model.
+      data: with the validation slices, of which at most `MAX_EXAMPLES`, spread evenly, are used.
+    """
+    rows, source = data.rows['val'], data.sources['val']
+    chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
+    embeddings = compute_outputs(extractor, variables, np.stack([source[i]['image'] for i in chosen])).embedding
+    novelty = fit_novelty(embeddings, [rows[i].patient for i in chosen])
+    if novelty is not None:
+        save_novelty(workdir / 'novelty.npz', novelty)
 
 
 def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:

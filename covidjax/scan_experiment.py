@@ -248,7 +248,7 @@ def test(
 ) -> dict[str, Any]:
     """Tests the best epoch's model and the slice model's votes on the same scans and the same slices of them.
 
-    Writes predictions.csv, calibration.json, report.html, the figures and, last, results.json.
+    Writes predictions.csv, calibration.json, novelty.npz, report.html, the figures and, last, results.json.
 
     Returns:
       The content of results.json: what was run, `compute_metrics` of the sequence model, and `scan_level`, the whole
@@ -312,6 +312,8 @@ def test(
         'environment': experiment.describe_environment(),
     }
     write_json(workdir / 'calibration.json', rules)
+    extractor_variables = {name: variables[name]['extractor'] for name in ('params', 'batch_stats')}
+    experiment.save_usual(workdir, model.extractor, extractor_variables, data)
     write_scan_predictions(
         workdir / 'predictions.csv', chosen['test'], probabilities, votes[rule], predictions['test'].attention
     )
@@ -340,7 +342,7 @@ def test(
             *report.build_statistics(results, rules, unit='scans'),
             *scan_report.build_scan_sections(
                 model.extractor,
-                {name: variables[name]['extractor'] for name in ('params', 'batch_stats')},
+                extractor_variables,
                 data,
                 chosen['test'],
                 probabilities,

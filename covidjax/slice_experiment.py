@@ -23,6 +23,7 @@ from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import compute_logits, softmax, write_predictions
+from covidjax.evaluation.scan_votes import fit_vote_rules
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
@@ -42,7 +43,8 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
     Args:
       config: see configs/att2.py.
       workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
-        results.json, predictions.csv, training_curves.png and confusion_matrix.png; with phantoms also phantoms/.
+        results.json, predictions.csv, calibration.json, novelty.npz, report.html, training_curves.png and
+        confusion_matrix.png; with phantoms also phantoms/.
       data: what `config.data` says, if it is open already.
 
     Raises:
@@ -172,7 +174,7 @@ def test(
     lesions_dir: Path | None,
     occlusion: bool,
 ) -> dict[str, Any]:
-    """Tests the best epoch's model; writes predictions.csv, calibration.json, report.html, figures, results.json last.
+    """Tests the best epoch's model and writes the files that `train` names, results.json last.
 
     Everything that is chosen, a temperature or a threshold, is chosen on validation slices. Predictions are those of
     the model itself; temperature and thresholds are kept beside them, in calibration.json.
@@ -199,6 +201,7 @@ def test(
     labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
     patients = [row.patient for row in rows]
     rules = fit_rules(logits['val'], labels['val'], [row.patient for row in data.rows['val']], CLASSES)
+    rules['scans'] = fit_vote_rules(logits['val'], group_scans(data.rows['val']), rules['temperature'])
     log.info('statistics, baselines and explanations of %d test slices', len(rows))
 
     thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
@@ -236,6 +239,7 @@ def test(
     }
     write_predictions(workdir / 'predictions.csv', rows, probabilities)
     write_json(workdir / 'calibration.json', rules)
+    experiment.save_usual(workdir, model, variables, data)
     figures.save_figure(
         figures.render_training_curves(history, training['best_epoch']), workdir / 'training_curves.png'
     )

@@ -312,7 +312,15 @@ def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
 def test_help_names_every_mode_and_flag(call):
     result = call('--help')
     for word in (
-        *('--mode', 'train|evaluate|audit|export', '--workdir', '--input', '--output', '--lesions', '--coordinator'),
+        *(
+            '--mode',
+            'train|evaluate|predict|audit|export',
+            '--workdir',
+            '--input',
+            '--output',
+            '--lesions',
+            '--coordinator',
+        ),
         *('configs/att2.py', 'configs/seq.py'),
     ):
         assert word in result.stdout

@@ -3,19 +3,22 @@
 Imports numpy and Pillow only: every worker process of a preparation imports this module.
 """
 
+import contextlib
 import functools
 import io
 import os
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 # CT slices are 512 to 1024 pixels wide. Far beyond that lies only a file made, or damaged, to exhaust memory.
 MAX_PIXELS = 64_000_000
+WINDOW_WIDTH_HU, WINDOW_LEVEL_HU = 1500, -600  # of COVIDx CT: lungs in the middle, soft tissue bright
 
 Box = tuple[int, int, int, int]
 
@@ -35,15 +38,22 @@ def load_slice(path: str, box: Box | None, size: int) -> np.ndarray:
       ValueError: the file is missing or damaged, no image, larger than `MAX_PIXELS`, or the box misses the image; the
         message is the reason on one line, without the path.
     """
+    with open_image(path) as image:
+        return crop_grey_resize(image, box, size)
+
+
+@contextlib.contextmanager
+def open_image(file: str | BinaryIO) -> Iterator[Image.Image]:
+    """Yields an image; what goes wrong with it, while it is open too, is a ValueError as in `load_slice`."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns of images between one and two times its own limit.
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(file)
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return crop_grey_resize(image, box, size)
+            yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f'more than {MAX_PIXELS:,} pixels, taken for a decompression bomb') from error
     except Image.UnidentifiedImageError as error:
@@ -71,6 +81,12 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
     if box is not None:
         image = image.crop(_clip_box(box, image.width, image.height))
     return np.asarray(convert_grey(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def apply_window(hu: np.ndarray) -> np.ndarray:
+    """Returns Hounsfield units of any shape as uint8 grey values through the window of COVIDx CT, -1350 to 150 HU."""
+    low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
+    return np.round((hu.astype(np.float32) - low).clip(0, WINDOW_WIDTH_HU) * (255 / WINDOW_WIDTH_HU)).astype(np.uint8)
 
 
 def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) -> list[tuple[bytes, str]]:

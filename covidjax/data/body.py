@@ -1,0 +1,80 @@
+"""Where the body lies in a slice, and whether it holds lungs: by simple rules, not by a model.
+
+Shapes: T slices, H rows, W columns, S side of a prepared slice.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.ndimage
+
+from covidjax.data.lesions import compute_otsu_threshold
+from covidjax.data.preprocess import Box
+
+_MIN_BODY = 0.05  # share of the slice
+_MIN_LUNG = 0.05  # share of a slice
+_MIN_LUNG_SLICES = 0.25  # of a scan; a chest CT that reaches far into the abdomen has twice that
+_MIN_SEPARATION = 0.8
+
+
+def find_body_box(grey: np.ndarray) -> Box:
+    """Finds the box around the body, as those of COVIDx CT: the largest region above Otsu's threshold.
+
+    Args:
+      grey: uint8 [H, W], lungs and air darker than the body.
+
+    Returns:
+      xmin, ymin, xmax, ymax in pixels, half-open; the whole slice where nothing of a body's size is found.
+    """
+    height, width = grey.shape
+    smooth = scipy.ndimage.gaussian_filter(grey.astype(np.float32), 1)
+    body = smooth > compute_otsu_threshold(smooth)
+    # The table hangs on by a few pixels.
+    reach = max(1, min(height, width) // 170)
+    opened = scipy.ndimage.binary_opening(body, iterations=reach)
+    regions, count = scipy.ndimage.label(opened)
+    if not count:
+        return 0, 0, width, height
+    boxes = scipy.ndimage.find_objects(regions)
+    rows, columns = boxes[np.bincount(regions.ravel())[1:].argmax()]
+    if (rows.stop - rows.start) * (columns.stop - columns.start) < _MIN_BODY * grey.size:
+        return 0, 0, width, height
+    return columns.start, rows.start, columns.stop, rows.stop
+
+
+def find_doubts(slices: Sequence[np.ndarray]) -> list[str]:
+    """Returns why prepared slices may be no chest CT, empty if they look like one.
+
+    In a chest CT, dark lungs of some size lie in a bright body, with few greys between. Head and abdomen have no such
+    air; a projection X-ray or a photograph has all greys.
+
+    Args:
+      slices: T of uint8 [S, S].
+    """
+    found = [measure_lung(grey) >= _MIN_LUNG for grey in slices]
+    if np.mean(found) < _MIN_LUNG_SLICES:
+        return [f'air the size of lungs inside a body is in {sum(found)} of {len(slices)} slices only: no chest CT?']
+    if np.median([compute_separation(grey) for grey in slices]) < _MIN_SEPARATION:
+        return ['the greys do not part into air and tissue as in a CT: an X-ray or a photograph?']
+    return []
+
+
+def measure_lung(grey: np.ndarray) -> float:
+    """Returns the share of a prepared slice [S, S] that is dark regions of some size inside the body.
+
+    The body reaches the sides of a slice that was cropped to it, lungs do not; air around it touches them.
+    """
+    regions, count = scipy.ndimage.label(grey < compute_otsu_threshold(grey))
+    areas = np.bincount(regions.ravel(), minlength=count + 1) / grey.size
+    areas[np.unique(np.concatenate([regions[[0, -1]].ravel(), regions[:, [0, -1]].ravel(), [0]]))] = 0
+    return float(areas[areas >= 0.005].sum())
+
+
+def compute_separation(grey: np.ndarray) -> float:
+    """Returns the share of the variance of grey values that Otsu's threshold explains: 1 for two greys only."""
+    values = grey.astype(np.float64)
+    low = values < compute_otsu_threshold(values)
+    if not low.any() or low.all():
+        return 0.0
+    share = low.mean()
+    return float(share * (1 - share) * (values[low].mean() - values[~low].mean()) ** 2 / values.var())

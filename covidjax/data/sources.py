@@ -1,0 +1,104 @@
+"""The files of an input, whether it is a file, a folder or a zip archive; nothing is ever unpacked to disk."""
+
+import hashlib
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from covidjax.errors import UserError
+
+MAX_FILES = 20_000
+MAX_BYTES = 4_000_000_000  # of all files together; a CT of 2,000 slices has 1 GB
+MAX_RATIO = 200  # of a zip: CT shrinks 2 to 10 times
+_SMALL = 100_000_000  # below this a high ratio does no harm
+
+
+class Entry(NamedTuple):
+    """One file of an input: its name inside the input, and a function that returns its bytes."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+@contextmanager
+def open_entries(path: Path) -> Iterator[list[Entry]]:
+    """Yields the regular files of an input in natural order: itself, those below a folder, or those of a zip archive.
+
+    Raises:
+      UserError: nothing there, unreadable, too many or too large files; a zip that is damaged, encrypted, names paths
+        outside itself or unpacks to far more than it holds.
+    """
+    try:
+        if path.is_dir():
+            yield _list_folder(path)
+        elif not path.is_file():
+            raise UserError(f'{path}: no such file or folder')
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield _list_archive(archive, path)
+        elif path.suffix.lower() == '.zip':
+            raise UserError(f'{path}: a damaged or truncated zip archive; copy it again')
+        else:
+            _check_limits(1, path.stat().st_size, path)
+            yield [Entry(path.name, path.read_bytes)]
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror or type(error).__name__})') from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{path}: a damaged zip archive; copy it again, or unpack it and name the folder') from error
+
+
+def _list_folder(folder: Path) -> list[Entry]:
+    entries, size = [], 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            file = Path(parent, name)
+            status = file.stat() if file.exists() else file.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            size += status.st_size
+            entries.append(Entry(file.relative_to(folder).as_posix(), file.read_bytes))
+            _check_limits(len(entries), size, folder)
+    return sorted(entries, key=lambda entry: split_numbers(entry.name))
+
+
+def _list_archive(archive: zipfile.ZipFile, path: Path) -> list[Entry]:
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    size = sum(member.file_size for member in members)
+    _check_limits(len(members), size, path)
+    if size > _SMALL and size > MAX_RATIO * path.stat().st_size:
+        raise UserError(f'{path}: unpacks to more than {MAX_RATIO} times its size, taken for a zip bomb')
+    for member in members:
+        if member.flag_bits & 1:
+            raise UserError(f'{path}: an encrypted zip archive; unpack it and name the folder')
+        inside = PurePosixPath(member.filename.replace('\\', '/'))
+        if inside.is_absolute() or '..' in inside.parts or re.match(r'[A-Za-z]:', member.filename):
+            raise UserError(f'{path}: a zip archive with paths outside itself; unpack it with care and name the folder')
+    entries = [Entry(m.filename, lambda member=m: archive.read(member)) for m in members]
+    return sorted(entries, key=lambda entry: split_numbers(entry.name))
+
+
+def _check_limits(count: int, size: int, path: Path) -> None:
+    if count > MAX_FILES or size > MAX_BYTES:
+        raise UserError(
+            f'{path}: more than {MAX_FILES:,} files or {MAX_BYTES / 1e9:.0f} GB; name the folder of one scan'
+        )
+
+
+def split_numbers(name: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts names as people count: 'a2' before 'a10'."""
+    parts = re.split(r'(\d+)', name.lower())
+    return [(int(part), '') if i % 2 else (-1, part) for i, part in enumerate(parts)]
+
+
+def hash_contents(digests: list[bytes]) -> str:
+    """Returns the sha256, in hex, of an input of files with these sha256: the same for a folder and for its zip."""
+    if len(digests) == 1:
+        return digests[0].hex()
+    return hashlib.sha256(b''.join(sorted(digests))).hexdigest()

@@ -1,0 +1,279 @@
+import csv
+import gzip
+import zipfile
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
+from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, RLELossless, SecondaryCaptureImageStorage
+
+from covidjax.data import dicom, sources
+from covidjax.data.preprocess import apply_window
+from covidjax.data.volume import read_volume
+from covidjax.errors import UserError
+from tests.scan_files import (
+    IDENTITY,
+    create_nifti,
+    encode_dicom,
+    make_chest,
+    make_dicom,
+    write_images,
+    write_series,
+)
+
+HU = make_chest()
+GREY = apply_window(HU)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    return write_series(tmp_path / 'scan', HU)
+
+
+def refuse(path, match, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        read_volume(path, **options)
+    message = str(caught.value)
+    assert '\n' not in message
+    assert str(path) in message
+    assert not any(value.lower() in message.lower() for value in (*IDENTITY.values(), 'secret'))
+
+
+def test_window_by_hand():
+    np.testing.assert_array_equal(apply_window(np.array([-3000, -1350, -600, 150, 3000])), [0, 0, 128, 255, 255])
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'flip': True},
+        {'slope': 2, 'intercept': -1500},
+        {'heights': 5.0 * np.arange(20)[::-1] + 0.3},
+        {'ImageType': ['DERIVED', 'SECONDARY', 'AXIAL']},
+    ],
+)
+def test_slices_run_from_head_to_feet_whatever_the_names_and_the_pose(tmp_path, options):
+    volume = read_volume(write_series(tmp_path / 'scan', HU // 2 * 2, **options))
+    np.testing.assert_array_equal(volume.slices, apply_window(HU // 2 * 2))
+    np.testing.assert_allclose(volume.depths_mm, 5 * np.arange(20), atol=1e-6)
+    assert (volume.kind, volume.name, volume.notes, volume.doubts) == ('DICOM', 'scan', [], [])
+
+
+def test_zip_and_nifti_give_the_same_pixels(scan, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'scan.zip', 'w') as archive:
+        for file in scan.iterdir():
+            archive.write(file, f'deep/below/{file.name}')
+    folder, zipped = read_volume(scan), read_volume(tmp_path / 'scan.zip')
+    np.testing.assert_array_equal(folder.slices, zipped.slices)
+    assert folder.sha256 == zipped.sha256
+    for number, codes in enumerate((('L', 'A', 'S'), ('R', 'P', 'S'), ('S', 'L', 'P'), ('P', 'I', 'R'))):
+        path = tmp_path / f'{number}.nii{".gz" if number % 2 else ""}'
+        nibabel.save(create_nifti(HU, codes), path)
+        volume = read_volume(path)
+        np.testing.assert_array_equal(volume.slices, folder.slices)
+        np.testing.assert_allclose(volume.depths_mm, folder.depths_mm)
+
+
+def test_images_are_counted_and_taken_as_they_are(tmp_path):
+    volume = read_volume(write_images(tmp_path / 'png', GREY))
+    np.testing.assert_array_equal(volume.slices, GREY)
+    assert volume.depths_mm is None
+    sixteen = write_images(tmp_path / 'png16', GREY.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(read_volume(sixteen).slices, GREY)
+    same = write_images(tmp_path / 'rgb', np.repeat(GREY[..., np.newaxis], 3, -1))
+    np.testing.assert_array_equal(read_volume(same).slices, GREY)
+    np.testing.assert_array_equal(read_volume(tmp_path / 'png' / 'slice3.png').slices, GREY[3:4])
+
+
+@pytest.mark.parametrize('syntax', [RLELossless, JPEG2000Lossless])
+def test_compressed_slices(tmp_path, syntax):
+    hu = HU[:3]
+    for number, pixels in enumerate(hu):
+        dataset = make_dicom(pixels, -5.0 * number)
+        if syntax == RLELossless:
+            dataset.compress(RLELossless, generate_instance_uid=False)
+        else:
+            stored = Image.fromarray((pixels.astype(np.int32) + 1024).astype(np.uint16))
+            stored.save(tmp_path / 'frame.j2k', no_jp2=True)
+            dataset.PixelData = encapsulate([(tmp_path / 'frame.j2k').read_bytes()])
+            dataset['PixelData'].VR = 'OB'
+            dataset.file_meta.TransferSyntaxUID = syntax
+        (tmp_path / 'scan').mkdir(exist_ok=True)
+        (tmp_path / 'scan' / f'{number}.dcm').write_bytes(encode_dicom(dataset))
+    np.testing.assert_array_equal(read_volume(tmp_path / 'scan').slices, GREY[:3])
+
+
+def test_frames_of_one_file_are_ordered_by_position(tmp_path):
+    order = np.random.default_rng(1).permutation(len(HU))
+    dataset = make_dicom(HU[0], 0.0, SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=len(HU))
+    dataset.PixelData = (HU[order].astype(np.int32) + 1024).astype(np.uint16).tobytes()
+    plane, measures, values = Dataset(), Dataset(), Dataset()
+    plane.ImageOrientationPatient, measures.PixelSpacing = [1, 0, 0, 0, 1, 0], [1, 1]
+    values.RescaleSlope, values.RescaleIntercept = 1, -1024
+    shared, frames = Dataset(), []
+    shared.PlaneOrientationSequence = Sequence([plane])
+    shared.PixelMeasuresSequence = Sequence([measures])
+    shared.PixelValueTransformationSequence = Sequence([values])
+    for place in order:
+        position, frame = Dataset(), Dataset()
+        position.ImagePositionPatient = [-31.5, -31.5, -5.0 * place]
+        frame.PlanePositionSequence = Sequence([position])
+        frames.append(frame)
+    dataset.SharedFunctionalGroupsSequence = Sequence([shared])
+    dataset.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    for name in ('ImagePositionPatient', 'ImageOrientationPatient', 'PixelSpacing', 'RescaleSlope', 'RescaleIntercept'):
+        delattr(dataset, name)
+    (tmp_path / 'scan.dcm').write_bytes(encode_dicom(dataset))
+    np.testing.assert_array_equal(read_volume(tmp_path / 'scan.dcm').slices, GREY)
+
+
+def test_what_is_no_slice_of_the_chest_is_left_out_and_told(scan):
+    copy = next(scan.iterdir())
+    (scan / 'copy').write_bytes(copy.read_bytes())
+    (scan / 'scout').write_bytes(encode_dicom(make_dicom(HU[0], 0.0, ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER'])))
+    (scan / 'capture').write_bytes(encode_dicom(make_dicom(HU[0], 0.0, SOPClassUID=SecondaryCaptureImageStorage)))
+    (scan / 'coronal').write_bytes(encode_dicom(make_dicom(HU[0], 0, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])))
+    (scan / 'report.txt').write_text('hello')
+    abdomen = {'series': '1.2.3.5', 'number': 5, 'BodyPartExamined': 'ABDOMEN'}
+    write_series(scan / 'abdomen', np.concatenate([HU, HU]), **abdomen)
+    volume = read_volume(scan)
+    np.testing.assert_array_equal(volume.slices, GREY)
+    facts = dict(volume.facts)
+    assert facts['series'] == 'series 4: 20 slices of 64 x 64, 5 mm thick'
+    assert facts['other series'] == 'series 5: 40 slices of 64 x 64, 5 mm thick'
+    for words in ('1 localizers', '1 secondary captures', '1 not axial', '1 not DICOM', '1 copies'):
+        assert words in facts['left out']
+    assert len(read_volume(scan, series='5').slices) == 40
+    refuse(scan, '--series=4, 5', series='6')
+
+
+def test_two_studies_need_a_choice(scan):
+    write_series(scan / 'other', HU[:5], study='9.9', series='9.9.1')
+    refuse(scan, 'choose one with --series: series 4a: 20 slices')
+    assert len(read_volume(scan, series='4b').slices) == 5
+
+
+def test_tilt_and_missing_slices_are_noted(tmp_path):
+    heights = -5.0 * np.delete(np.arange(21), 9)
+    volume = read_volume(write_series(tmp_path / 'gap', HU, heights=heights))
+    assert 'uneven, 5.00 to 10.00 mm' in volume.notes[0]
+    tilted = [1, 0, 0, 0, np.cos(np.radians(20)).round(6), -np.sin(np.radians(20)).round(6)]
+    volume = read_volume(write_series(tmp_path / 'tilted', HU, ImageOrientationPatient=tilted))
+    assert 'tilted by 20 degrees' in volume.notes[0]
+    np.testing.assert_array_equal(volume.slices, GREY)
+
+
+def test_two_pictures_of_one_place(scan):
+    write_series(scan / 'again', HU)  # the same pixels under another id
+    assert 'stood there twice' in read_volume(scan).notes[0]
+    write_series(scan / 'phase', np.where(HU == 40, 90, HU))
+    refuse(scan, 'different pictures of one place')
+
+
+def test_damaged_dicom(scan):
+    file = next(scan.iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refuse(scan, f'cannot be decoded.*{file.name}')
+    file.write_bytes(whole.replace(b'DS', b'XX'))
+    assert read_volume(scan).doubts == ['1 damaged files: slices may be missing']
+
+
+def test_inputs_without_a_ct(tmp_path):
+    cases = {
+        'scout': ({'ImageType': ['ORIGINAL', 'PRIMARY', 'LOCALIZER']}, r'no axial CT slice in it \(1 localizers'),
+        'xray': ({'Modality': 'DX'}, 'projection X-rays'),
+        'mr': ({'Modality': 'MR'}, '1 not CT'),
+        'colour': ({'SamplesPerPixel': 3, 'PhotometricInterpretation': 'RGB'}, 'in colour'),
+        'nowhere': ({'ImagePositionPatient': None}, 'without a position'),
+        'huge': ({'Rows': 60000, 'Columns': 60000}, 'of impossible size'),
+        'nan': ({'RescaleSlope': 0}, 'damaged'),
+    }
+    for name, (tags, match) in cases.items():
+        (tmp_path / name).write_bytes(encode_dicom(make_dicom(HU[0], 0.0, **tags)))
+        refuse(tmp_path / name, match)
+    refuse(tmp_path / 'absent', 'no such file')
+    (tmp_path / 'empty').mkdir()
+    refuse(tmp_path / 'empty', 'no DICOM, NIfTI or image')
+    (tmp_path / 'text.txt').write_text('hello')
+    refuse(tmp_path / 'text.txt', 'no DICOM, NIfTI or image')
+    refuse(write_series(tmp_path / 'unscaled', HU, intercept=-1024, RescaleIntercept=3000), 'not the Hounsfield units')
+
+
+def test_images_that_are_no_slices(tmp_path):
+    colour = np.repeat(GREY[..., np.newaxis], 3, -1)
+    colour[:, :10, :10] = (255, 0, 0)
+    refuse(write_images(tmp_path / 'colour', colour[:2]), r'in colour.*2 in all')
+    refuse(write_images(tmp_path / 'small', GREY[:1, :20]), 'too small')
+    assert 'one grey' in read_volume(write_images(tmp_path / 'dark', GREY[:2] // 16)).doubts[0]
+    frames = [Image.fromarray(s) for s in GREY[:3]]
+    frames[0].save(tmp_path / 'many.tiff', save_all=True, append_images=frames[1:])
+    refuse(tmp_path / 'many.tiff', '3 pictures in one file')
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'small' / 'slice0.png').read_bytes()[:60])
+    refuse(tmp_path / 'cut.png', 'unreadable')
+
+
+def test_niftis_that_are_no_scan(tmp_path):
+    def save(name, array, affine=None):
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1, 5, 1]) if affine is None else affine), tmp_path / name)
+        return tmp_path / name
+
+    hu = HU.transpose(2, 1, 0).astype(np.float32)
+    broken = hu.copy()
+    broken[3, 3, 3] = np.nan
+    refuse(save('nan.nii', broken), 'NaN or infinite')
+    refuse(save('unit.nii', (hu + 1000) / 2000), 'not the Hounsfield units')
+    refuse(save('four.nii', np.stack([hu, hu], -1)), 'one scan of at most')
+    turned = np.array([[1, 0, 0, 0], [0, 0.6, -0.8, 0], [0, 0.8, 0.6, 0], [0, 0, 0, 1]])
+    refuse(save('oblique.nii', hu, turned), 'oblique')
+    whole = save('whole.nii.gz', hu).read_bytes()
+    (tmp_path / 'cut.nii.gz').write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path / 'cut.nii.gz', r'truncated \.nii\.gz')
+    (tmp_path / 'cut.nii').write_bytes(gzip.decompress(whole)[:5000])
+    refuse(tmp_path / 'cut.nii', 'truncated NIfTI')
+    image = nibabel.Nifti1Image(hu, None)
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nibabel.save(image, tmp_path / 'lost.nii')
+    assert 'orientation' in read_volume(tmp_path / 'lost.nii').doubts[0]
+
+
+def test_hostile_archives(tmp_path, monkeypatch):
+    def write(name, member, data, **options):
+        with zipfile.ZipFile(tmp_path / name, 'w', **options) as archive:
+            archive.writestr(member, data)
+        return tmp_path / name
+
+    refuse(write('slip.zip', '../../etc/x', b'x'), 'outside itself')
+    refuse(write('root.zip', '/etc/x', b'x'), 'outside itself')
+    whole = write('a.zip', 'a.dcm', encode_dicom(make_dicom(HU[0], 0.0)))
+    locked = bytearray(whole.read_bytes())
+    for magic, offset in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)):
+        locked[locked.find(magic) + offset] |= 1
+    (tmp_path / 'locked.zip').write_bytes(locked)
+    refuse(tmp_path / 'locked.zip', 'encrypted')
+    (tmp_path / 'cut.zip').write_bytes(whole.read_bytes()[:500])
+    refuse(tmp_path / 'cut.zip', 'truncated zip')
+    monkeypatch.setattr(sources, '_SMALL', 1000)
+    refuse(write('bomb.zip', 'a', bytes(1_000_000), compression=zipfile.ZIP_DEFLATED), 'zip bomb')
+    monkeypatch.setattr(sources, 'MAX_FILES', 0)
+    refuse(whole, 'name the folder of one scan')
+
+
+def test_real_scan_is_in_the_order_of_its_list(real_data):
+    folder = real_data / 'dicom' / 'covid_p001'
+    with (real_data / 'dicom' / 'covid_p001_slices.csv').open() as file:
+        expected = [row['dicom'] for row in csv.DictReader(file)]
+    with sources.open_entries(folder) as entries:
+        frames = [frame for entry in entries for frame in dicom.read_frames(entry, entry.read())]
+        series = dicom.group_series(frames)
+        assert [frame.entry.name for frame in series[0].frames] == expected
+        hu, *_ = dicom.load_series(series[0]._replace(frames=series[0].frames[60:62]))
+    pixels = pydicom.dcmread(folder / expected[60]).pixel_array
+    np.testing.assert_array_equal(hu[0], pixels.astype(int) - 1024)

@@ -1,0 +1,130 @@
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import att2
+from covidjax import predict, slice_experiment
+from covidjax.data import preprocess
+from covidjax.data.body import find_body_box, find_doubts
+from covidjax.data.preprocess import apply_window
+from covidjax.evaluation.outputs import compute_outputs
+from covidjax.models.att2 import Att2, normalise
+from covidjax.models.seq import Seq
+from tests.scan_files import IDENTITY, make_chest, write_images, write_series
+from tests.variables import draw_variables
+
+HU = make_chest()
+GREY = apply_window(HU)
+RESULTS = {
+    'model': 'ResNet50-ATT2 (slices)',
+    'data': 'phantoms',
+    'notice': 'not patients',
+    'accuracy': 0.5,
+    'intervals': {'accuracy': [0.4, 0.6]},
+}
+RULES = {
+    'temperature': 1.0,
+    'conformal': {
+        'coverage': 0.9,
+        'thresholds': {'normal': 1.0, 'pneumonia': 1.0, 'covid19': 1.0},
+        'notes': ['too few'],
+    },
+    'thresholds': {target: {'threshold': 0.5} for target in ('covid19', 'disease')},
+}
+
+
+@pytest.fixture(scope='module')
+def run():
+    config = att2.get_config()
+    model = slice_experiment.create_model(config.model)
+    variables = draw_variables(model, np.zeros((1, 64, 64, 1), np.float32), train=False, full=True)
+    return predict.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, model, variables, None)
+
+
+def test_a_slice_is_prepared_as_for_training(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (90, 70), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / 'a.png')
+    for box in ((3, 5, 60, 80), (-4, 0, 70, 95)):
+        [(png, _)] = preprocess.encode_slices([(str(tmp_path / 'a.png'), box)], 64, os.getpid())
+        np.testing.assert_array_equal(predict.prepare_slice(grey, box, 64), preprocess.decode_png(png)[..., 0])
+
+
+def test_the_box_is_that_of_the_body():
+    for hu, grey in zip(HU, GREY, strict=True):
+        rows, columns = np.nonzero(hu > -950)
+        expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        assert np.abs(np.subtract(find_body_box(grey), expected)).max() <= 2
+    assert find_body_box(np.zeros((40, 50), np.uint8)) == (0, 0, 50, 40)
+
+
+def test_doubts():
+    def prepare(grey):
+        return [predict.prepare_slice(g, find_body_box(g), 64) for g in grey]
+
+    assert find_doubts(prepare(GREY)) == []
+    assert 'air the size of lungs' in find_doubts(prepare(np.where(HU < -950, GREY, 237).astype(np.uint8)))[0]
+    smooth = np.stack([np.outer(np.hanning(64), np.hanning(64)) * 255 for _ in range(3)])
+    rows, columns = np.mgrid[:64, :64]
+    smooth[:, np.hypot(rows - 32, columns - 32) < 10] = 90  # dark inside bright, and every grey around
+    assert find_doubts(list(smooth.astype(np.uint8))) != []
+
+
+def test_report_of_a_scan_names_no_patient(run, tmp_path, capfd, caplog):
+    line = predict.predict_one(run, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    page = (tmp_path / 'out' / 'prediction.html').read_text()
+    assert summary['verdict'] == 'uncertain'  # the set holds all classes
+    assert summary['vote'] == {'rule': 'top-3', 'is_chosen_on_validation': True}
+    assert sum(summary['probabilities'].values()) == pytest.approx(1)
+    assert [s['number'] for s in summary['slices']] == list(range(1, 21))
+    assert len(summary['rests_on']) == 5
+    assert 'scan: uncertain (normal ' in line
+    for word in ('not patients', 'Not available', 'too few', summary['input']['sha256'], 'series 4: 20 slices'):
+        assert word in page
+    everything = ' '.join([line, page, json.dumps(summary), caplog.text, *capfd.readouterr()]).lower()
+    assert not any(word.lower() in everything for word in (*IDENTITY.values(), 'secret'))
+
+
+def test_votes_are_means_of_slices_where_a_run_stores_no_rule(run, tmp_path):
+    old = run._replace(rules=RULES)
+    line = predict.predict_one(old, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    assert summary['conformal'] is None
+    assert 'no conformal set' in line
+    expected = np.mean([s['probabilities'] for s in summary['slices']], axis=0)
+    np.testing.assert_allclose(list(summary['probabilities'].values()), expected, atol=1e-9)
+
+
+def test_doubts_stop_unless_forced_and_one_refusal_does_not_stop_the_others(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict, 'load_run', lambda workdir: run)
+    flat = write_images(tmp_path / 'flat', np.where(HU < -950, GREY, 237).astype(np.uint8)[:3])
+    good = write_images(tmp_path / 'good', GREY[:3])
+    assert not predict.predict_all(tmp_path, [flat, good], None, series=None, force=False)
+    printed = capsys.readouterr()
+    assert 'error: ' in printed.err
+    assert '--force' in printed.err
+    assert printed.out.startswith('good: ')
+    assert not (tmp_path / 'predictions' / 'flat').exists()
+    assert predict.predict_all(tmp_path, [flat], tmp_path / 'out', series=None, force=True)
+    assert 'FORCED' in capsys.readouterr().out
+    assert 'Forced in spite of' in (tmp_path / 'out' / 'prediction.html').read_text()
+
+
+def test_sequence_on_embeddings_is_the_sequence_model():
+    extractor = Att2((1, 1), width=4, block='basic', stem='small', tail_blocks=1)
+    model = Seq(extractor, hidden=8)
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 20), dtype=np.uint8)
+    lengths = np.array([20], np.int32)
+    variables = draw_variables(model, normalise(images), lengths)
+    whole = model.apply(variables, normalise(images), lengths)
+    of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
+    outputs = compute_outputs(extractor, of_extractor, np.moveaxis(images, -1, 0).reshape(20, 32, 32, 1))
+    logits, attention = predict.apply_sequence(8, variables['params']['sequence'], outputs.embedding)
+    np.testing.assert_allclose(logits, whole.logits[0], atol=1e-5)
+    np.testing.assert_allclose(attention, whole.attention[0], atol=1e-5)
+    np.testing.assert_allclose(outputs.logits, whole.slice_logits[0], atol=1e-5)
+    assert jax.tree.leaves(outputs)[0].shape == (20, 3)
