@@ -53,17 +53,6 @@ class Volume(NamedTuple):
     doubts: list[str]
 
 
-class _Content(NamedTuple):
-    """What one kind of input gives: the fields of `Volume` of the same names."""
-
-    kind: str
-    slices: list[np.ndarray]
-    depths_mm: np.ndarray | None
-    facts: list[tuple[str, str]]
-    notes: list[str]
-    doubts: list[str]
-
-
 def read_volume(path: Path, series: str | None = None) -> Volume:
     """Reads a scan.
 
@@ -80,13 +69,12 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
     path = Path(path)
     with open_entries(path) as entries:
         try:
-            content, digests = _read_content(entries, series)
+            return _read_entries(entries, path.resolve().name, series)
         except UserError as error:
             raise UserError(f'{path}: {error}') from error
-    return Volume(path.resolve().name, hash_contents(digests), *content)
 
 
-def _read_content(entries: Sequence[Entry], series: str | None) -> tuple[_Content, list[bytes]]:
+def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Volume:
     digests, frames, images, niftis = [], [], [], []
     left_out: Counter[str] = Counter()
     for entry in entries:
@@ -104,11 +92,12 @@ def _read_content(entries: Sequence[Entry], series: str | None) -> tuple[_Conten
             else:
                 frames += found or ()
                 left_out['not DICOM'] += found is None
+    identity = name, hash_contents(digests)
     left_out = +left_out
     reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
     if frames:
         left_out['images and NIfTI'] += len(images) + len(niftis)
-        return _read_dicom(frames, series, +left_out), digests
+        return _read_dicom(identity, frames, series, +left_out)
     if left_out.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
     if series is not None:
@@ -116,16 +105,18 @@ def _read_content(entries: Sequence[Entry], series: str | None) -> tuple[_Conten
     if len(niftis) > 1 or (niftis and images):
         raise UserError(f'{len(niftis)} NIfTI files and {len(images)} images in it: name one of them')
     if niftis:
-        return _read_nifti(niftis[0]), digests
+        return _read_nifti(identity, niftis[0])
     if images:
         notes = [f'left out: {reasons}'] if reasons else []
-        return _read_images(images, notes), digests
+        return _read_images(identity, images, notes)
     raise UserError(
         f'no DICOM, NIfTI or image in it{f" ({reasons})" if reasons else ""}: name the folder of a chest CT'
     )
 
 
-def _read_dicom(frames: Sequence[dicom.Frame], wanted: str | None, left_out: Counter[str]) -> _Content:
+def _read_dicom(
+    identity: tuple[str, str], frames: Sequence[dicom.Frame], wanted: str | None, left_out: Counter[str]
+) -> Volume:
     series = dicom.group_series(frames)
     chosen = dicom.choose_series(series, wanted)
     hu, kept, notes = dicom.load_series(chosen)
@@ -148,7 +139,7 @@ def _read_dicom(frames: Sequence[dicom.Frame], wanted: str | None, left_out: Cou
         *_WINDOWED,
     ]
     slices = _orient(hu, dicom.create_affine(kept))
-    return _Content('DICOM', [apply_window(s) for s in slices], depths, facts, notes + geometry, doubts)
+    return Volume(*identity, 'DICOM', [apply_window(s) for s in slices], depths, facts, notes + geometry, doubts)
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
@@ -159,7 +150,7 @@ def _orient(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return apply_orientation(voxels, ornt_transform(io_orientation(affine), _ORDER))
 
 
-def _read_nifti(entry: Entry) -> _Content:
+def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
     data = entry.read()
     try:
         if data[:2] == b'\x1f\x8b':
@@ -210,7 +201,7 @@ def _read_nifti(entry: Entry) -> _Content:
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    return _Content('NIfTI', [apply_window(s) for s in slices], depths, facts, [], doubts)
+    return Volume(*identity, 'NIfTI', [apply_window(s) for s in slices], depths, facts, [], doubts)
 
 
 def check_hu(hu: np.ndarray) -> None:
@@ -228,7 +219,7 @@ def check_hu(hu: np.ndarray) -> None:
         )
 
 
-def _read_images(entries: Sequence[Entry], notes: list[str]) -> _Content:
+def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: list[str]) -> Volume:
     slices, faults = [], []
     for entry in entries:
         try:
@@ -241,7 +232,8 @@ def _read_images(entries: Sequence[Entry], notes: list[str]) -> _Content:
     doubts = []
     if np.ptp([np.percentile(s, (1, 99)) for s in slices]) < _MIN_CONTRAST:
         doubts.append('the images are nearly of one grey: window them to 8 bits first')
-    return _Content(
+    return Volume(
+        *identity,
         'images',
         slices,
         None,

@@ -18,6 +18,7 @@ import scipy.stats
 from tqdm import tqdm
 
 from covidjax.data.lesions import compute_otsu_threshold
+from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.resnet import ResNet
 
@@ -82,14 +83,8 @@ def explain(
       classes_N: the class of each slice's Grad-CAM.
       full: computes the tail also where it cannot change the output.
     """
-    classes_N = np.asarray(classes_N, np.int32)
-    parts = []
-    for start in range(0, len(images), BATCH_SIZE):
-        number = min(BATCH_SIZE, len(images) - start)
-        chosen = np.arange(start, start + BATCH_SIZE).clip(max=len(images) - 1)  # one shape for all batches
-        outputs = _explain(model, full, variables, images[chosen], classes_N[chosen])
-        parts.append(jax.tree.map(lambda x, number=number: np.asarray(x)[:number], outputs))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    apply = functools.partial(_explain, model, full, variables)
+    return apply_in_batches(apply, BATCH_SIZE, images, np.asarray(classes_N, np.int32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import numpy as np
 
 from covidjax.data.lesions import LesionSlice
 from covidjax.evaluation import explain, localisation
+from covidjax.evaluation.outputs import compute_outputs
+from covidjax.evaluation.predictions import softmax
 from covidjax.models.att2 import Att2
 
 CONTROLS = ('always the centre', 'random map')
@@ -63,7 +65,7 @@ def score_localisation(
 
 def create_predictor(model: Att2, variables: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Returns uint8 [N, S, S, 1] -> probabilities [N, K]."""
-    return lambda images: explain.explain(model, variables, images, np.zeros(len(images), int)).probabilities
+    return lambda images: softmax(compute_outputs(model, variables, images).logits)
 
 
 def score_faithfulness(model: Att2, variables: Any, images: np.ndarray) -> dict[str, Any]:

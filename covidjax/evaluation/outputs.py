@@ -1,6 +1,7 @@
-"""Everything that a slice model says of slices, on one device: for scans outside a dataset."""
+"""Everything that a slice model says of slices that are in memory, on one device."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +19,21 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> Att2Outputs:
 
 def compute_outputs(model: Att2, variables: Any, images: np.ndarray) -> Att2Outputs:
     """Returns logits, embeddings and attention maps, as numpy arrays, of images uint8 [N, S, S, 1], N at least 1."""
-    parts = []
-    for start in range(0, len(images), BATCH_SIZE):
-        number = min(BATCH_SIZE, len(images) - start)
-        chosen = np.arange(start, start + BATCH_SIZE).clip(max=len(images) - 1)  # one shape for all batches
-        outputs = jax.device_get(_apply(model, variables, images[chosen]))
+    return apply_in_batches(functools.partial(_apply, model, variables), BATCH_SIZE, images)
+
+
+def apply_in_batches(apply: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:
+    """Returns a compiled function's outputs for all N examples, as numpy arrays, from batches of one shape.
+
+    Args:
+      apply: arrays [batch_size, ...] -> a tree of arrays [batch_size, ...], example by example.
+      batch_size: of every call.
+      arrays: its arguments, [N, ...] each, N at least 1.
+    """
+    count, parts = len(arrays[0]), []
+    for start in range(0, count, batch_size):
+        number = min(batch_size, count - start)
+        chosen = np.arange(start, start + batch_size).clip(max=count - 1)  # the last example fills the last batch
+        outputs = jax.device_get(apply(*(array[chosen] for array in arrays)))
         parts.append(jax.tree.map(lambda x, number=number: x[:number], outputs))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
