@@ -15,7 +15,6 @@ command on each of them with --coordinator. Any field of a config can be set: --
 are in the config's file).
 """
 
-import os
 import signal
 import sys
 import traceback
@@ -180,19 +179,18 @@ def run_main(argv: list[str]) -> None:
     except Exception as error:
         if _COORDINATOR.value is None:
             raise
-        from covidjax.training.hosts import is_lost_peer
+        from covidjax.training.hosts import LOST_PEER, is_lost_peer
 
-        lost = 'error: another process of the run is gone; the same commands go on from the last checkpoint'
-        end(lost if is_lost_peer(error) else traceback.format_exc())
+        end(LOST_PEER if is_lost_peer(error) else traceback.format_exc())
 
 
 def end(message: str) -> None:
     """Ends the process with a message on stderr and exit status 1."""
     if _COORDINATOR.value is None:
         sys.exit(message)
-    # The others shall see this process gone; an orderly exit would wait for them while they wait for it.
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1)
+    from covidjax.training.hosts import end_process
+
+    end_process(message)
 
 
 if __name__ == '__main__':

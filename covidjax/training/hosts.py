@@ -1,6 +1,12 @@
 """A run of several processes, on one host or many: connecting them, and stopping when one is lost."""
 
+import ctypes
 import logging
+import os
+import signal
+import sys
+import threading
+from typing import NoReturn
 
 import jax
 
@@ -9,6 +15,27 @@ from covidjax.errors import UserError
 HEARTBEAT_TIMEOUT_SECONDS = 60  # jax ends a process this long after another went silent without closing its sockets
 # The others wait this long at their end for the first, which writes figures and baselines meanwhile.
 SHUTDOWN_TIMEOUT_SECONDS = 3600
+LOST_PEER = 'error: another process of the run is gone; the same commands go on from the last checkpoint'
+
+_ending = threading.Lock()
+
+
+def end_process(message: str) -> NoReturn:
+    """Ends this process at once, with a message on stderr and exit status 1.
+
+    The others shall see it gone: an orderly exit would wait for them while they wait for it.
+    """
+    _ending.acquire()  # for good: two threads may find at the same time that another process is gone
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_aborted(_: int) -> None:
+    end_process(
+        'error: jax ended this process, most likely since another process of the run is gone or silent (see above); '
+        'the same commands go on from the last checkpoint'
+    )
 
 
 def connect(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -43,6 +70,9 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f'--coordinator={coordinator}: the processes did not connect: {error}') from error
+    # jax's own watch over the processes aborts those that are left, often before a sum over devices fails. Only a C
+    # handler runs then: one that `signal.signal` sets waits for the main thread.
+    ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _end_aborted)
     if not is_first():  # which speaks for all
         logging.getLogger('covidjax').setLevel(logging.ERROR)
 
@@ -54,4 +84,4 @@ def is_first() -> bool:
 
 def is_lost_peer(error: Exception) -> bool:
     """Says whether an error of a computation means that another process of the run is gone."""
-    return jax.process_count() > 1 and any(word in str(error) for word in ('Gloo', 'NCCL', 'coordination service'))
+    return jax.process_count() > 1 and any(word in str(error).lower() for word in ('gloo', 'nccl', 'coordination'))

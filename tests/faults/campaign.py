@@ -2,11 +2,12 @@
 
   python tests/faults/campaign.py                     a few faults of each kind, some minutes on two cores
   python tests/faults/campaign.py --kills=50 --damages=12 --full_disks=4
-  python tests/faults/campaign.py --processes=2       every run on two processes, of which one is killed
+  python tests/faults/campaign.py --processes=2 --freezes=2     runs on two processes, of which one is killed or frozen
 
 A run survives a fault if it ends with parameters, optimizer state, batch statistics, history (timings aside) and
-predictions that are bit for bit those of a run that nothing happened to. The last line counts; exit status 1 if any run
-was lost. Full disks are small memory disks, which takes the right to mount.
+predictions that are bit for bit those of a run that nothing happened to. Of several processes, those that are left must
+end in time, each with one line that says why. The last line counts; exit status 1 if any run was lost or any process
+ended without a word. Full disks are small memory disks, which takes the right to mount.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,9 +34,9 @@ MODEL = (
     '--config.{0}model.tail_blocks=1',
     '--config.{0}model.pretrained=',
 )
-STOP_SECONDS = 60  # within which the other processes stop when one was killed, see docs/devices.md
+STOP_SECONDS = 70  # within which the other processes stop when one was killed or frozen, see docs/devices.md
 TIMINGS = ('seconds', 'val_seconds', 'examples_per_second')
-KINDS = ('kill', 'kill while saving', 'stop', 'truncate', 'empty', 'flip', 'full disk')
+KINDS = ('kill', 'kill while saving', 'freeze', 'stop', 'truncate', 'empty', 'flip', 'full disk')
 
 
 class Run:
@@ -68,16 +70,28 @@ class Run:
             process.wait(max(deadline - time.monotonic(), 0.1))
         return not any(process.returncode for process in self.processes)
 
-    def kill(self):
+    def kill(self, victim=0):
         """Kills one process; returns the seconds until all have stopped."""
         start = time.monotonic()
-        random.choice(self.processes).kill()
+        self.processes[victim].kill()
         self.wait(STOP_SECONDS)
         return time.monotonic() - start
 
-    def stop(self):
+    def freeze(self, victim):
+        """Halts one process, its sockets open, until the others have stopped; returns the seconds that took."""
+        start = time.monotonic()
+        self.processes[victim].send_signal(signal.SIGSTOP)
+        others = [process for process in self.processes if process is not self.processes[victim]]
+        for process in others:
+            process.wait(STOP_SECONDS)
+        seconds = time.monotonic() - start
+        self.processes[victim].kill()
+        self.wait()
+        return seconds
+
+    def stop(self, victim):
         """Asks one process to stop, and waits until all have."""
-        random.choice(self.processes).terminate()
+        self.processes[victim].terminate()
         self.wait()
 
     def read_log(self):
@@ -158,7 +172,8 @@ class Campaign:
             num_processes,
             rng,
         )
-        self.survived, self.lost, self.stop_seconds = collections.Counter(), collections.Counter(), []
+        self.survived, self.lost = collections.Counter(), collections.Counter()
+        self.stops = []  # of several processes: kind of fault, seconds until the others stopped, whether all said why
         self.num_runs = 0
         whole = folder / f'{name}-whole'
         for attempt in (whole, folder / f'{name}-again'):  # the second one, which compiles nothing, is timed
@@ -207,9 +222,8 @@ class Campaign:
             workdir, faults = self.new_workdir(), []
             while done < count and len(faults) < 5:
                 run = self.start(workdir)
-                # Processes that wait for others to appear do so for minutes.
-                while self.num_processes > 1 and run.is_running() and 'train: ' not in run.read_log():
-                    time.sleep(0.1)
+                if self.num_processes > 1:
+                    wait_for_data(run)
                 kind = self.rng.choice(('kill', 'kill while saving', 'stop') if done % 5 == 0 else KINDS[:2])
                 if kind == 'kill while saving':
                     skip = self.rng.randrange(6)
@@ -224,16 +238,34 @@ class Campaign:
                 if not run.is_running():
                     run.wait()
                     break
+                victim = self.rng.randrange(self.num_processes)
                 if kind == 'stop':
-                    run.stop()
+                    run.stop(victim)
                 else:
-                    self.stop_seconds.append(run.kill())
-                    if self.num_processes > 1:
-                        print(f'  the others stopped after {self.stop_seconds[-1]:.1f} s: {summarise(run.read_log())}')
+                    self.note_stop(run, kind, victim, run.kill(victim))
                 faults.append(kind)
                 done += 1
             if faults:
                 self.settle(workdir, faults, [])
+
+    def freeze(self, count):
+        """Halts the first process, then the second and so on, and starts anew when the others have stopped."""
+        for i in range(count):
+            workdir, victim = self.new_workdir(), i % self.num_processes
+            run = self.start(workdir)
+            wait_for_data(run)
+            time.sleep(self.rng.uniform(0, self.seconds / 2))
+            if run.is_running():
+                self.note_stop(run, 'freeze', victim, run.freeze(victim))
+                self.settle(workdir, ['freeze'], [])
+
+    def note_stop(self, run, kind, victim, seconds):
+        """Notes how those of several processes stopped that nothing was done to."""
+        if self.num_processes == 1:
+            return
+        lines = [line for line in run.read_log().replace('\r', '\n').splitlines() if line.startswith('error: ')]
+        self.stops.append((kind, seconds, len(lines) == self.num_processes - 1))
+        print(f'  {kind} of process {victim}: the others stopped after {seconds:.1f} s, saying {lines}', flush=True)
 
     def damage(self, count):
         """Stops runs that have two checkpoints and damages the newer one."""
@@ -264,10 +296,24 @@ class Campaign:
                     self.settle(workdir, ['full disk'], ['error: no room is left'])
 
 
-def summarise(log):
-    """Returns the line in which a process says why it stopped."""
-    lines = [line for line in log.replace('\r', '\n').splitlines() if line.startswith('error: ')]
-    return lines[-1] if lines else 'without a line of this project'
+def wait_for_data(run):
+    """Waits until the data are there: processes that wait for others to appear do so for minutes."""
+    while run.is_running() and 'train: ' not in run.read_log():
+        time.sleep(0.1)
+
+
+def describe_stops(stops):
+    """Returns how long the other processes took to stop, and how often all of them said why; '' of a single process."""
+    parts = []
+    for what, kinds in (('kill', KINDS[:2]), ('freeze', ('freeze',))):
+        chosen = [(seconds, said) for kind, seconds, said in stops if kind in kinds]
+        if chosen:
+            said = sum(said for _, said in chosen)
+            slowest = max(seconds for seconds, _ in chosen)
+            parts.append(
+                f'; the others stopped within {slowest:.1f} s of a {what}, {said} of {len(chosen)} times saying why'
+            )
+    return ''.join(parts)
 
 
 def main():
@@ -277,6 +323,7 @@ def main():
     parser.add_argument('--damages', type=int, default=3, help='of the newest checkpoint, of each experiment')
     parser.add_argument('--full_disks', type=int, default=1, help='of each experiment')
     parser.add_argument('--processes', type=int, default=1)
+    parser.add_argument('--freezes', type=int, default=0, help='of one of several processes, of each experiment')
     parser.add_argument('--experiments', nargs='+', default=['att2', 'seq'], choices=['att2', 'seq'])
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
@@ -321,6 +368,8 @@ def main():
             )
             campaigns.append(campaign)
             campaign.kill(options.kills)
+            if options.processes > 1:
+                campaign.freeze(options.freezes)
             campaign.damage(options.damages)
             if with_disks:
                 campaign.fill_disk(options.full_disks)
@@ -330,10 +379,12 @@ def main():
         f'{kind} {survived[kind]}/{survived[kind] + lost[kind]}' for kind in KINDS if (survived + lost)[kind]
     )
     disks = '' if with_disks or not options.full_disks else '; full disks not tried: no right to mount'
-    slowest = max([s for campaign in campaigns for s in campaign.stop_seconds], default=0)
-    stops = f'; all processes stopped within {slowest:.1f} s' if options.processes > 1 else ''
-    print(f'survived {survived.total()}, lost {lost.total()} ({tally}{disks}{stops}; {time.monotonic() - start:.0f} s)')
-    sys.exit(lost.total() > 0)
+    stops = [stop for campaign in campaigns for stop in campaign.stops]
+    print(
+        f'survived {survived.total()}, lost {lost.total()} ({tally}{disks}{describe_stops(stops)}; '
+        f'{time.monotonic() - start:.0f} s)'
+    )
+    sys.exit(lost.total() > 0 or not all(said for _, _, said in stops))
 
 
 if __name__ == '__main__':

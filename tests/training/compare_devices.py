@@ -1,6 +1,7 @@
 """Trains on several devices and processes and compares what comes out with one device.
 
   python tests/training/compare_devices.py        the paper's two models; half an hour on two cores
+  python tests/training/compare_devices.py --cases seq --dtypes float64 --settings jit,8,1 pmap,4,4     a part of it
 
 Every run is a process of its own (or two or four, on loopback) with virtual CPU devices. In float64 the parameters,
 batch statistics, optimizer state and sums of five steps and the logits after them are compared, in float32 the first
@@ -9,6 +10,7 @@ step's loss. `test_devices.py` does the same with small models.
 
 import argparse
 import functools
+import itertools
 import os
 import socket
 import subprocess
@@ -185,37 +187,47 @@ def compare_first_loss(one, other):
     return abs(float(losses[0] - losses[1]))
 
 
+def read_setting(text):
+    """Returns e.g. ('pmap', 4, 2) for 'pmap,4,2': four devices of two processes."""
+    parallelism, devices, processes = text.split(',')
+    return parallelism, int(devices), int(processes)
+
+
+# parallelism,devices,processes
+DEVICES = ('pmap,1,1', 'jit,2,1', 'pmap,2,1', 'jit,8,1', 'pmap,8,1')
+PROCESSES = ('jit,2,2', 'pmap,2,2', 'jit,4,4', 'pmap,4,4')
+CHECKS = {
+    'float64': ('all arrays after five steps', compare, 1e-9, DEVICES + PROCESSES),
+    'float32': ("the first step's loss", compare_first_loss, 1e-5, DEVICES),
+}
+
+
 def main():
     """Prints a line per setting; exit status 1 if one disagrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='+', default=CASES[:2], choices=CASES)
+    parser.add_argument('--dtypes', nargs='+', default=list(CHECKS), choices=CHECKS)
+    parser.add_argument('--settings', nargs='+', help='parallelism,devices,processes; by default all')
     parser.add_argument('--process', nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.process:
         run_process(*options.process)
         return
-    settings = [('pmap', 1, 1), *((p, n, 1) for n in (2, 8) for p in ('jit', 'pmap'))]
-    settings += [(p, n, n) for n in (2, 4) for p in ('jit', 'pmap')]
-    checks = {
-        'float64': ('all arrays after five steps', compare, 1e-9, settings),
-        'float32': ("the first step's loss", compare_first_loss, 1e-5, [('jit', 8, 1), ('pmap', 8, 1)]),
-    }
     failed = False
     with TemporaryDirectory() as folder:
-        for case in options.cases:
-            for dtype, (what, measure, bound, tried) in checks.items():
-                one = run(folder, case, dtype=dtype)
-                for parallelism, devices, processes in tried:
-                    other = run(
-                        folder, case, dtype=dtype, parallelism=parallelism, devices=devices, processes=processes
-                    )
-                    difference = measure(one, other)
-                    failed |= not difference <= bound
-                    print(
-                        f'{case}, {dtype}, {parallelism}, {devices} devices of {processes} processes: {what} within '
-                        f'{difference:.1e} of one device under jit',
-                        flush=True,
-                    )
+        for case, dtype in itertools.product(options.cases, options.dtypes):
+            what, measure, bound, settings = CHECKS[dtype]
+            one = run(folder, case, dtype=dtype)
+            for setting in options.settings or settings:
+                parallelism, devices, processes = read_setting(setting)
+                other = run(folder, case, dtype=dtype, parallelism=parallelism, devices=devices, processes=processes)
+                difference = measure(one, other)
+                failed |= not difference <= bound
+                print(
+                    f'{case}, {dtype}, {parallelism}, {devices} devices of {processes} processes: {what} within '
+                    f'{difference:.1e} of one device under jit',
+                    flush=True,
+                )
     sys.exit(failed)
 
 
