@@ -1,0 +1,94 @@
+"""Times what a run does before its first step has come to its end, and where that time goes.
+
+  python tests/training/time_start.py                          the slice demo: everything new, then everything kept
+  python tests/training/time_start.py --config=configs/att2.py:/data/covidx-ct --config.train.batch_size=8
+
+'new' finds neither prepared slices nor compiled programs, 'kept' those of 'new'.
+"""
+
+import collections
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+ROOT = Path(__file__).parents[2]
+EVENTS = {
+    '/jax/core/compile/jaxpr_trace_duration': 'tracing',
+    '/jax/core/compile/jaxpr_to_mlir_module_duration': 'lowering',
+    '/jax/core/compile/backend_compile_duration': 'compiling or loading programs',
+}
+
+
+def run_first_step(start):
+    """Is the run, in a process that was started at `start`; prints where the time until its first step's end went."""
+    import jax
+    from absl import app
+
+    import main
+    from covidjax import experiment, slice_experiment  # noqa: F401, a part of the imports
+    from covidjax.training import loop
+
+    seconds = {'imports': time.time() - start}
+    spans = collections.defaultdict(list)
+
+    def note(event, duration, **_):
+        if event in EVENTS:
+            spans[EVENTS[event]].append((time.time() - duration, time.time()))
+
+    def load_data(*arguments):
+        begin = time.time()
+        data = original_load(*arguments)
+        seconds['data'] = time.time() - begin
+        return data
+
+    def fit(template, create_state, step, *arguments, **options):
+        def first_step(state, batch):
+            jax.block_until_ready(step(state, batch))
+            seconds.update({what: measure_union(spans[what]) for what in EVENTS.values()})
+            end = time.time() - start
+            seconds['the rest'] = end - sum(seconds.values())
+            print(f'{end:.1f} s: ' + ', '.join(f'{what} {value:.1f}' for what, value in seconds.items()), flush=True)
+            os._exit(0)
+
+        return original_fit(template, create_state, first_step, *arguments, **options)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    original_load, original_fit = experiment.load_data, loop.fit
+    with mock.patch.object(experiment, 'load_data', load_data), mock.patch.object(loop, 'fit', fit):
+        app.run(main.run_main, flags_parser=main.create_parser(main._CONFIG))
+
+
+def measure_union(spans):
+    """Returns the length of a union of (begin, end): functions are traced while others are."""
+    total, reached = 0.0, 0.0
+    for begin, end in sorted(spans):
+        total += max(end - max(begin, reached), 0)
+        reached = max(reached, end)
+    return total
+
+
+def main():
+    """Runs the command twice."""
+    if os.environ.get('START'):
+        run_first_step(float(os.environ['START']))
+    arguments = sys.argv[1:] or ['--config=configs/att2.py']
+    with TemporaryDirectory() as folder:
+        for what in ('new', 'kept'):
+            environment = {
+                **os.environ,
+                'START': str(time.time()),
+                'PYTHONPATH': str(ROOT),
+                'TFDS_DATA_DIR': f'{folder}/prepared',
+                'JAX_COMPILATION_CACHE_DIR': f'{folder}/programs',
+            }
+            command = [sys.executable, __file__, *arguments, f'--workdir={folder}/run']
+            result = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+            print(f'{what}: {result.stdout.splitlines()[-1]}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
