@@ -49,7 +49,8 @@ def run(
     """Executes an experiment in its workdir, unless it is finished, prints its summary and returns its results.
 
     Raises:
-      UserError: bad config; the workdir can't be written, is in use, or was made by another config.
+      UserError: bad config; the workdir can't be written, is in use, or was made by another config; the batch does not
+        divide over the devices.
     """
     check_config(config)
     with lock_workdir(workdir), report_full_disk(workdir):
@@ -59,6 +60,7 @@ def run(
             log.info('%s holds a finished run; its summary again:', workdir)
             results = json.loads(results_path.read_text())
         else:
+            check_batch_size(config.train.batch_size, config.train.accumulation_steps)
             results = execute()
     if is_first():
         print(format_summary(results, workdir))
@@ -160,9 +162,8 @@ def fit(
       checkpoints, workdir: see `loop.fit`.
 
     Raises:
-      UserError: the batch does not divide over the devices; or see `loop.fit`.
+      UserError: see `loop.fit`.
     """
-    check_batch_size(config.batch_size, config.accumulation_steps)
     class_weights = compute_class_weights(list(count_classes(train_labels).values()))
     learning_rate = create_schedule(
         config.schedule,

@@ -237,6 +237,7 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         ((att2, workdir, *TINY, '--config.train.batchsize=3'), ('batchsize',)),
         ((att2, workdir, *TINY, '--config.train.batch_size=many'), ('many',)),
         ((att2, workdir, *TINY, '--config.train.batch_size=-2'), ('train.batch_size=-2',)),
+        ((att2, workdir, *TINY, '--config.train.accumulation_steps=3'), ('batch_size=16', '3 parts')),
         ((att2, f'--workdir={slice_run[0]}', *TINY, '--config.seed=5'), ('seed was 0, now 5',)),
         ((att2, f'--workdir={blocked}', *TINY), (blocked,)),
         ((att2, f'--workdir={blocked}/below', *TINY), (blocked,)),
