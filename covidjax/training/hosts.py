@@ -12,6 +12,7 @@ import jax
 
 from covidjax.errors import UserError
 
+CONNECT_TIMEOUT_SECONDS = 300  # jax ends a process that has waited this long for another to appear
 HEARTBEAT_TIMEOUT_SECONDS = 60  # jax ends a process this long after another went silent without closing its sockets
 # The others wait this long at their end for the first, which writes figures and baselines meanwhile.
 SHUTDOWN_TIMEOUT_SECONDS = 3600
@@ -33,8 +34,8 @@ def end_process(message: str) -> NoReturn:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end_aborted(_: int) -> None:
     end_process(
-        'error: jax ended this process, most likely since another process of the run is gone or silent (see above); '
-        'the same commands go on from the last checkpoint'
+        'error: jax ended this process, most likely since another process of the run is gone, silent or never came '
+        '(see above); the same commands go on from the last checkpoint'
     )
 
 
@@ -47,7 +48,7 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
       num_processes, process_id: how many there are and which this one is; None under 'auto'.
 
     Raises:
-      UserError: numbers that do not fit, an environment that tells nothing, or processes that did not appear.
+      UserError: numbers that do not fit, or an environment that tells nothing.
     """
     if coordinator == 'auto':
         if num_processes is not None or process_id is not None:
@@ -60,19 +61,20 @@ def connect(coordinator: str, num_processes: int | None, process_id: int | None)
                 f'{num_processes} and {process_id})'
             )
         address = coordinator
+    # jax aborts a process whose others do not appear, or are lost and no sum over devices fails first. Only a C handler
+    # runs then: one that `signal.signal` sets waits for the main thread.
+    ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _end_aborted)
     try:
         jax.distributed.initialize(
             address,
             num_processes,
             process_id,
+            initialization_timeout=CONNECT_TIMEOUT_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f'--coordinator={coordinator}: the processes did not connect: {error}') from error
-    # jax's own watch over the processes aborts those that are left, often before a sum over devices fails. Only a C
-    # handler runs then: one that `signal.signal` sets waits for the main thread.
-    ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _end_aborted)
     if not is_first():  # which speaks for all
         logging.getLogger('covidjax').setLevel(logging.ERROR)
 
