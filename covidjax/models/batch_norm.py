@@ -22,8 +22,8 @@ class BatchNorm(nn.Module):
     """Normalises every channel to mean `bias` and standard deviation `scale`; variables as in flax's module.
 
     Attributes:
-      axis_name: axis of `jax.pmap` over which the statistics of a batch are taken; None elsewhere (under `jax.jit` those
-        of a batch that is divided over devices are of the whole batch by themselves).
+      axis_name: axis of `jax.pmap` over which the statistics of a batch are taken; None elsewhere. Under `jax.jit`
+        those of a batch that is divided over devices are of the whole batch by themselves.
     """
 
     axis_name: str | None = None
@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
         variance = self.variable('batch_stats', 'var', jnp.ones, (features,))
         if not train:
             a = scale * jax.lax.rsqrt(variance.value + EPSILON)
-            return (x * a + (bias - mean.value * a)).astype(x.dtype)
+            return _scale_and_shift(x, a, bias - mean.value * a)
         y, batch_mean, batch_variance = normalise_batch(x, scale, bias, self.axis_name)
         if not self.is_initializing():
             mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
@@ -69,7 +69,7 @@ def _forward(x, scale, bias, axis_name):
     variance = jnp.maximum(square - mean * mean, 0)
     inverse = jax.lax.rsqrt(variance + EPSILON)
     a = scale * inverse
-    y = (wide * a + (bias - mean * a)).astype(x.dtype)
+    y = _scale_and_shift(x, a, bias - mean * a)
     return (y, mean, variance), (x, scale, mean, inverse)
 
 
@@ -84,8 +84,13 @@ def _backward(axis_name, kept, gradients):
     # a * (g - mean(g) - z * mean(g z)) with the normalised z = (x - mean) * inverse
     a = scale * inverse
     b = a * inverse * mean_gx
-    d_x = a * g - b * wide + (b * mean - a * mean_g)
+    d_x = _scale_and_shift(g, a, b * mean - a * mean_g) - _scale_and_shift(wide, b, jnp.zeros_like(b))
     return d_x.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(scale.dtype)
+
+
+def _scale_and_shift(x: jax.Array, a_C: jax.Array, b_C: jax.Array) -> jax.Array:
+    axes = tuple(range(x.ndim - 1))
+    return (x * jnp.expand_dims(a_C, axes) + jnp.expand_dims(b_C, axes)).astype(x.dtype)
 
 
 def _average(axis_name, *values):

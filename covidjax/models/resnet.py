@@ -32,6 +32,30 @@ class Conv1x1(nn.Module):
         return nn.Dense(self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, name='dense')(x)
 
 
+class StemConv(nn.Module):
+    """The first convolution, stride 2, without bias, of a grey image that stands for three equal channels.
+
+    Its parameters are those of three channels, as in ImageNet weights; their sum over the channels is applied to the
+    one that there is.
+    """
+
+    features: int
+    size: int
+    padding: int
+
+    @nn.compact
+    def __call__(self, x_BxHxWx1: jax.Array) -> jax.Array:
+        """Returns [B, ceil(H / 2), ceil(W / 2), features]."""
+        kernel = self.param('kernel', KAIMING_FAN_OUT, (self.size, self.size, 3, self.features))
+        return jax.lax.conv_general_dilated(
+            x_BxHxWx1,
+            kernel.sum(2, keepdims=True).astype(x_BxHxWx1.dtype),
+            window_strides=(2, 2),
+            padding=[(self.padding, self.padding)] * 2,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+
+
 def conv3x3(features: int, stride: int, name: str) -> nn.Conv:
     """Returns a 3x3 convolution without bias, padded by one pixel on every side as in PyTorch."""
     return nn.Conv(
@@ -124,18 +148,10 @@ class ResNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> list[jax.Array]:
+    def __call__(self, x_BxHxWx1: jax.Array, *, train: bool) -> list[jax.Array]:
         """Returns the output of every stage, [B, H/(4*2^i), W/(4*2^i), C_i] with the imagenet stem."""
         size, pad = {'imagenet': (7, 3), 'small': (3, 1)}[self.stem]
-        x = nn.Conv(
-            self.width,
-            (size, size),
-            strides=(2, 2),
-            padding=((pad, pad), (pad, pad)),
-            use_bias=False,
-            kernel_init=KAIMING_FAN_OUT,
-            name='conv1',
-        )(x_BxHxWxC)
+        x = StemConv(self.width, size, pad, name='conv1')(x_BxHxWx1)
         x = relu(batch_norm(train, self.axis_name, 'bn1')(x))
         if self.stem == 'imagenet':
             x = max_pool(x)
