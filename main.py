@@ -140,9 +140,10 @@ def get_workdir() -> Path:
 
 
 def start_jax() -> None:
-    """Turns on the compilation cache and connects the processes of a run; before anything is computed."""
-    from covidjax.training import compilation, hosts
+    """Sets memory and compilation cache up and connects the processes of a run; before anything is computed."""
+    from covidjax.training import compilation, hosts, memory
 
+    memory.keep_freed_memory()
     compilation.use_compilation_cache()
     if _COORDINATOR.value is not None:
         hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

@@ -17,6 +17,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from covidjax.models.att2 import Att2, is_dead, normalise
+from covidjax.models.fast import compile_fast
 from covidjax.training.optim import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
@@ -35,7 +36,9 @@ def time_alternating(calls, rounds):
 
 
 def create_inference(model, *, full):
-    return jax.jit(lambda variables, images: model.apply(variables, normalise(images), train=False, full=full).logits)
+    return compile_fast(
+        lambda variables, images: model.apply(variables, normalise(images), train=False, full=full).logits
+    )
 
 
 def create_training(model, variables, batch, *, full):

@@ -25,6 +25,7 @@ from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
+from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import flatten_config
@@ -157,7 +158,9 @@ class ScanPredictions(NamedTuple):
     slice_probabilities: list[np.ndarray]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share their compilations
+@functools.partial(
+    compile_fast, static_argnums=0
+)  # of the module, so that validation and test share their compilations
 def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -> SeqOutputs:
     return replicate(model.apply(variables, normalise(batch['image']), batch['length']))
 

@@ -27,6 +27,7 @@ from covidjax.evaluation.scan_votes import fit_vote_rules
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
+from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.config import flatten_config
@@ -96,7 +97,7 @@ def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, 
     return model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # of the module, so that validation and test share one compilation
+@functools.partial(compile_fast, static_argnums=0)  # of the module, so that validation and test share one compilation
 def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     return replicate(model.apply(variables, normalise(batch['image']), train=False).logits)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from covidjax.data.lesions import compute_otsu_threshold
 from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.models.att2 import Att2, normalise
+from covidjax.models.fast import compile_fast
 from covidjax.models.resnet import ResNet
 
 BATCH_SIZE = 32
@@ -40,7 +41,7 @@ class Explanations(NamedTuple):
     grad_cam: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compile_fast, static_argnums=(0, 1))
 def _explain(model: Att2, full: bool, variables: Any, images: jax.Array, classes_N: jax.Array) -> Explanations:
     features = None
 

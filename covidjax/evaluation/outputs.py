@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from covidjax.models.att2 import Att2, Att2Outputs, normalise
+from covidjax.models.fast import compile_fast
 
 BATCH_SIZE = 16
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compile_fast, static_argnums=0)
 def _apply(model: Att2, variables: Any, images: jax.Array) -> Att2Outputs:
     return model.apply(variables, normalise(images), train=False)
 

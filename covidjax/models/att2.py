@@ -62,15 +62,15 @@ class Att2(nn.Module):
         """Classifies grey slices.
 
         Args:
-          images_BxHxWx1: float32 in [-1, 1] (see `normalise`); repeated to three channels as for ImageNet weights.
+          images_BxHxWx1: float32 in [-1, 1] (see `normalise`); each stands for three equal channels, as ImageNet
+            weights take them (see `resnet.StemConv`).
           train: True uses and updates batch statistics (collection 'batch_stats').
           full: True also computes a tail that can not change the output.
         """
         if self.combination not in COMBINATIONS:
             raise ValueError(f'combination must be one of {COMBINATIONS}, got {self.combination!r}')
-        x = jnp.repeat(images_BxHxWx1, 3, axis=-1)
         backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, self.axis_name, name='backbone')
-        *_, x1, x2 = backbone(x, train=train)
+        *_, x1, x2 = backbone(images_BxHxWx1, train=train)
         features = stage_features(self.block, self.width, len(self.stage_sizes) - 1)
         g = None
         if full or self.compatibility in NEED_GLOBAL_FEATURE:

@@ -3,10 +3,14 @@
 Shapes: B batch, H height, W width, C channels.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+
+from covidjax.models.batch_norm import BatchNorm
+from covidjax.models.fast import materialise, max_pool
 
 # He et al. 2015, eq. 10, as torchvision initialises every convolution of its ResNets.
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -28,6 +32,30 @@ class Conv1x1(nn.Module):
         return nn.Dense(self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, name='dense')(x)
 
 
+class StemConv(nn.Module):
+    """The first convolution, stride 2, without bias, of a grey image that stands for three equal channels.
+
+    Its parameters are those of three channels, as in ImageNet weights; their sum over the channels is applied to the
+    one that there is.
+    """
+
+    features: int
+    size: int
+    padding: int
+
+    @nn.compact
+    def __call__(self, x_BxHxWx1: jax.Array) -> jax.Array:
+        """Returns [B, ceil(H / 2), ceil(W / 2), features]."""
+        kernel = self.param('kernel', KAIMING_FAN_OUT, (self.size, self.size, 3, self.features))
+        return jax.lax.conv_general_dilated(
+            x_BxHxWx1,
+            kernel.sum(2, keepdims=True).astype(x_BxHxWx1.dtype),
+            window_strides=(2, 2),
+            padding=[(self.padding, self.padding)] * 2,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+
+
 def conv3x3(features: int, stride: int, name: str) -> nn.Conv:
     """Returns a 3x3 convolution without bias, padded by one pixel on every side as in PyTorch."""
     return nn.Conv(
@@ -41,9 +69,14 @@ def conv3x3(features: int, stride: int, name: str) -> nn.Conv:
     )
 
 
-def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
-    """Returns BatchNorm with torchvision's epsilon; flax's momentum 0.9 is PyTorch's 0.1."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, name=name)
+def batch_norm(train: bool, axis_name: str | None, name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns a batch normalisation in the mode that `train` says."""
+    return functools.partial(BatchNorm(axis_name, name=name), train=train)
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """Returns the positive part of x, which all that follow share."""
+    return materialise(nn.relu(x))
 
 
 class BottleneckBlock(nn.Module):
@@ -57,14 +90,14 @@ class BottleneckBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         inner = self.features // 4
-        y = nn.relu(batch_norm(train, self.axis_name, 'bn1')(Conv1x1(inner, name='conv1')(x)))
-        y = nn.relu(batch_norm(train, self.axis_name, 'bn2')(conv3x3(inner, self.stride, 'conv2')(y)))
+        y = relu(batch_norm(train, self.axis_name, 'bn1')(Conv1x1(inner, name='conv1')(x)))
+        y = relu(batch_norm(train, self.axis_name, 'bn2')(conv3x3(inner, self.stride, 'conv2')(y)))
         y = batch_norm(train, self.axis_name, 'bn3')(Conv1x1(self.features, name='conv3')(y))
         if x.shape != y.shape:
             x = batch_norm(train, self.axis_name, 'downsample_bn')(
                 Conv1x1(self.features, self.stride, name='downsample_conv')(x)
             )
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class BasicBlock(nn.Module):
@@ -77,13 +110,13 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
-        y = nn.relu(batch_norm(train, self.axis_name, 'bn1')(conv3x3(self.features, self.stride, 'conv1')(x)))
+        y = relu(batch_norm(train, self.axis_name, 'bn1')(conv3x3(self.features, self.stride, 'conv1')(x)))
         y = batch_norm(train, self.axis_name, 'bn2')(conv3x3(self.features, 1, 'conv2')(y))
         if x.shape != y.shape:
             x = batch_norm(train, self.axis_name, 'downsample_bn')(
                 Conv1x1(self.features, self.stride, name='downsample_conv')(x)
             )
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 BLOCKS = {'bottleneck': BottleneckBlock, 'basic': BasicBlock}
@@ -115,21 +148,13 @@ class ResNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> list[jax.Array]:
+    def __call__(self, x_BxHxWx1: jax.Array, *, train: bool) -> list[jax.Array]:
         """Returns the output of every stage, [B, H/(4*2^i), W/(4*2^i), C_i] with the imagenet stem."""
         size, pad = {'imagenet': (7, 3), 'small': (3, 1)}[self.stem]
-        x = nn.Conv(
-            self.width,
-            (size, size),
-            strides=(2, 2),
-            padding=((pad, pad), (pad, pad)),
-            use_bias=False,
-            kernel_init=KAIMING_FAN_OUT,
-            name='conv1',
-        )(x_BxHxWxC)
-        x = nn.relu(batch_norm(train, self.axis_name, 'bn1')(x))
+        x = StemConv(self.width, size, pad, name='conv1')(x_BxHxWx1)
+        x = relu(batch_norm(train, self.axis_name, 'bn1')(x))
         if self.stem == 'imagenet':
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             features = stage_features(self.block, self.width, stage)

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from covidjax.errors import UserError
+from covidjax.models.fast import compile_fast
 
 AXIS = 'data'
 PARALLELISMS = ('jit', 'pmap')
@@ -82,7 +83,7 @@ def compile_step(step: Callable[..., Any], parallelism: str) -> Callable[[Any, d
     """
     step = functools.partial(step, axis_name=get_axis_name(parallelism))
     if parallelism == 'jit':
-        return jax.jit(step, donate_argnums=0)
+        return compile_fast(step, donate_argnums=0)
     if parallelism != 'pmap':
         raise ValueError(f'parallelism must be one of {PARALLELISMS}, got {parallelism!r}')
     mapped = jax.pmap(

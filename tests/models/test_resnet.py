@@ -16,7 +16,7 @@ def count_parameters(tree):
 
 
 def init_shapes(model, size):
-    return jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False), jax.random.key(0))
+    return jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, size, size, 1)), train=False), jax.random.key(0))
 
 
 def test_default_is_resnet50():
@@ -45,7 +45,7 @@ def test_resnet18_has_its_published_size():
 def test_stage_shapes(stem, block, size, expected):
     model = ResNet(stem=stem, block=block)
     outputs = jax.eval_shape(
-        lambda key: model.init_with_output(key, jnp.zeros((1, size, size, 3)), train=False)[0], jax.random.key(0)
+        lambda key: model.init_with_output(key, jnp.zeros((1, size, size, 1)), train=False)[0], jax.random.key(0)
     )
     assert [o.shape[1:] for o in outputs] == [(side, side, channels) for side, channels in expected]
 
@@ -65,10 +65,10 @@ def test_convolutions_against_scipy(size, stride):
 
 def test_batch_statistics_move_by_a_tenth():
     model = ResNet(stage_sizes=(1,), width=4, block='basic', stem='small')
-    image = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    image = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     variables = draw_variables(model, image, train=False)
     _, updates = jax.jit(functools.partial(model.apply, train=True, mutable=['batch_stats']))(variables, image)
-    kernel = variables['params']['conv1']['kernel']
+    kernel = variables['params']['conv1']['kernel'].sum(2, keepdims=True)  # three equal channels
     convolved = jax.lax.conv_general_dilated(
         image, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
