@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
+from covidjax.fast import compile_fast
 from covidjax.models.att2 import Att2, is_dead, normalise
-from covidjax.models.fast import compile_fast
 from covidjax.training.optim import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step

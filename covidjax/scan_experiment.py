@@ -23,9 +23,9 @@ from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.fast import compile_fast
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
-from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import flatten_config

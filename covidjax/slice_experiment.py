@@ -25,9 +25,9 @@ from covidjax.evaluation.patient_level import compute_patient_level, format_comp
 from covidjax.evaluation.predictions import compute_logits, softmax, write_predictions
 from covidjax.evaluation.scan_votes import fit_vote_rules
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.fast import compile_fast
 from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
-from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.config import flatten_config

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
+from covidjax.fast import materialise
+
 
 @dataclasses.dataclass(frozen=True)
 class AugmentOptions:
@@ -40,7 +42,8 @@ def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int 
         pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
         padded = jnp.pad(image_HxWxC, pad, mode='reflect')
         size = image_HxWxC.shape[axis]
-        image_HxWxC = sum(weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(kernel_size))
+        terms = [weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(kernel_size)]
+        image_HxWxC = materialise(sum(terms))  # or each pixel of the second pass would do the first anew
     return image_HxWxC
 
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from covidjax.data.lesions import compute_otsu_threshold
 from covidjax.evaluation.outputs import apply_in_batches
+from covidjax.fast import compile_fast
 from covidjax.models.att2 import Att2, normalise
-from covidjax.models.fast import compile_fast
 from covidjax.models.resnet import ResNet
 
 BATCH_SIZE = 32

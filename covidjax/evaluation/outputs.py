@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from covidjax.fast import compile_fast
 from covidjax.models.att2 import Att2, Att2Outputs, normalise
-from covidjax.models.fast import compile_fast
 
 BATCH_SIZE = 16
 

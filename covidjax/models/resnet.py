@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 
+from covidjax.fast import materialise, max_pool
 from covidjax.models.batch_norm import BatchNorm
-from covidjax.models.fast import materialise, max_pool
 
 # He et al. 2015, eq. 10, as torchvision initialises every convolution of its ResNets.
 KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covidjax.models.fast import compile_fast, materialise, max_pool
+from covidjax.fast import compile_fast, materialise, max_pool
 
 
 def pool_plainly(x):

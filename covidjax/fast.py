@@ -6,9 +6,9 @@ All that is written for a platform stands here. What XLA does badly on a CPU (ja
   stage, and transposes gradients element by element on the way: `materialise` keeps them from being fused.
 - It drops what `materialise` asks for before it decides about fusions: `compile_fast` keeps it.
 - Max-pooling compares windows one element at a time, and its gradient scatters: `max_pool`.
-- A 1x1 convolution is slower than the equal matrix product: `resnet.Conv1x1`.
+- A 1x1 convolution is slower than the equal matrix product: `models.resnet.Conv1x1`.
 
-Batch normalisation with a gradient by hand is in `batch_norm`; memory between steps in `training.memory`.
+Batch normalisation with a gradient by hand is in `models.batch_norm`; memory between steps in `training.memory`.
 """
 
 import functools
