@@ -221,7 +221,7 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
-    novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.embedding)
+    novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.statistics)
     seconds['model'] = time.perf_counter() - start
 
     called = int(probabilities[0].argmax())
@@ -327,8 +327,8 @@ def format_verdict(summary: dict[str, Any]) -> str:
 def format_line(summary: dict[str, Any], folder: Path, seconds: float) -> str:
     """Returns what is printed of an input."""
     rests = ', '.join(map(str, summary['rests_on']))
-    forced = ', FORCED' if summary['forced'] else ''
+    marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
     return (
-        f'{summary["input"]["name"]}: {format_verdict(summary)}{forced}; rests on slices {rests} of '
+        f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
         f'{summary["input"]["num_slices"]}; {seconds:.1f} s; {folder / "prediction.html"}'
     )

@@ -202,8 +202,8 @@ def _build_novelty(prediction: 'Prediction') -> Section:
         'novelty',
         title,
         [
-            f'Mahalanobis distance of the slice embeddings, divided by the one within which {QUANTILE:.0%} of held-out '
-            f'validation slices lie. Median {found["median"]:.2f}; {found["share_unusual"]:.0%} of the slices lie '
+            'Mahalanobis distance of the means and deviations of the features of all stages, divided by the one within '
+            f'which {QUANTILE:.0%} of held-out validation slices lie. Median {found["median"]:.2f}; {found["share_unusual"]:.0%} of the slices lie '
             'beyond. A small distance does not make an answer right.',
             create_picture(figure, 'Distance of each slice from the training data'),
         ],
