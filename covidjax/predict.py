@@ -174,7 +174,7 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
             write_json(folder / 'prediction.json', summary)
     except OSError as error:
         raise UserError(f'can not write to {folder} ({error.strerror}): choose another --output') from error
-    return format_line(summary, folder, sum(seconds.values()))
+    return format_line(summary, folder)
 
 
 def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path) -> Prediction:
@@ -324,11 +324,13 @@ def format_verdict(summary: dict[str, Any]) -> str:
     return f'{summary["verdict"]} ({"; ".join(shown)})'
 
 
-def format_line(summary: dict[str, Any], folder: Path, seconds: float) -> str:
+def format_line(summary: dict[str, Any], folder: Path) -> str:
     """Returns what is printed of an input."""
+    seconds = summary['seconds']
+    stages = ', '.join(f'{stage} {s:.1f}' for stage, s in seconds.items())
     rests = ', '.join(map(str, summary['rests_on']))
     marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
     return (
         f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
-        f'{summary["input"]["num_slices"]}; {seconds:.1f} s; {folder / "prediction.html"}'
+        f'{summary["input"]["num_slices"]}; {sum(seconds.values()):.1f} s ({stages}); {folder / "prediction.html"}'
     )

@@ -203,8 +203,8 @@ def _build_novelty(prediction: 'Prediction') -> Section:
         title,
         [
             'Mahalanobis distance of the means and deviations of the features of all stages, divided by the one within '
-            f'which {QUANTILE:.0%} of held-out validation slices lie. Median {found["median"]:.2f}; {found["share_unusual"]:.0%} of the slices lie '
-            'beyond. A small distance does not make an answer right.',
+            f'which {QUANTILE:.0%} of held-out validation slices lie. Median {found["median"]:.2f}; '
+            f'{found["share_unusual"]:.0%} of the slices lie beyond. A small distance does not make an answer right.',
             create_picture(figure, 'Distance of each slice from the training data'),
         ],
     )
