@@ -82,7 +82,7 @@ def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Vo
         digests.append(hashlib.sha256(data).digest())
         if entry.name.lower().endswith(('.nii', '.nii.gz')):
             niftis.append(entry)
-        elif data.startswith(_IMAGE_MAGIC):
+        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin as TIFF does
             images.append(entry)
         else:
             try:
