@@ -66,7 +66,12 @@ def test_doubts():
         return [predict.prepare_slice(g, find_body_box(g), 64) for g in grey]
 
     assert find_doubts(prepare(GREY)) == []
-    assert 'air the size of lungs' in find_doubts(prepare(np.where(HU < -950, GREY, 237).astype(np.uint8)))[0]
+    assert find_doubts(list(GREY[:, 20:45, 10:56])) == []  # cropped to the lungs, which touch its sides
+    solid = np.where(HU < -950, GREY, 237).astype(np.uint8)
+    assert 'air the size of lungs' in find_doubts(prepare(solid))[0]
+    solid[:, 52:55] = 237  # a table: the air above it does not reach the corners
+    assert 'in 0 of 20 slices' in find_doubts(prepare(solid))[0]
+    assert 'in 0 of 20 slices' in find_doubts(prepare(np.maximum(GREY, 200)))[0]  # fat and muscle
     smooth = np.stack([np.outer(np.hanning(64), np.hanning(64)) * 255 for _ in range(3)])
     rows, columns = np.mgrid[:64, :64]
     smooth[:, np.hypot(rows - 32, columns - 32) < 10] = 90  # dark inside bright, and every grey around
@@ -120,7 +125,7 @@ def test_sequence_on_embeddings_is_the_sequence_model():
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 20), dtype=np.uint8)
     lengths = np.array([20], np.int32)
     variables = draw_variables(model, normalise(images), lengths)
-    whole = model.apply(variables, normalise(images), lengths)
+    whole = jax.jit(model.apply)(variables, normalise(images), lengths)
     of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
     outputs = compute_outputs(extractor, of_extractor, np.moveaxis(images, -1, 0).reshape(20, 32, 32, 1))
     logits, attention = predict.apply_sequence(8, variables['params']['sequence'], outputs.embedding)

@@ -283,7 +283,7 @@ def test_dicom_that_begins_as_tiff_does(scan):
     np.testing.assert_array_equal(read_volume(scan).slices, GREY)
 
 
-def test_images_that_are_no_slices(tmp_path):
+def test_images_that_are_no_slices(tmp_path, monkeypatch):
     colour = np.repeat(GREY[..., np.newaxis], 3, -1)
     colour[:, :10, :10] = (255, 0, 0)
     refuse(write_images(tmp_path / 'colour', colour[:2]), r'in colour.*2 in all')
@@ -294,6 +294,9 @@ def test_images_that_are_no_slices(tmp_path):
     refuse(tmp_path / 'many.tiff', '3 pictures in one file')
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'small' / 'slice0.png').read_bytes()[:60])
     refuse(tmp_path / 'cut.png', 'unreadable')
+    monkeypatch.setattr(dicom, 'MAX_VOXELS', 3 * GREY[0].size)
+    assert len(read_volume(write_images(tmp_path / 'three', GREY[:3])).slices) == 3
+    refuse(write_images(tmp_path / 'four', GREY[:4]), 'more than 12,288 pixels')
 
 
 def test_niftis_that_are_no_scan(tmp_path):
