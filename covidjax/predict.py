@@ -306,9 +306,9 @@ def _describe_rules(rules: dict[str, Any] | None, probabilities_1xK: np.ndarray)
 
 def _find_verdict(summary: dict[str, Any]) -> str:
     """Returns the class that is called, or 'uncertain': another class can't be ruled out, or the scan is unusual."""
-    conformal, novelty = summary['conformal'], summary['novelty']
+    conformal = summary['conformal']
     is_open = conformal is not None and conformal['set'] != [summary['class']]
-    return 'uncertain' if is_open or (novelty is not None and novelty['median'] > 1) else summary['class']
+    return 'uncertain' if is_open or predict_report.is_unusual(summary) else summary['class']
 
 
 def format_verdict(summary: dict[str, Any]) -> str:
@@ -319,7 +319,7 @@ def format_verdict(summary: dict[str, Any]) -> str:
         shown.append('not calibrated for scans, no conformal set')
     else:
         shown.append(f'{conformal["coverage"]:.0%} set: {" or ".join(conformal["set"]) or "none of the classes"}')
-    if summary['novelty'] is not None and summary['novelty']['median'] > 1:
+    if predict_report.is_unusual(summary):
         shown.append('unlike the training data')
     return f'{summary["verdict"]} ({"; ".join(shown)})'
 
