@@ -52,7 +52,7 @@ def export_run(workdir: Path, output: Path, restore_best: Callable[[ConfigDict, 
         try:
             found.append(json.loads((workdir / name).read_text()))
         except FileNotFoundError as error:
-            raise UserError(f'{workdir} has no {name}: run its training command again first') from error
+            raise UserError(f'{workdir} has no {name}: run its training command again, or --mode=evaluate') from error
         except (OSError, ValueError) as error:
             raise UserError(f'{workdir / name} is unreadable: --mode=evaluate writes it again') from error
     results, rules = found

@@ -233,7 +233,8 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: lis
             slices.append(_read_image(entry.read()))
         except ValueError as error:
             faults.append(f'{entry.name}: {error}')
-        num_pixels += slices[-1].size if slices else 0
+        else:
+            num_pixels += slices[-1].size
         if num_pixels > dicom.MAX_VOXELS:
             raise UserError(f'images of more than {dicom.MAX_VOXELS:,} pixels: name the folder of one scan')
     if faults:
