@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import re
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import att2, seq
-from covidjax import predict, slice_experiment
+from covidjax import experiment, predict, slice_experiment
 from covidjax.data import preprocess
 from covidjax.data.body import find_body_box, find_doubts
 from covidjax.data.preprocess import apply_window
@@ -168,6 +169,16 @@ def test_a_sequence_model_sees_sixteen_slices_or_all(tmp_path, min_slices):
 def decode_pictures(page):
     pictures = re.findall(r'data:image/svg\+xml;base64,([^"]+)', page.read_text())
     return ' '.join(base64.b64decode(picture).decode() for picture in pictures)
+
+
+def test_an_evaluation_that_can_not_tell_what_is_usual_keeps_nothing_older(tmp_path):
+    _, variables = draw_sequence_model()
+    of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
+    rows, records = [types.SimpleNamespace(patient='one')] * 4, [{'image': np.zeros((32, 32, 1), np.uint8)}] * 4
+    (tmp_path / 'novelty.npz').write_bytes(b'old')
+    data = types.SimpleNamespace(rows={'val': rows}, sources={'val': records})
+    experiment.save_usual(tmp_path, EXTRACTOR, of_extractor, data)
+    assert not (tmp_path / 'novelty.npz').exists()
 
 
 def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
