@@ -7,6 +7,7 @@ r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart
   python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
   python main.py --mode=audit --input=/data/covidx-ct           can this dataset be trusted? lists alone will do
   python main.py --mode=predict --workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz    a report on each CT scan
+  python main.py --mode=export --workdir=/tmp/run --output=model.stablehlo       write it as a program for jax alone
   python main.py --mode=export --workdir=/tmp/run --output=model.safetensors     write it for PyTorch
 
 What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
@@ -41,7 +42,7 @@ _INPUT = flags.DEFINE_multi_string(
 _OUTPUT = flags.DEFINE_string(
     'output',
     None,
-    'File that --mode=export writes, *.safetensors. Folder that --mode=predict writes to, by default '
+    'File that --mode=export writes, *.stablehlo or *.safetensors. Folder that --mode=predict writes to, by default '
     '<workdir>/predictions/<input name>.',
 )
 _SERIES = flags.DEFINE_string('series', None, 'Which DICOM series --mode=predict reads, where there are several.')
@@ -127,7 +128,7 @@ def run_export() -> None:
 
     workdir = get_workdir()
     if _OUTPUT.value is None:
-        raise UserError('--mode=export needs --output=<file>.safetensors')
+        raise UserError('--mode=export needs --output=<file>.stablehlo or .safetensors')
     experiment = slice_experiment if load_config(workdir).name == 'att2' else scan_experiment
     export.export_run(workdir, Path(_OUTPUT.value), experiment.restore_best)
 

@@ -235,10 +235,13 @@ def save_usual(workdir: Path, extractor: Att2, variables: dict[str, Any], data: 
     """
     rows, source = data.rows['val'], data.sources['val']
     chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
-    embeddings = compute_outputs(extractor, variables, np.stack([source[i]['image'] for i in chosen])).embedding
-    novelty = fit_novelty(embeddings, [rows[i].patient for i in chosen])
-    if novelty is not None:
-        save_novelty(workdir / 'novelty.npz', novelty)
+    statistics = compute_outputs(extractor, variables, np.stack([source[i]['image'] for i in chosen])).statistics
+    novelty = fit_novelty(statistics, [rows[i].patient for i in chosen])
+    path = workdir / 'novelty.npz'
+    if novelty is None:
+        path.unlink(missing_ok=True)  # one of an earlier evaluation
+    else:
+        save_novelty(path, novelty)
 
 
 def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
             write_json(folder / 'prediction.json', summary)
     except OSError as error:
         raise UserError(f'can not write to {folder} ({error.strerror}): choose another --output') from error
-    return format_line(summary, folder, sum(seconds.values()))
+    return format_line(summary, folder)
 
 
 def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path) -> Prediction:
@@ -221,7 +221,7 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
-    novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.embedding)
+    novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.statistics)
     seconds['model'] = time.perf_counter() - start
 
     called = int(probabilities[0].argmax())
@@ -306,9 +306,9 @@ def _describe_rules(rules: dict[str, Any] | None, probabilities_1xK: np.ndarray)
 
 def _find_verdict(summary: dict[str, Any]) -> str:
     """Returns the class that is called, or 'uncertain': another class can't be ruled out, or the scan is unusual."""
-    conformal, novelty = summary['conformal'], summary['novelty']
+    conformal = summary['conformal']
     is_open = conformal is not None and conformal['set'] != [summary['class']]
-    return 'uncertain' if is_open or (novelty is not None and novelty['median'] > 1) else summary['class']
+    return 'uncertain' if is_open or predict_report.is_unusual(summary) else summary['class']
 
 
 def format_verdict(summary: dict[str, Any]) -> str:
@@ -319,16 +319,18 @@ def format_verdict(summary: dict[str, Any]) -> str:
         shown.append('not calibrated for scans, no conformal set')
     else:
         shown.append(f'{conformal["coverage"]:.0%} set: {" or ".join(conformal["set"]) or "none of the classes"}')
-    if summary['novelty'] is not None and summary['novelty']['median'] > 1:
+    if predict_report.is_unusual(summary):
         shown.append('unlike the training data')
     return f'{summary["verdict"]} ({"; ".join(shown)})'
 
 
-def format_line(summary: dict[str, Any], folder: Path, seconds: float) -> str:
+def format_line(summary: dict[str, Any], folder: Path) -> str:
     """Returns what is printed of an input."""
+    seconds = summary['seconds']
+    stages = ', '.join(f'{stage} {s:.1f}' for stage, s in seconds.items())
     rests = ', '.join(map(str, summary['rests_on']))
-    forced = ', FORCED' if summary['forced'] else ''
+    marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
     return (
-        f'{summary["input"]["name"]}: {format_verdict(summary)}{forced}; rests on slices {rests} of '
-        f'{summary["input"]["num_slices"]}; {seconds:.1f} s; {folder / "prediction.html"}'
+        f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
+        f'{summary["input"]["num_slices"]}; {sum(seconds.values()):.1f} s ({stages}); {folder / "prediction.html"}'
     )

@@ -36,8 +36,8 @@ def write_prediction_page(path: Path, volume: Volume, prediction: 'Prediction', 
     """
     summary = prediction.summary
     warnings = [f'Forced in spite of: {doubt}' for doubt in summary['forced']]
-    if summary['novelty'] is not None and summary['novelty']['median'] > 1:
-        warnings.append('This scan is unlike those that the model was made with: do not trust the numbers below.')
+    if is_unusual(summary):
+        warnings.append('Do not trust the numbers below: the model has seen nothing like this scan.')
     write_page(
         path,
         'prediction.html',
@@ -60,10 +60,17 @@ def write_prediction_page(path: Path, volume: Volume, prediction: 'Prediction', 
     )
 
 
+def is_unusual(summary: dict[str, Any]) -> bool:
+    """Says whether most slices of a scan lie farther from the training data than usual ones."""
+    return summary['novelty'] is not None and summary['novelty']['median'] > 1
+
+
 def _build_headline(summary: dict[str, Any]) -> str:
     share = summary['probabilities'][summary['class']]
     conformal = summary['conformal']
     text = f'The likeliest class is {summary["class"]}, with a probability of {share:.1%}.'
+    if is_unusual(summary):
+        return f'Uncertain: the scan is unlike those that the model was made with. {text}'
     if conformal is None:
         return f'{text} The run has no calibration for scans: neither a conformal set nor a threshold can be given.'
     held = ', '.join(conformal['set'])
@@ -202,9 +209,9 @@ def _build_novelty(prediction: 'Prediction') -> Section:
         'novelty',
         title,
         [
-            f'Mahalanobis distance of the slice embeddings, divided by the one within which {QUANTILE:.0%} of held-out '
-            f'validation slices lie. Median {found["median"]:.2f}; {found["share_unusual"]:.0%} of the slices lie '
-            'beyond. A small distance does not make an answer right.',
+            'Mahalanobis distance of the means and deviations of the features of all stages, divided by the one within '
+            f'which {QUANTILE:.0%} of held-out validation slices lie. Median {found["median"]:.2f}; '
+            f'{found["share_unusual"]:.0%} of the slices lie beyond. A small distance does not make an answer right.',
             create_picture(figure, 'Distance of each slice from the training data'),
         ],
     )

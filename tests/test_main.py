@@ -11,16 +11,21 @@ import time
 from pathlib import Path
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
 
 from covidjax import slice_experiment
+from covidjax.data.lists import CLASSES
 from covidjax.data.phantom import PhantomOptions, write_phantoms
+from covidjax.data.preprocess import apply_window, load_slice
+from covidjax.evaluation.calibration import apply_temperature
 from covidjax.models.torch_names import from_torch
 from covidjax.training.checkpoints import open_checkpoints
 from covidjax.training.workdir import load_config
+from tests.scan_files import encode_dicom, make_chest, make_dicom, write_images, write_series
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -177,6 +182,54 @@ def test_export_has_the_best_model(slice_run, call, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, from_torch(tensors, variables), variables)
 
 
+def test_exported_program_predicts_as_the_run(slice_run, call, raw_dir, tmp_path):
+    workdir, _ = slice_run
+    path = tmp_path / 'model.stablehlo'
+    result = call('--mode=export', f'--workdir={workdir}', f'--output={path}')
+    assert result.returncode == 0, result.stderr
+    assert 'uint8[b,32,32]' in result.stdout
+    with (workdir / 'predictions.csv').open() as file:
+        expected = {row['file']: [float(row[f'p_{name}']) for name in CLASSES] for row in csv.DictReader(file)}
+    lines = (raw_dir / 'test_COVIDx_CT-2A.txt').read_text().splitlines()
+    images = []
+    for file, _, *box in map(str.split, lines):
+        images.append(load_slice(str(raw_dir / '2A_images' / file), tuple(map(int, box)), 32))
+    program = jax.export.deserialize(bytearray(path.read_bytes()))
+    outputs = jax.device_get(program.call(np.stack(images)))
+    probabilities = np.array([expected[line.split()[0]] for line in lines])
+    np.testing.assert_allclose(jax.nn.softmax(outputs['logits']), probabilities, atol=1e-6)
+    temperature = json.loads((workdir / 'calibration.json').read_text())['temperature']
+    np.testing.assert_allclose(outputs['probabilities'], apply_temperature(outputs['logits'], temperature), atol=1e-6)
+    # The example runs alone, on images that are prepared already.
+    Image.fromarray(images[0]).save(tmp_path / 'slice.png')
+    command = [sys.executable, '-I', ROOT / 'experiments' / 'run_exported.py', path, tmp_path / 'slice.png']
+    example = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert example.returncode == 0, example.stderr
+    printed = dict(line.split('\t') for line in example.stdout.splitlines()[1:])
+    np.testing.assert_allclose(json.loads(printed['logits'])[0], outputs['logits'][0], atol=2e-6)
+
+
+def test_predictions_of_scans_and_of_what_is_none(slice_run, call, tmp_path):
+    workdir, _ = slice_run
+    scan = write_series(tmp_path / 'scan', make_chest(6))
+    scout = encode_dicom(make_dicom(make_chest(1)[0], 0.0, ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER']))
+    (tmp_path / 'scout').write_bytes(scout)
+    names = [scan, tmp_path / 'scout', write_images(tmp_path / 'images', apply_window(make_chest(6)))]
+    result = call('--mode=predict', f'--workdir={workdir}', *(f'--input={name}' for name in names))
+    assert_one_line_error(result, 'scout', 'localizers')
+    lines = result.stdout.splitlines()
+    assert [line.split(':')[0] for line in lines] == ['scan', 'images']
+    summaries = []
+    for name in ('scan', 'images'):
+        folder = workdir / 'predictions' / name
+        summaries.append(json.loads((folder / 'prediction.json').read_text()))
+        assert 'Along the scan' in (folder / 'prediction.html').read_text()
+    assert summaries[0]['slices'][0]['depth_mm'] == 0
+    first, second = ([s['probabilities'] for s in summary['slices']] for summary in summaries)
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    assert not (workdir / 'predictions' / 'scout').exists()
+
+
 def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tmp_path):
     extractor, workdir = tmp_path / 'extractor', tmp_path / 'seq'
     shutil.copytree(slice_run[0], extractor)
@@ -252,6 +305,8 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         (('--mode=export', f'--workdir={slice_run[0]}'), ('--output',)),
         (('--mode=export', '--output=a.safetensors'), ('--workdir',)),
         (('--mode=export', f'--workdir={slice_run[0]}', f'--output={blocked}'), (blocked, '.safetensors')),
+        (('--mode=predict', f'--workdir={slice_run[0]}'), ('--input',)),
+        (('--mode=predict', f'--workdir={empty}', f'--input={empty}'), (empty, 'not the workdir')),
         ((), ('--config',)),
         ((att2, workdir, *TINY, '--config.name=dance'), ('dance',)),
         (('--config=configs/none.py',), ('configs/none.py',)),

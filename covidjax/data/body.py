@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.ndimage
 
-from covidjax.data.lesions import compute_otsu_threshold
+from covidjax.data.lesions import MIN_LUNG, compute_otsu_threshold, find_lung
 from covidjax.data.preprocess import Box
 
 _MIN_BODY = 0.05  # share of the slice
-_MIN_LUNG = 0.05  # share of a slice
 _MIN_LUNG_SLICES = 0.25  # of a scan; a chest CT that reaches far into the abdomen has twice that
 _MIN_SEPARATION = 0.8
+_MIN_CONTRAST = 64  # grey values between air and tissue; fat and muscle differ by less
 
 
 def find_body_box(grey: np.ndarray) -> Box:
@@ -46,12 +46,12 @@ def find_doubts(slices: Sequence[np.ndarray]) -> list[str]:
     """Returns why prepared slices may be no chest CT, empty if they look like one.
 
     In a chest CT, dark lungs of some size lie in a bright body, with few greys between. Head and abdomen have no such
-    air; a projection X-ray or a photograph has all greys.
+    air; a projection X-ray or a photograph has all greys. What passes may still be none: a coronal picture does.
 
     Args:
       slices: T of uint8 [S, S].
     """
-    found = [measure_lung(grey) >= _MIN_LUNG for grey in slices]
+    found = [has_lung(grey) for grey in slices]
     if np.mean(found) < _MIN_LUNG_SLICES:
         return [f'air the size of lungs inside a body is in {sum(found)} of {len(slices)} slices only: no chest CT?']
     if np.median([compute_separation(grey) for grey in slices]) < _MIN_SEPARATION:
@@ -59,15 +59,17 @@ def find_doubts(slices: Sequence[np.ndarray]) -> list[str]:
     return []
 
 
-def measure_lung(grey: np.ndarray) -> float:
-    """Returns the share of a prepared slice [S, S] that is dark regions of some size inside the body.
+def has_lung(grey: np.ndarray) -> bool:
+    """Says whether a prepared slice [S, S] has dark regions of a lung's size inside a body that is much brighter.
 
-    The body reaches the sides of a slice that was cropped to it, lungs do not; air around it touches them.
+    A body fills the ellipse in the slice that is cropped to it. Air between it and the table lies outside.
     """
-    regions, count = scipy.ndimage.label(grey < compute_otsu_threshold(grey))
-    areas = np.bincount(regions.ravel(), minlength=count + 1) / grey.size
-    areas[np.unique(np.concatenate([regions[[0, -1]].ravel(), regions[:, [0, -1]].ravel(), [0]]))] = 0
-    return float(areas[areas >= 0.005].sum())
+    low = grey < compute_otsu_threshold(grey)
+    if not low.any() or grey[~low].mean() - grey[low].mean() < _MIN_CONTRAST:
+        return False
+    lung = find_lung(grey[..., np.newaxis], np.zeros_like(low))
+    y, x = np.ogrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
+    return lung is not None and (lung & (x**2 + y**2 < 0.9**2)).mean() >= MIN_LUNG
 
 
 def compute_separation(grey: np.ndarray) -> float:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from covidjax.data.sources import Entry
+from covidjax.data.sources import MAX_RATIO, Entry
 from covidjax.errors import UserError, join_faults
 
 MAX_VOXELS = 400_000_000  # 1,525 slices of 512 x 512
@@ -28,7 +29,7 @@ _PROJECTIONS = ('CR', 'DX', 'DR', 'RG', 'RF', 'XA', 'MG', 'PX')
 _CHEST = ('CHEST', 'THORAX', 'LUNG', 'HEART')
 _AXIAL = 0.8  # cosine between slice normal and body axis; a gantry tilts by 30 degrees at most, 0.87
 _SAME_MM = 1e-3
-_DEFLATED = b'1.2.840.10008.1.2.1.99'
+_PLAIN, _DEFLATED = b'1.2.840.10008.1.2.1', b'1.2.840.10008.1.2.1.99'
 _HEADER = [
     'SOPClassUID',
     'SOPInstanceUID',
@@ -124,17 +125,17 @@ class LeftOut(Exception):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps pydicom from logging or warning: its messages show attributes."""
-    logger, mode = logging.getLogger('pydicom'), pydicom.config.settings.reading_validation_mode
-    before = logger.disabled
-    logger.disabled = True
+    """Keeps pydicom from logging or warning: its messages show attributes, and its decoders log tracebacks."""
+    level, mode = logging.root.manager.disable, pydicom.config.settings.reading_validation_mode
+    logging.disable()
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        logger.disabled, pydicom.config.settings.reading_validation_mode = before, mode
+        logging.disable(level)
+        pydicom.config.settings.reading_validation_mode = mode
 
 
 def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
@@ -143,13 +144,14 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
     Raises:
       LeftOut: it is, but holds no slices of an axial CT.
     """
-    if _DEFLATED in data[:2048]:
-        raise LeftOut('of a deflated transfer syntax')  # pydicom would inflate it without bounds
     with _quiet():
         try:
-            header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=_HEADER)
+            file = io.BytesIO(_inflate(data))
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
         except InvalidDicomError:
             return None
+        except LeftOut:
+            raise
         except Exception as error:  # damaged bytes raise anything
             raise LeftOut('damaged') from error
         try:
@@ -158,6 +160,22 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
             raise
         except Exception as error:
             raise LeftOut('damaged') from error
+
+
+def _inflate(data: bytes) -> bytes:
+    """Returns a file of the deflated transfer syntax as one of the plain one, any other as it is.
+
+    pydicom would inflate it without bounds.
+    """
+    start = 144 + int.from_bytes(data[140:144], 'little')  # what precedes it names the syntax
+    head = data[:start]
+    if _DEFLATED not in head:
+        return data
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(data[start:], min(MAX_RATIO * len(data), 4 * MAX_VOXELS))
+    if not inflater.eof:
+        raise LeftOut(f'truncated, or inflate to more than {MAX_RATIO} times their size')
+    return head.replace(_DEFLATED, _PLAIN.ljust(len(_DEFLATED), b'\0')) + body
 
 
 def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
@@ -319,7 +337,7 @@ def load_series(series: Series) -> tuple[np.ndarray, list[Frame], list[str]]:
 def _decode(data: bytes) -> tuple[np.ndarray, int | None]:
     """Returns the stored pixels [F, H, W] of a file, and the value that stands for no pixel."""
     with _quiet():
-        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=[*_HEADER, *_PIXELS])
+        dataset = pydicom.dcmread(io.BytesIO(_inflate(data)), specific_tags=[*_HEADER, *_PIXELS])
         pixels = dataset.pixel_array
         padding = dataset.get('PixelPaddingValue')
     expected = int(dataset.get('NumberOfFrames') or 1), int(dataset.Rows), int(dataset.Columns)

@@ -18,7 +18,7 @@ from covidjax.errors import UserError, join_faults
 
 LIST_NAME = 'slices.csv'
 _DEFAULT_CLASS = 'covid19'
-_MIN_LUNG = 0.05  # share of the image
+MIN_LUNG = 0.05  # share of the image
 
 
 class LesionSlice(NamedTuple):
@@ -148,7 +148,7 @@ def find_lung(image: np.ndarray, lesion: np.ndarray) -> np.ndarray | None:
     areas = np.bincount(regions.ravel(), minlength=count + 1)
     kept = np.setdiff1d(np.flatnonzero(areas >= 0.005 * grey.size), [0, *corners])
     lung = scipy.ndimage.binary_fill_holes(np.isin(regions, kept) | lesion)
-    return lung if lung.mean() >= _MIN_LUNG else None
+    return lung if lung.mean() >= MIN_LUNG else None
 
 
 def compute_otsu_threshold(values: np.ndarray) -> float:

@@ -1,10 +1,12 @@
 """The files of an input, whether it is a file, a folder or a zip archive; nothing is ever unpacked to disk."""
 
 import hashlib
+import lzma
 import os
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +17,7 @@ from covidjax.errors import UserError
 MAX_FILES = 20_000
 MAX_BYTES = 4_000_000_000  # of all files together; a CT of 2,000 slices has 1 GB
 MAX_RATIO = 200  # of a zip: CT shrinks 2 to 10 times
+_OF_DECODERS = (zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError)
 _SMALL = 100_000_000  # below this a high ratio does no harm
 
 
@@ -48,7 +51,7 @@ def open_entries(path: Path) -> Iterator[list[Entry]]:
             yield [Entry(path.name, path.read_bytes)]
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror or type(error).__name__})') from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, *_OF_DECODERS) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f'{path}: a damaged zip archive; copy it again, or unpack it and name the folder') from error

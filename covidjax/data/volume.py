@@ -82,7 +82,7 @@ def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Vo
         digests.append(hashlib.sha256(data).digest())
         if entry.name.lower().endswith(('.nii', '.nii.gz')):
             niftis.append(entry)
-        elif data.startswith(_IMAGE_MAGIC):
+        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin as TIFF does
             images.append(entry)
         else:
             try:
@@ -172,18 +172,16 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
                     raise UserError(
                         f'a NIfTI of shape {shape}: it must be one scan of at most {dicom.MAX_VOXELS:,} voxels'
                     )
-                voxels = np.asanyarray(image.dataobj).reshape(shape)
+                hu = np.empty(shape, np.int16)
+                for place in range(shape[2]):
+                    hu[..., place] = _round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
         finally:
             logger.disabled = before
-        if voxels.dtype.kind not in 'iuf':
-            raise UserError('a NIfTI in colour or of complex numbers: it must hold Hounsfield units')
-        if voxels.dtype.kind == 'f' and not np.isfinite(voxels).all():
-            raise UserError('NaN or infinite voxels: replace them by -1024, the value of air')
         axis = io_orientation(affine)[:, 0].tolist().index(2.0)  # the one from feet to head
         direction = affine[:3, axis]
         upright = abs(direction[2]) / np.linalg.norm(direction)
         spacing = float(np.linalg.norm(direction))
-        slices = _orient(np.clip(np.round(voxels), *dicom.HU_RANGE).astype(np.int16), affine)
+        slices = _orient(hu, affine)
     except UserError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -204,6 +202,15 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
     return Volume(*identity, 'NIfTI', [apply_window(s) for s in slices], depths, facts, [], doubts)
 
 
+def _round_plane(voxels: np.ndarray) -> np.ndarray:
+    """Returns a plane of a NIfTI as int16 Hounsfield units; of a whole scan, scaled voxels are four times as large."""
+    if voxels.dtype.kind not in 'iuf':
+        raise UserError('a NIfTI in colour or of complex numbers: it must hold Hounsfield units')
+    if not np.isfinite(voxels).all():
+        raise UserError('NaN or infinite voxels: replace them by -1024, the value of air')
+    return np.clip(np.round(voxels), *dicom.HU_RANGE).astype(np.int16)
+
+
 def check_hu(hu: np.ndarray) -> None:
     """Checks that voxels are Hounsfield units of a body in air.
 
@@ -220,12 +227,16 @@ def check_hu(hu: np.ndarray) -> None:
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: list[str]) -> Volume:
-    slices, faults = [], []
+    slices, faults, num_pixels = [], [], 0
     for entry in entries:
         try:
             slices.append(_read_image(entry.read()))
         except ValueError as error:
             faults.append(f'{entry.name}: {error}')
+        else:
+            num_pixels += slices[-1].size
+        if num_pixels > dicom.MAX_VOXELS:
+            raise UserError(f'images of more than {dicom.MAX_VOXELS:,} pixels: name the folder of one scan')
     if faults:
         raise UserError(f'images that are no CT slices or unreadable: {join_faults(faults)}')
     sizes = Counter(s.shape for s in slices)

@@ -1,9 +1,11 @@
-"""How far a slice lies from those that a model was made with: Mahalanobis distance of its embedding.
+"""How far a slice lies from those that a model was made with: Mahalanobis distance of the statistics of its features.
 
-The covariance is that of probabilistic PCA (Tipping and Bishop 1999): a few directions with a variance of their own,
-and one variance for all others. It can be fitted to fewer examples than dimensions, and takes little space.
+They are means and deviations of all channels of all stages (`outputs.SliceOutputs.statistics`), each standardised: the
+embedding, which is made to tell classes apart, forgets what else is unusual. The covariance is that of probabilistic
+PCA (Tipping and Bishop 1999): a few directions with a variance of their own, and one variance for all others. It can be
+fitted to fewer examples than dimensions, and takes little space.
 
-Shapes: N slices, E embedding, D directions.
+Shapes: N slices, F statistics, D directions.
 """
 
 import zipfile
@@ -29,60 +31,63 @@ class Novelty(NamedTuple):
     """What is usual.
 
     Attributes:
-      mean: [E].
-      directions: [D, E], orthonormal.
+      mean, scale: of every statistic [F].
+      directions: of standardised statistics [D, F], orthonormal.
       variances: [D], along the directions.
       rest: variance along any other direction.
       threshold: the distance within which `QUANTILE` of slices of patients lie that it was not fitted to.
     """
 
     mean: np.ndarray
+    scale: np.ndarray
     directions: np.ndarray
     variances: np.ndarray
     rest: np.ndarray
     threshold: np.ndarray
 
 
-def fit_novelty(embeddings_NxE: np.ndarray, patients: Sequence[str]) -> Novelty | None:
+def fit_novelty(statistics_NxF: np.ndarray, patients: Sequence[str]) -> Novelty | None:
     """Fits what is usual to validation slices; the threshold is cross-validated by patient.
 
     Args:
-      embeddings_NxE: of slices that the model was not trained on.
+      statistics_NxF: of slices that the model was not trained on.
       patients: patient of each slice.
 
     Returns:
       None where there are fewer than 16 slices or 4 patients, too few to tell what is usual, or all slices are alike.
     """
     groups = group_by_patient(patients)
-    if len(groups) < _MIN_EXAMPLES or groups.max() < 3 or not embeddings_NxE.std(0).any():
+    if len(groups) < _MIN_EXAMPLES or groups.max() < 3 or not statistics_NxF.std(0).any():
         return None
     held_out = np.empty(len(groups))
     folds = groups % _NUM_FOLDS
     for fold in np.unique(folds):
         inside = folds != fold
-        held_out[~inside] = _measure(_fit(embeddings_NxE[inside]), embeddings_NxE[~inside])
-    return _fit(embeddings_NxE)._replace(threshold=np.float32(np.quantile(held_out, QUANTILE)))
+        held_out[~inside] = _measure(_fit(statistics_NxF[inside]), statistics_NxF[~inside])
+    return _fit(statistics_NxF)._replace(threshold=np.float32(np.quantile(held_out, QUANTILE)))
 
 
-def _fit(x_NxE: np.ndarray) -> Novelty:
-    x_NxE = x_NxE.astype(np.float64)
-    count = min(MAX_DIRECTIONS, len(x_NxE) // 4, x_NxE.shape[1] - 1)
-    pca = PCA(count, svd_solver='full').fit(x_NxE)
-    floor = 1e-6 * x_NxE.var(0).sum()  # features that never fire have no variance
-    arrays = (pca.mean_, pca.components_, pca.explained_variance_.clip(floor), max(pca.noise_variance_, floor), 1)
-    return Novelty(*(np.asarray(array, np.float32) for array in arrays))
+def _fit(x_NxF: np.ndarray) -> Novelty:
+    x_NxF = x_NxF.astype(np.float64)
+    mean, scale = x_NxF.mean(0), x_NxF.std(0)
+    scale = scale.clip(0.01 * scale.mean())  # channels that hardly ever fire hardly vary
+    count = min(MAX_DIRECTIONS, len(x_NxF) // 4, x_NxF.shape[1] - 1)
+    pca = PCA(count, svd_solver='full').fit((x_NxF - mean) / scale)
+    floor = 1e-6 * pca.explained_variance_[0]
+    variances, rest = pca.explained_variance_.clip(floor), max(pca.noise_variance_, floor)
+    return Novelty(*(np.asarray(a, np.float32) for a in (mean, scale, pca.components_, variances, rest, 1)))
 
 
-def _measure(novelty: Novelty, x_NxE: np.ndarray) -> np.ndarray:
-    centred = x_NxE.astype(np.float64) - novelty.mean
+def _measure(novelty: Novelty, x_NxF: np.ndarray) -> np.ndarray:
+    centred = (x_NxF.astype(np.float64) - novelty.mean) / novelty.scale
     along = centred @ novelty.directions.T
     rest = np.maximum((centred**2).sum(1) - (along**2).sum(1), 0)
     return np.sqrt((along**2 / novelty.variances).sum(1) + rest / novelty.rest)
 
 
-def compute_novelty(novelty: Novelty, embeddings_NxE: np.ndarray) -> np.ndarray:
+def compute_novelty(novelty: Novelty, statistics_NxF: np.ndarray) -> np.ndarray:
     """Returns the distance of each slice divided by the threshold [N]: above 1 it is unusual."""
-    return _measure(novelty, embeddings_NxE) / novelty.threshold
+    return _measure(novelty, statistics_NxF) / novelty.threshold
 
 
 def save_novelty(path: Path, novelty: Novelty) -> None:
@@ -103,4 +108,4 @@ def load_novelty(path: Path) -> Novelty | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path} is damaged: --mode=evaluate writes it again') from error
+        raise UserError(f'{path} is damaged or of an earlier version: --mode=evaluate writes it again') from error

@@ -2,24 +2,49 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from covidjax.fast import compile_fast
-from covidjax.models.att2 import Att2, Att2Outputs, normalise
+from covidjax.models.att2 import Att2, normalise
 
 BATCH_SIZE = 16
 
 
+class SliceOutputs(NamedTuple):
+    """What a slice model says of N slices.
+
+    Attributes:
+      logits, embedding, attention: see `att2.Att2Outputs`.
+      statistics: mean and standard deviation over the map of every channel of every stage [N, F]. Early stages tell
+        noise, sharpness and contrast, late ones what is shown.
+    """
+
+    logits: np.ndarray
+    embedding: np.ndarray
+    attention: tuple[np.ndarray, np.ndarray]
+    statistics: np.ndarray
+
+
 @functools.partial(compile_fast, static_argnums=0)
-def _apply(model: Att2, variables: Any, images: jax.Array) -> Att2Outputs:
-    return model.apply(variables, normalise(images), train=False)
+def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
+    outputs, captured = model.apply(
+        variables,
+        normalise(images),
+        train=False,
+        mutable=['intermediates'],
+        capture_intermediates=lambda module, _: module.name == 'backbone',
+    )
+    [stages] = captured['intermediates']['backbone']['__call__']
+    moments = [moment for x in stages for moment in (x.mean((1, 2)), x.std((1, 2)))]
+    return SliceOutputs(*outputs, statistics=jnp.concatenate(moments, axis=-1))
 
 
-def compute_outputs(model: Att2, variables: Any, images: np.ndarray) -> Att2Outputs:
-    """Returns logits, embeddings and attention maps, as numpy arrays, of images uint8 [N, S, S, 1], N at least 1."""
+def compute_outputs(model: Att2, variables: Any, images: np.ndarray) -> SliceOutputs:
+    """Returns what the model says of images uint8 [N, S, S, 1], N at least 1."""
     return apply_in_batches(functools.partial(_apply, model, variables), BATCH_SIZE, images)
 
 

@@ -1,16 +1,30 @@
 import csv
 import gzip
+import io
 import zipfile
+from pathlib import Path
 
+import gdcm
 import nibabel
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_files
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, RLELossless, SecondaryCaptureImageStorage
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+)
 
 from covidjax.data import dicom, sources
 from covidjax.data.preprocess import apply_window
@@ -91,22 +105,65 @@ def test_images_are_counted_and_taken_as_they_are(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / 'png' / 'slice3.png').slices, GREY[3:4])
 
 
-@pytest.mark.parametrize('syntax', [RLELossless, JPEG2000Lossless])
-def test_compressed_slices(tmp_path, syntax):
-    hu = HU[:3]
-    for number, pixels in enumerate(hu):
-        dataset = make_dicom(pixels, -5.0 * number)
-        if syntax == RLELossless:
-            dataset.compress(RLELossless, generate_instance_uid=False)
-        else:
-            stored = Image.fromarray((pixels.astype(np.int32) + 1024).astype(np.uint16))
-            stored.save(tmp_path / 'frame.j2k', no_jp2=True)
-            dataset.PixelData = encapsulate([(tmp_path / 'frame.j2k').read_bytes()])
-            dataset['PixelData'].VR = 'OB'
-            dataset.file_meta.TransferSyntaxUID = syntax
-        (tmp_path / 'scan').mkdir(exist_ok=True)
-        (tmp_path / 'scan' / f'{number}.dcm').write_bytes(encode_dicom(dataset))
-    np.testing.assert_array_equal(read_volume(tmp_path / 'scan').slices, GREY[:3])
+def change_syntax(path, name):
+    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()
+
+
+@pytest.mark.parametrize(
+    ('name', 'syntax'),
+    [
+        ('JPEGLosslessProcess14_1', JPEGLosslessSV1),
+        ('JPEGLosslessProcess14', JPEGLossless),
+        ('JPEGLSLossless', JPEGLSLossless),
+        ('JPEG2000Lossless', JPEG2000Lossless),
+        ('RLELossless', RLELossless),
+        ('ImplicitVRLittleEndian', ImplicitVRLittleEndian),
+    ],
+)
+def test_transfer_syntaxes_give_the_same_values(scan, name, syntax):
+    for path in scan.iterdir():
+        change_syntax(path, name)
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
+    np.testing.assert_array_equal(load_hu(scan), HU)
+
+
+def load_hu(folder):
+    with sources.open_entries(folder) as entries:
+        frames = [frame for entry in entries for frame in dicom.read_frames(entry, entry.read())]
+        return dicom.load_series(dicom.group_series(frames)[0])[0]
+
+
+def encode_as(dataset, syntax):
+    dataset.file_meta.TransferSyntaxUID = syntax
+    buffer = io.BytesIO()
+    is_big = syntax == ExplicitVRBigEndian
+    if is_big:
+        dataset.PixelData = np.frombuffer(dataset.PixelData, '<u2').astype('>u2').tobytes()
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=False, little_endian=not is_big, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('syntax', [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
+def test_big_endian_and_deflated_files(tmp_path, syntax):
+    for number, pixels in enumerate(HU):
+        (tmp_path / f'{number}.dcm').write_bytes(encode_as(make_dicom(pixels, -5.0 * number), syntax))
+    np.testing.assert_array_equal(load_hu(tmp_path), HU)
+
+
+def test_deflated_bombs(tmp_path):
+    dataset = make_dicom(HU[0], 0.0)
+    dataset.add_new(0x00091010, 'OB', bytes(10_000_000))
+    (tmp_path / 'bomb').write_bytes(encode_as(dataset, DeflatedExplicitVRLittleEndian))
+    refuse(tmp_path / 'bomb', 'inflate to more than 200 times')
 
 
 def test_frames_of_one_file_are_ordered_by_position(tmp_path):
@@ -206,7 +263,27 @@ def test_inputs_without_a_ct(tmp_path):
     refuse(write_series(tmp_path / 'unscaled', HU, intercept=-1024, RescaleIntercept=3000), 'not the Hounsfield units')
 
 
-def test_images_that_are_no_slices(tmp_path):
+def test_files_of_pydicom_are_read_or_refused_in_one_line():
+    files = [Path(name) for name in get_testdata_files() if Path(name).is_file()]
+    assert len(files) > 100
+    read, reasons = set(), []
+    for path in files:
+        try:
+            read_volume(path)
+            read.add(path.name)
+        except UserError as error:
+            reasons.append(str(error))
+    assert not any('\n' in reason for reason in reasons)
+    assert {'693_J2KI.dcm', 'J2K_pixelrep_mismatch.dcm'} <= read  # CT of a head and of a phantom
+
+
+def test_dicom_that_begins_as_tiff_does(scan):
+    for path in scan.iterdir():
+        path.write_bytes(b'II*\0' + path.read_bytes()[4:])
+    np.testing.assert_array_equal(read_volume(scan).slices, GREY)
+
+
+def test_images_that_are_no_slices(tmp_path, monkeypatch):
     colour = np.repeat(GREY[..., np.newaxis], 3, -1)
     colour[:, :10, :10] = (255, 0, 0)
     refuse(write_images(tmp_path / 'colour', colour[:2]), r'in colour.*2 in all')
@@ -217,6 +294,9 @@ def test_images_that_are_no_slices(tmp_path):
     refuse(tmp_path / 'many.tiff', '3 pictures in one file')
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'small' / 'slice0.png').read_bytes()[:60])
     refuse(tmp_path / 'cut.png', 'unreadable')
+    monkeypatch.setattr(dicom, 'MAX_VOXELS', 3 * GREY[0].size)
+    assert len(read_volume(write_images(tmp_path / 'three', GREY[:3])).slices) == 3
+    refuse(write_images(tmp_path / 'four', GREY[:4]), 'more than 12,288 pixels')
 
 
 def test_niftis_that_are_no_scan(tmp_path):

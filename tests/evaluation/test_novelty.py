@@ -28,6 +28,17 @@ def test_more_dimensions_than_examples_and_constant_embeddings():
     assert fit_novelty(np.ones((40, 8)), PATIENTS[:40]) is None
 
 
+def test_channels_that_never_fired_may_fire_a_little():
+    x, new = draw(400, 0), draw(50, 1)
+    x[:, 7] = new[:, 7] = 0
+    novelty = fit_novelty(x, PATIENTS)
+    before = compute_novelty(novelty, new)
+    new[:, 7] = 1e-3
+    np.testing.assert_allclose(compute_novelty(novelty, new), before, rtol=0.1)
+    new[:, 7] = 10
+    assert (compute_novelty(novelty, new) > 1).all()
+
+
 def test_too_few():
     assert fit_novelty(draw(10, 0), PATIENTS[:10]) is None
     assert fit_novelty(draw(40, 0), ['one'] * 40) is None

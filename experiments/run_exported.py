@@ -1,0 +1,21 @@
+"""Runs what `--mode=export --output=model.stablehlo` wrote; needs jax, flatbuffers and Pillow, nothing of this project.
+
+python run_exported.py model.stablehlo slice1.png slice2.png    (cropped to the body; of one scan, from head to feet)
+"""
+
+import sys
+from pathlib import Path
+
+import jax.export
+import numpy as np
+from PIL import Image
+
+model = jax.export.deserialize(bytearray(Path(sys.argv[1]).read_bytes()))
+side = model.in_avals[0].shape[-1]
+images = [Image.open(path).convert('L').resize((side, side), Image.Resampling.BICUBIC) for path in sys.argv[2:]]
+slices = np.stack([np.asarray(image) for image in images])
+is_of_scans = len(model.in_avals) == 2
+outputs = model.call(slices[None], np.ones((1, len(slices)), bool)) if is_of_scans else model.call(slices)
+print(model.fun_name)
+for name, values in outputs.items():
+    print(name, np.asarray(values, float).round(6).tolist(), sep='\t')

@@ -1,0 +1,236 @@
+"""Damages small scans at random and reads them: each must be read, or refused in one line, in seconds and silence.
+
+  python -m tests.faults.damage_scans              100 of each kind, some minutes
+  python -m tests.faults.damage_scans --count=20 --seed=1000
+
+Reading is all of a prediction that comes before the model. It runs in a process of its own, so that the crash of a
+decoder is seen too. The last line counts; exit status 1 if any was neither read nor refused.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import gzip
+import io
+import logging
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import gdcm
+import numpy as np
+import pydicom
+from PIL import Image
+
+from covidjax.data.body import find_body_box, find_doubts
+from covidjax.data.preprocess import apply_window
+from covidjax.data.volume import read_volume
+from covidjax.errors import UserError
+from covidjax.predict import prepare_slice
+from tests.scan_files import create_nifti, encode_dicom, make_chest, make_dicom
+
+HANG_SECONDS = 30
+OUTCOMES = ('read', 'read with doubts', 'refused')
+NUM_SLICES = 6
+HU = make_chest(NUM_SLICES)
+STRANGE = (None, '', 0, -1, 1, 65535, 1e30, float('nan'), 'nan', 'x' * 300, [0, 0, 0], ['a', 'b'], b'\xff\xfe\0')
+
+
+def change_syntax(path, name):
+    """Writes a DICOM file again in the transfer syntax of that name in gdcm.TransferSyntax."""
+    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()
+
+
+def damage_bytes(rng, data):
+    """Flips up to twenty bits, mostly near the beginning, or cuts the end off."""
+    if rng.random() < 0.25:
+        return data[: rng.randrange(len(data))]
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 20)):
+        end = len(data) if rng.random() < 0.3 else min(len(data), 2000)
+        changed[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def damage_tags(rng, data):
+    """Deletes elements of a DICOM file or gives them a strange value."""
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    for _ in range(rng.randint(1, 3)):
+        element = rng.choice(list(dataset))
+        if rng.random() < 0.3:
+            del dataset[element.tag]
+            continue
+        before, value = element.value, rng.choice(STRANGE)
+        try:
+            element.value = value
+            data = encode_dicom(dataset)
+        except Exception:  # such a value can not be written
+            element.value = before
+    return data
+
+
+def write_dicom(rng, folder, syntax):
+    """Writes a series, of which one to all files are damaged."""
+    for number, pixels in enumerate(HU):
+        path = folder / f'{number}.dcm'
+        path.write_bytes(encode_dicom(make_dicom(pixels, -5.0 * number)))
+        if syntax:
+            change_syntax(path, syntax)
+    for path in rng.sample(sorted(folder.iterdir()), rng.choice((1, 1, NUM_SLICES))):
+        path.write_bytes(rng.choice((damage_bytes, damage_tags))(rng, path.read_bytes()))
+    return folder
+
+
+def write_zip(rng, folder):
+    """Writes a zip of a series, and damages the archive."""
+    path = folder / 'scan.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for number, pixels in enumerate(HU):
+            archive.writestr(f'{number}.dcm', encode_dicom(make_dicom(pixels, -5.0 * number)))
+    data = bytearray(path.read_bytes())
+    if rng.random() < 0.5:  # the directory of the archive
+        for _ in range(rng.randint(1, 5)):
+            data[-rng.randint(1, 60 * NUM_SLICES)] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    else:
+        path.write_bytes(damage_bytes(rng, bytes(data)))
+    return path
+
+
+def write_nifti(rng, folder, ending):
+    """Writes a NIfTI with another header, damaged bytes or both."""
+    path = folder / f'scan{ending}'
+    image = create_nifti(HU)
+    header = image.header.copy()
+    if rng.random() < 0.5:
+        name = rng.choice(list(header.keys()))
+        value = np.frombuffer(rng.randbytes(header[name].nbytes), header[name].dtype)
+        header[name] = value.reshape(header[name].shape)
+    data = bytearray(header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes('F'))
+    struct.pack_into('<f', data, 108, 352.0)
+    data = bytes(data) if rng.random() < 0.5 else damage_bytes(rng, bytes(data))
+    if ending.endswith('gz'):
+        data = gzip.compress(data)
+        data = data if rng.random() < 0.5 else damage_bytes(rng, data)
+    path.write_bytes(data)
+    return path
+
+
+def write_images(rng, folder):
+    """Writes a folder of PNG, some damaged; half of them with right checksums, so that decoders go on."""
+    for number, pixels in enumerate(apply_window(HU)):
+        Image.fromarray(pixels).save(folder / f'{number}.png')
+    for path in rng.sample(sorted(folder.iterdir()), rng.choice((1, NUM_SLICES))):
+        data = path.read_bytes()
+        if rng.random() < 0.5:
+            header = bytearray(data[16:29])
+            header[rng.randrange(13)] = rng.randrange(256)
+            checksum = struct.pack('>I', zlib.crc32(b'IHDR' + header))
+            path.write_bytes(data[:16] + header + checksum + data[33:])
+        else:
+            path.write_bytes(damage_bytes(rng, data))
+    return folder
+
+
+KINDS = {
+    'DICOM': lambda rng, folder: write_dicom(rng, folder, None),
+    'JPEG Lossless': lambda rng, folder: write_dicom(rng, folder, 'JPEGLosslessProcess14_1'),
+    'JPEG-LS': lambda rng, folder: write_dicom(rng, folder, 'JPEGLSLossless'),
+    'JPEG 2000': lambda rng, folder: write_dicom(rng, folder, 'JPEG2000Lossless'),
+    'RLE': lambda rng, folder: write_dicom(rng, folder, 'RLELossless'),
+    'zip': write_zip,
+    'NIfTI': lambda rng, folder: write_nifti(rng, folder, '.nii'),
+    'NIfTI, packed': lambda rng, folder: write_nifti(rng, folder, '.nii.gz'),
+    'PNG': write_images,
+}
+
+
+class Refuse(logging.Handler):
+    """Raises what is logged: nobody but the caller shall tell what is wrong with a scan."""
+
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
+@contextlib.contextmanager
+def write_anything():
+    """Keeps pydicom from telling that values are strange."""
+    settings = pydicom.config.settings
+    modes = settings.reading_validation_mode, settings.writing_validation_mode
+    settings.reading_validation_mode = settings.writing_validation_mode = pydicom.config.IGNORE
+    logging.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+    logging.disable(logging.NOTSET)
+    settings.reading_validation_mode, settings.writing_validation_mode = modes
+
+
+def read_damaged(kind, seed):
+    """Returns what becomes of one damaged scan, one of OUTCOMES if all is well."""
+    folder, handler = Path(tempfile.mkdtemp()), Refuse()
+    with write_anything():
+        path = KINDS[kind](random.Random(f'{kind} {seed}'), folder)
+    logging.root.addHandler(handler)
+    try:
+        volume = read_volume(path)
+        slices = [prepare_slice(grey, find_body_box(grey), 64) for grey in volume.slices]
+        return 'read with doubts' if volume.doubts + find_doubts(slices) else 'read'
+    except UserError as error:
+        return 'refused' if '\n' not in str(error) else 'refused in several lines'
+    finally:
+        logging.root.removeHandler(handler)
+        shutil.rmtree(folder)
+
+
+def main():
+    """Reads the scans that the flags ask for and prints what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--count', type=int, default=100, help='of each kind')
+    parser.add_argument('--seed', type=int, default=0, help='of the first')
+    arguments = parser.parse_args()
+    counts, lost, pool = collections.defaultdict(collections.Counter), [], None
+    for kind in KINDS:
+        for seed in range(arguments.seed, arguments.seed + arguments.count):
+            pool = pool or concurrent.futures.ProcessPoolExecutor(1)
+            try:
+                outcome = pool.submit(read_damaged, kind, seed).result(HANG_SECONDS)
+            except concurrent.futures.process.BrokenProcessPool:
+                outcome, pool = 'crashed', None
+            except TimeoutError:
+                outcome = f'took more than {HANG_SECONDS} s'
+                for process in pool._processes.values():
+                    process.kill()
+                pool = None
+            except Exception as error:
+                outcome = f'raised {type(error).__name__}'
+            counts[kind][outcome] += 1
+            if outcome not in OUTCOMES:
+                lost.append((kind, seed, outcome))
+                print(*lost[-1], sep=', ')
+        print(f'{kind}: {dict(counts[kind])}', flush=True)
+    pool.shutdown()
+    total = sum(counts.values(), collections.Counter())
+    print(f'{total.total()} scans: {dict(total)}; {len(lost)} lost')
+    sys.exit(bool(lost))
+
+
+if __name__ == '__main__':
+    main()
