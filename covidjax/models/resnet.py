@@ -47,9 +47,10 @@ class StemConv(nn.Module):
     def __call__(self, x_BxHxWx1: jax.Array) -> jax.Array:
         """Returns [B, ceil(H / 2), ceil(W / 2), features]."""
         kernel = self.param('kernel', KAIMING_FAN_OUT, (self.size, self.size, 3, self.features))
+        image, kernel = nn.dtypes.promote_dtype(x_BxHxWx1, kernel.sum(2, keepdims=True))
         return jax.lax.conv_general_dilated(
-            x_BxHxWx1,
-            kernel.sum(2, keepdims=True).astype(x_BxHxWx1.dtype),
+            image,
+            kernel,
             window_strides=(2, 2),
             padding=[(self.padding, self.padding)] * 2,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
