@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from covidjax import experiment, slice_experiment
 from covidjax.data.lesions import read_phantom_lesions
@@ -43,6 +44,10 @@ def main(workdir: Path, output: Path) -> None:
     figures.save_figure(
         pictures.render_maps(pictures.arrange_maps(titles, images, shown), scale='scaled to 0..1'), output
     )
+    with Image.open(output) as image:
+        small = image.convert('RGB')
+    small.thumbnail((600, 600))  # of a README
+    small.save(output, optimize=True)
 
 
 if __name__ == '__main__':
