@@ -1,9 +1,10 @@
 """Draws the picture of the README: a phantom of each class, where a trained slice model looks, and where the lesion is.
 
 python main.py --config=configs/att2.py --workdir=/tmp/run
-python -m experiments.picture /tmp/run docs/example.png
+python -m experiments.picture --workdir=/tmp/run --output=docs/example.png
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from PIL import Image
 from covidjax import experiment, slice_experiment
 from covidjax.data.lesions import read_phantom_lesions
 from covidjax.data.lists import CLASSES
+from covidjax.errors import UserError
 from covidjax.evaluation import explain, figures, pictures
 from covidjax.evaluation.explanation_scores import compute_maps
 from covidjax.training.checkpoints import open_checkpoints
 from covidjax.training.workdir import load_config
 
 
-def main(workdir: Path, output: Path) -> None:
+def draw(workdir: Path, output: Path) -> None:
     """Draws the middle slice of the middle test patient of each class."""
     config = load_config(workdir)
     data = experiment.load_data(config.data, workdir)
@@ -50,5 +52,17 @@ def main(workdir: Path, output: Path) -> None:
     small.save(output, optimize=True)
 
 
+def main() -> None:
+    """Draws what the command line names; a user's mistake is one line on stderr and exit status 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workdir', type=Path, required=True, help='of a finished slice run on phantoms')
+    parser.add_argument('--output', type=Path, required=True, help='PNG to write')
+    options = parser.parse_args()
+    try:
+        draw(options.workdir, options.output)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
 if __name__ == '__main__':
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
