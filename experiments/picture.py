@@ -1,7 +1,9 @@
 """Draws the picture of the README: a phantom of each class, where a trained slice model looks, and where the lesion is.
 
-python main.py --config=configs/att2.py --workdir=/tmp/run
-python -m experiments.picture --workdir=/tmp/run --output=docs/example.png
+  python main.py --config=configs/att2.py --workdir=/tmp/run
+  python -m experiments.picture --workdir=/tmp/run --output=docs/example.png
+
+The slices are the middle ones of the middle patients of the test list: nothing is picked by hand.
 """
 
 import argparse
