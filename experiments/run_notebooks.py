@@ -1,8 +1,8 @@
 """Executes the notebooks from top to bottom, in their order; the first error ends it with the cell and its traceback.
 
-  python experiments/run_notebooks.py                          a trial: hardly any training, see demo.py
-  python experiments/run_notebooks.py --full                   as they stand
-  python experiments/run_notebooks.py --output=/tmp/seen 1_data     keeps one, with its outputs and runs
+  python -m experiments.run_notebooks                               a trial: hardly any training, see demo.py
+  python -m experiments.run_notebooks --full                        as they stand
+  python -m experiments.run_notebooks --output=/tmp/seen 1_data     one of them, kept with its outputs and runs
 
 Needs requirements-dev.txt. The notebooks here stay as they are; a temporary folder, or --output, takes what they make.
 """

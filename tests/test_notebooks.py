@@ -1,4 +1,4 @@
-"""What can be said of the notebooks without running them; `python experiments/run_notebooks.py` does that."""
+"""What can be said of the notebooks without running them; `python -m experiments.run_notebooks` does that."""
 
 import json
 from pathlib import Path
