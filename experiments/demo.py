@@ -4,12 +4,14 @@ import os
 
 from ml_collections import ConfigDict
 
+TINY_MODEL = {'stage_sizes': (1, 1), 'width': 4, 'block': 'basic', 'stem': 'small', 'tail_blocks': 1, 'pretrained': ''}
+
 
 def shorten(config: ConfigDict, num_epochs: int) -> ConfigDict:
     """Returns the config with fewer epochs on phantoms; with a raw directory it stays as it is.
 
-    COVIDJAX_NOTEBOOK_STEPS, if set, is the number of training steps of a slice model, and a single epoch is all that
-    any model gets: enough to see whether a notebook runs, not to learn.
+    If COVIDJAX_NOTEBOOK_STEPS is set, a tiny model makes so many training steps on small slices, and a scan model a
+    single pass: enough to see whether a notebook runs, not to learn.
 
     Args:
       config: of configs/att2.py or configs/seq.py.
@@ -20,7 +22,9 @@ def shorten(config: ConfigDict, num_epochs: int) -> ConfigDict:
         config.train.num_epochs = num_epochs
     steps = os.environ.get('COVIDJAX_NOTEBOOK_STEPS')
     if steps:
+        config.data.image_size = 64
         config.train.num_epochs = 1
-        if 'steps_per_epoch' in config.train:
+        if config.name == 'att2':
+            config.model.update(TINY_MODEL)
             config.train.steps_per_epoch = int(steps)
     return config.lock()

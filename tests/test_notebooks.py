@@ -38,4 +38,7 @@ def test_trials_get_one_epoch_of_so_many_steps(monkeypatch):
     monkeypatch.setenv('COVIDJAX_NOTEBOOK_STEPS', '5')
     slices, scans = shorten(att2.get_config('/data'), 3), shorten(seq.get_config(), 3)
     assert (slices.train.num_epochs, slices.train.steps_per_epoch) == (1, 5)
+    assert slices.model.stage_sizes == (1, 1)
+    assert slices.data.image_size == scans.data.image_size == 64
     assert scans.train.num_epochs == 1
+    assert scans.model == seq.get_config().model
