@@ -60,7 +60,7 @@ def build_slice_sections(
     explained = explain.explain(model, variables, images, probabilities[numbers].argmax(1))
     maps = explanation_scores.compute_maps(explained, size)
     places = {number: place for place, number in enumerate(numbers)}
-    first = {name: of_class[0] for name, of_class in chosen.items()}
+    first = [places[of_class[0]] for of_class in chosen.values()]
 
     def build_panels(overlays: np.ndarray | None) -> dict[str, list[Example]]:
         return {
@@ -103,10 +103,13 @@ def build_slice_sections(
             create_picture(
                 pictures.render_maps(
                     pictures.arrange_maps(
-                        [f'{name}, called\n{CLASSES[probabilities[i].argmax()]}' for name, i in first.items()],
-                        images[[places[i] for i in first.values()]],
+                        [
+                            f'{name}, called\n{CLASSES[probabilities[of_class[0]].argmax()]}'
+                            for name, of_class in chosen.items()
+                        ],
+                        images[first],
                         {
-                            kind: maps[kind][[places[i] for i in first.values()]]
+                            kind: maps[kind][first]
                             for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')
                         },
                     ),
