@@ -8,8 +8,9 @@ import numpy as np
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.lists import CLASSES
 from covidjax.data.scans import NUM_SLICES, Scan, thin_evenly
-from covidjax.evaluation import explain, explanation_scores, localisation, pictures
+from covidjax.evaluation import explain, localisation, pictures
 from covidjax.evaluation.conformal import find_confident_mistakes
+from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.pictures import Example
 from covidjax.evaluation.report import Section
 from covidjax.models.att2 import Att2
@@ -35,6 +36,29 @@ def score_slice_attention(
         return None
     shows_lesion = [np.array([(masks / rows[record].file).exists() for record in scan.records]) for scan in scans]
     return localisation.score_slice_attention(attention, shows_lesion)
+
+
+def create_examples(
+    extractor: Att2, variables: Any, source: Sequence[dict], scan: Scan, attention_T: np.ndarray
+) -> tuple[list[Example], list[Example]]:
+    """Returns at most 16 slices of a scan, spread evenly, as they are and under their attention.
+
+    Args:
+      extractor, variables: the slice model, whose maps ('attention 1 x 2') are shown.
+      source: records of the split.
+      scan: T slices.
+      attention_T: of the sequence model; the highest of those shown keeps the strength of its map.
+    """
+    thinned = thin_evenly(scan, NUM_SLICES) if len(scan.records) > NUM_SLICES else scan
+    weights = np.array([attention_T[scan.records.index(record)] for record in thinned.records])
+    images = np.stack([source[record]['image'] for record in thinned.records])
+    attention = compute_outputs(extractor, variables, images).attention
+    overlays = explain.combine_attention(attention, images.shape[1]) * (weights / weights.max())[:, None, None]
+    shown = list(zip(thinned.slices, weights, images[..., 0], overlays, strict=True))
+    return (
+        [Example(str(index), image) for index, _, image, _ in shown],
+        [Example(f'{index}: {weight:.3f}', image, overlay) for index, weight, image, overlay in shown],
+    )
 
 
 def build_scan_sections(
@@ -64,19 +88,8 @@ def build_scan_sections(
             shown[name] = of_class[len(of_class) // 2]
     plain, weighted = {}, {}
     for name, number in shown.items():
-        scan = scans[number]
-        thinned = thin_evenly(scan, NUM_SLICES) if len(scan.records) > NUM_SLICES else scan
-        weights = np.array([attention[number][scan.records.index(record)] for record in thinned.records])
-        images = np.stack([source[record]['image'] for record in thinned.records])
-        called = np.full(len(images), probabilities[number].argmax())
-        maps = explanation_scores.compute_maps(explain.explain(extractor, variables, images, called), images.shape[1])
-        overlays = maps['attention 1 x 2'] * (weights / weights.max())[:, np.newaxis, np.newaxis]
         title = f'{name}, called {CLASSES[probabilities[number].argmax()]}'
-        plain[title] = [Example(str(index), image[..., 0]) for index, image in zip(thinned.slices, images, strict=True)]
-        weighted[title] = [
-            Example(f'{index}: {weight:.3f}', image[..., 0], overlay)
-            for index, weight, image, overlay in zip(thinned.slices, weights, images, overlays, strict=True)
-        ]
+        plain[title], weighted[title] = create_examples(extractor, variables, source, scans[number], attention[number])
     names = ', '.join(scans[number].scan for number in shown.values())
     samples = Section(
         'samples',

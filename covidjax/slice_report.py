@@ -60,6 +60,7 @@ def build_slice_sections(
     explained = explain.explain(model, variables, images, probabilities[numbers].argmax(1))
     maps = explanation_scores.compute_maps(explained, size)
     places = {number: place for place, number in enumerate(numbers)}
+    first = [places[of_class[0]] for of_class in chosen.values()]
 
     def build_panels(overlays: np.ndarray | None) -> dict[str, list[Example]]:
         return {
@@ -101,19 +102,17 @@ def build_slice_sections(
             'Grad-CAM, beside them, is of one class: here the one that the model calls.',
             create_picture(
                 pictures.render_maps(
-                    [
-                        (
-                            f'{name}, called\n{CLASSES[probabilities[of_class[0]].argmax()]}',
-                            [
-                                Example('slice', images[places[of_class[0]]][..., 0]),
-                                *(
-                                    Example(kind, images[places[of_class[0]]][..., 0], maps[kind][places[of_class[0]]])
-                                    for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')
-                                ),
-                            ],
-                        )
-                        for name, of_class in chosen.items()
-                    ],
+                    pictures.arrange_maps(
+                        [
+                            f'{name}, called\n{CLASSES[probabilities[of_class[0]].argmax()]}'
+                            for name, of_class in chosen.items()
+                        ],
+                        images[first],
+                        {
+                            kind: maps[kind][first]
+                            for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')
+                        },
+                    ),
                     scale='scaled to 0..1',
                 ),
                 'A slice of each class with both attention maps, their product and Grad-CAM',

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from covidjax.data.lists import CLASSES, Row
+from covidjax.data.preprocess import Box
 from covidjax.report.charts import use_style
 
 _GREY_MAP = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
@@ -49,6 +50,30 @@ def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]
             spread = np.unique(np.linspace(0, len(patients) - 1, per_class).round().astype(int))
             chosen[name] = [patients[i][len(patients[i]) // 2] for i in spread]
     return chosen
+
+
+def outline_box(title: str, image: np.ndarray, box: Box) -> Example:
+    """Returns an image uint8 [H, W] with its box outlined, before it is cropped."""
+    xmin, ymin, xmax, ymax = box
+    inside = np.zeros(image.shape, bool)
+    inside[max(ymin, 0) : ymax, max(xmin, 0) : xmax] = True
+    return Example(title, image, inside)
+
+
+def arrange_maps(
+    titles: Sequence[str], images: np.ndarray, maps: Mapping[str, np.ndarray]
+) -> list[tuple[str, list[Example]]]:
+    """Returns the lines of `render_maps`: each slice by itself, then under each of its maps.
+
+    Args:
+      titles: of the N slices.
+      images: uint8 [N, S, S, 1].
+      maps: name -> overlays [N, S, S] as in `Example`.
+    """
+    return [
+        (title, [Example('slice', image), *(Example(name, image, of_kind[i]) for name, of_kind in maps.items())])
+        for i, (title, image) in enumerate(zip(titles, images[..., 0], strict=True))
+    ]
 
 
 def render_panels(

@@ -44,3 +44,21 @@ def test_maps_have_one_heading_per_column():
     figure = pictures.render_maps([('first', line), ('second', line)], scale='s')
     assert [axes.get_title() for axes in figure.axes[:4]] == ['slice', 'map', '', '']
     assert [figure.axes[i].get_ylabel() for i in (0, 2)] == ['first', 'second']
+
+
+def test_a_box_is_outlined_where_it_lies_in_the_image():
+    example = pictures.outline_box('raw', np.zeros((6, 8), np.uint8), (-2, 1, 3, 9))  # it reaches beyond the image
+    assert example.overlay.shape == (6, 8)
+    assert np.argwhere(example.overlay).min(0).tolist() == [1, 0]
+    assert np.argwhere(example.overlay).max(0).tolist() == [5, 2]
+
+
+def test_maps_are_arranged_by_slice():
+    images = np.arange(2, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+    lines = pictures.arrange_maps(['a', 'b'], images, {'map': np.stack([np.full((4, 4), 0.1), np.full((4, 4), 0.9)])})
+    assert [title for title, _ in lines] == ['a', 'b']
+    slice_, of_map = lines[1][1]
+    assert (slice_.title, slice_.overlay, of_map.title) == ('slice', None, 'map')
+    assert (slice_.image == 1).all()
+    assert (of_map.image == 1).all()
+    assert (of_map.overlay == 0.9).all()

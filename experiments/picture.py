@@ -1,0 +1,70 @@
+"""Draws the picture of the README: a phantom of each class, where a trained slice model looks, and where the lesion is.
+
+  python main.py --config=configs/att2.py --workdir=/tmp/run
+  python -m experiments.picture --workdir=/tmp/run --output=docs/example.png
+
+The slices are the middle ones of the middle patients of the test list: nothing is picked by hand.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from covidjax import experiment, slice_experiment
+from covidjax.data.lesions import read_phantom_lesions
+from covidjax.data.lists import CLASSES
+from covidjax.errors import UserError
+from covidjax.evaluation import explain, figures, pictures
+from covidjax.evaluation.explanation_scores import compute_maps
+from covidjax.training.checkpoints import open_checkpoints
+from covidjax.training.workdir import load_config
+
+
+def draw(workdir: Path, output: Path) -> None:
+    """Draws the middle slice of the middle test patient of each class."""
+    config = load_config(workdir)
+    data = experiment.load_data(config.data, workdir)
+    with open_checkpoints(workdir) as checkpoints:
+        variables = slice_experiment.restore_best(config, checkpoints)
+    numbers = [of_class[1] for of_class in pictures.choose_examples(data.rows['test'], 3).values()]
+    rows, size = [data.rows['test'][i] for i in numbers], config.data.image_size
+    images = np.stack([data.sources['test'][i]['image'] for i in numbers])
+    model = slice_experiment.create_model(config.model)
+    explained = explain.explain(model, variables, images, [row.label for row in rows])
+    maps = compute_maps(explained, size)
+    masks = {s.name: s.lesion for s in read_phantom_lesions(data.raw_dir, rows, size)}
+    shown = {
+        'lesion': np.stack([masks.get(row.file, np.zeros((size, size), bool)) for row in rows]),
+        **{name: maps[name] for name in ('attention 1', 'attention 2', 'attention 1 x 2')},
+        'its region': explain.segment(maps['attention 1 x 2']),
+    }
+    titles = [
+        f'{CLASSES[row.label]}, called\n{CLASSES[p.argmax()]} {p.max():.2f}'
+        for row, p in zip(rows, explained.probabilities, strict=True)
+    ]
+    figures.save_figure(
+        pictures.render_maps(pictures.arrange_maps(titles, images, shown), scale='scaled to 0..1'), output
+    )
+    with Image.open(output) as image:
+        small = image.convert('RGB')
+    small.thumbnail((600, 600))  # of a README
+    small.save(output, optimize=True)
+
+
+def main() -> None:
+    """Draws what the command line names; a user's mistake is one line on stderr and exit status 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workdir', type=Path, required=True, help='of a finished slice run on phantoms')
+    parser.add_argument('--output', type=Path, required=True, help='PNG to write')
+    options = parser.parse_args()
+    try:
+        draw(options.workdir, options.output)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    main()
