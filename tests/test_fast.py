@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,8 @@ def test_materialise_changes_neither_value_nor_gradient():
     def compute(keep):
         return compile_fast(jax.value_and_grad(lambda x: (jnp.tanh(keep(x * 2)) * x).sum()))(x)
 
-    jax.tree.map(np.testing.assert_array_equal, compute(materialise), compute(lambda x: x))
+    # Fused otherwise, so that a product and a sum may be rounded once or twice.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), compute(materialise), compute(lambda x: x))
 
 
 def test_on_a_cpu_what_is_materialised_is_not_fused_into_what_uses_it():
