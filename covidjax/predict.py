@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from covidjax import predict_report, scan_experiment, slice_experiment
+from covidjax import scan_experiment, slice_experiment
 from covidjax.data import scans
 from covidjax.data.body import find_body_box, find_doubts
 from covidjax.data.lists import CLASSES
@@ -30,6 +30,7 @@ from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import SequenceClassifier
+from covidjax.predict_report import Prediction, is_unusual, write_prediction_page
 from covidjax.training.checkpoints import open_checkpoints
 from covidjax.training.workdir import load_config
 
@@ -63,30 +64,6 @@ class Run(NamedTuple):
     def min_slices(self) -> int:
         """The fewest slices of a scan that the model takes."""
         return 1 if self.sequence is None else self.config.data.min_slices
-
-
-class Prediction(NamedTuple):
-    """What is said of a scan, T slices of which the model saw.
-
-    Attributes:
-      summary: the content of prediction.json.
-      used: numbers of the slices, from 0 [T].
-      boxes: of all slices of the scan.
-      images: the slices as the model saw them, uint8 [T, S, S].
-      probabilities: of each slice by itself [T, K].
-      attention: of the sequence model to the slices [T], None for a slice model.
-      maps: both attention maps of each slice.
-      novelty: of each slice [T], None if the run does not tell.
-    """
-
-    summary: dict[str, Any]
-    used: np.ndarray
-    boxes: list[Box]
-    images: np.ndarray
-    probabilities: np.ndarray
-    attention: np.ndarray | None
-    maps: tuple[np.ndarray, np.ndarray]
-    novelty: np.ndarray | None
 
 
 def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool) -> bool:
@@ -168,7 +145,7 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with report_full_disk(folder):
-            predict_report.write_prediction_page(folder / 'prediction.html', volume, prediction, run.results)
+            write_prediction_page(folder / 'prediction.html', volume, prediction, run.results)
             seconds['report'] = time.perf_counter() - start
             summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
             write_json(folder / 'prediction.json', summary)
@@ -308,7 +285,7 @@ def _find_verdict(summary: dict[str, Any]) -> str:
     """Returns the class that is called, or 'uncertain': another class can't be ruled out, or the scan is unusual."""
     conformal = summary['conformal']
     is_open = conformal is not None and conformal['set'] != [summary['class']]
-    return 'uncertain' if is_open or predict_report.is_unusual(summary) else summary['class']
+    return 'uncertain' if is_open or is_unusual(summary) else summary['class']
 
 
 def format_verdict(summary: dict[str, Any]) -> str:
@@ -319,7 +296,7 @@ def format_verdict(summary: dict[str, Any]) -> str:
         shown.append('not calibrated for scans, no conformal set')
     else:
         shown.append(f'{conformal["coverage"]:.0%} set: {" or ".join(conformal["set"]) or "none of the classes"}')
-    if predict_report.is_unusual(summary):
+    if is_unusual(summary):
         shown.append('unlike the training data')
     return f'{summary["verdict"]} ({"; ".join(shown)})'
 

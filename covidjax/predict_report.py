@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 
 import covidjax
 from covidjax.data.lists import CLASSES
+from covidjax.data.preprocess import Box
 from covidjax.data.volume import Volume
 from covidjax.evaluation import explain
 from covidjax.evaluation.novelty import QUANTILE
@@ -19,13 +20,34 @@ from covidjax.evaluation.report import TARGETS, Section
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.page import Table, write_page
 
-if TYPE_CHECKING:
-    from covidjax.predict import Prediction
-
 _NUM_MONTAGE, _COLUMNS = 16, 4
 
 
-def write_prediction_page(path: Path, volume: Volume, prediction: 'Prediction', results: dict[str, Any]) -> None:
+class Prediction(NamedTuple):
+    """What is said of a scan, T slices of which the model saw.
+
+    Attributes:
+      summary: the content of prediction.json.
+      used: numbers of the slices, from 0 [T].
+      boxes: of all slices of the scan.
+      images: the slices as the model saw them, uint8 [T, S, S].
+      probabilities: of each slice by itself [T, K].
+      attention: of the sequence model to the slices [T], None for a slice model.
+      maps: both attention maps of each slice.
+      novelty: of each slice [T], None if the run does not tell.
+    """
+
+    summary: dict[str, Any]
+    used: np.ndarray
+    boxes: list[Box]
+    images: np.ndarray
+    probabilities: np.ndarray
+    attention: np.ndarray | None
+    maps: tuple[np.ndarray, np.ndarray]
+    novelty: np.ndarray | None
+
+
+def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, results: dict[str, Any]) -> None:
     """Writes a self-contained page.
 
     Args:
@@ -118,7 +140,7 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
     return Section('verdict', 'Verdict', parts)
 
 
-def _build_course(prediction: 'Prediction') -> Section:
+def _build_course(prediction: Prediction) -> Section:
     summary = prediction.summary
     counts = summary['slices_called']
     total = sum(counts.values())
@@ -133,7 +155,7 @@ def _build_course(prediction: 'Prediction') -> Section:
     return Section('course', 'Along the scan', [picture, text])
 
 
-def _render_course(prediction: 'Prediction') -> Figure:
+def _render_course(prediction: Prediction) -> Figure:
     numbers, attention = prediction.used + 1, prediction.attention
     style = {'marker': 'o', 'markersize': 3} if len(numbers) <= 40 else {}
     with use_style():
@@ -152,7 +174,7 @@ def _render_course(prediction: 'Prediction') -> Figure:
         return figure
 
 
-def _build_top(prediction: 'Prediction') -> Section:
+def _build_top(prediction: Prediction) -> Section:
     places = np.searchsorted(prediction.used, np.array(prediction.summary['rests_on']) - 1)
     images, size = prediction.images[places], prediction.images.shape[1]
     attention = tuple(maps[places] for maps in prediction.maps)
@@ -183,7 +205,7 @@ def _build_top(prediction: 'Prediction') -> Section:
     )
 
 
-def _build_montage(prediction: 'Prediction') -> Section:
+def _build_montage(prediction: Prediction) -> Section:
     chosen = np.unique(np.linspace(0, len(prediction.used) - 1, _NUM_MONTAGE).round().astype(int))
     examples = [Example(str(prediction.used[i] + 1), prediction.images[i]) for i in chosen]
     figure = render_panels({'': examples}, min(_COLUMNS, len(examples)), width=7.5 if len(examples) > 1 else 3)
@@ -194,7 +216,7 @@ def _build_montage(prediction: 'Prediction') -> Section:
     )
 
 
-def _build_novelty(prediction: 'Prediction') -> Section:
+def _build_novelty(prediction: Prediction) -> Section:
     title, found = 'Distance from the training data', prediction.summary['novelty']
     if found is None:
         return Section('novelty', title, ['Not available: this run does not tell what is usual (see the README).'])
@@ -217,7 +239,7 @@ def _build_novelty(prediction: 'Prediction') -> Section:
     )
 
 
-def _build_reading(volume: Volume, prediction: 'Prediction') -> Section:
+def _build_reading(volume: Volume, prediction: Prediction) -> Section:
     middle = len(volume.slices) // 2
     facts = [
         ('input', volume.name),

@@ -2,6 +2,7 @@
 
 import io
 
+import gdcm
 import nibabel
 import numpy as np
 import pydicom
@@ -105,3 +106,17 @@ def write_images(folder, slices, *, template='slice{}.png'):
     for number, pixels in enumerate(slices):
         Image.fromarray(pixels).save(folder / template.format(number))
     return folder
+
+
+def change_syntax(path, name):
+    """Writes a DICOM file again in the transfer syntax of that name in gdcm.TransferSyntax."""
+    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()

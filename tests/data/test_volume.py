@@ -4,7 +4,6 @@ import io
 import zipfile
 from pathlib import Path
 
-import gdcm
 import nibabel
 import numpy as np
 import pydicom
@@ -32,6 +31,7 @@ from covidjax.data.volume import read_volume
 from covidjax.errors import UserError
 from tests.scan_files import (
     IDENTITY,
+    change_syntax,
     create_nifti,
     encode_dicom,
     make_chest,
@@ -103,19 +103,6 @@ def test_images_are_counted_and_taken_as_they_are(tmp_path):
     same = write_images(tmp_path / 'rgb', np.repeat(GREY[..., np.newaxis], 3, -1))
     np.testing.assert_array_equal(read_volume(same).slices, GREY)
     np.testing.assert_array_equal(read_volume(tmp_path / 'png' / 'slice3.png').slices, GREY[3:4])
-
-
-def change_syntax(path, name):
-    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
-    reader.SetFileName(str(path))
-    assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.SetFileName(str(path))
-    assert writer.Write()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import gdcm
 import numpy as np
 import pydicom
 from PIL import Image
@@ -35,27 +34,13 @@ from covidjax.data.preprocess import apply_window
 from covidjax.data.volume import read_volume
 from covidjax.errors import UserError
 from covidjax.predict import prepare_slice
-from tests.scan_files import create_nifti, encode_dicom, make_chest, make_dicom
+from tests.scan_files import change_syntax, create_nifti, encode_dicom, make_chest, make_dicom
 
 HANG_SECONDS = 30
 OUTCOMES = ('read', 'read with doubts', 'refused')
 NUM_SLICES = 6
 HU = make_chest(NUM_SLICES)
 STRANGE = (None, '', 0, -1, 1, 65535, 1e30, float('nan'), 'nan', 'x' * 300, [0, 0, 0], ['a', 'b'], b'\xff\xfe\0')
-
-
-def change_syntax(path, name):
-    """Writes a DICOM file again in the transfer syntax of that name in gdcm.TransferSyntax."""
-    reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
-    reader.SetFileName(str(path))
-    assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.SetFileName(str(path))
-    assert writer.Write()
 
 
 def damage_bytes(rng, data):
