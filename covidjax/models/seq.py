@@ -107,6 +107,7 @@ class Seq(nn.Module):
     extractor: Att2
     hidden: int = 128
 
+    @nn.nowrap
     def create_classifier(self, name: str | None = None) -> SequenceClassifier:
         """Returns the part behind the extractor; its parameters are those under 'sequence'."""
         return SequenceClassifier(self.hidden, self.extractor.num_classes, name=name)
