@@ -104,12 +104,14 @@ def compute_embeddings(
     last = len(model.stage_sizes) - 1
     width = sum(stage_features(model.block, model.width, stage) for stage in (last - 1, last))
     shape = (num_draws, places[-1].stop, width)
-    size = f'{np.prod(shape, dtype=float) * 4 / 1e9:.2g} GB of memory in every process'
+    size = f'{np.prod(shape, dtype=float) * 4 / 1e6:,.0f} MB of memory in every process'
     try:
         embeddings_DxNxE = np.zeros(shape, np.float32)
     except MemoryError as error:
-        raise UserError(f'{title} need {size}: lower --config.data.cached_draws (now {num_draws} are used)') from error
-    log.info('%s: %s', title, size)
+        raise UserError(
+            f'{title}, {num_draws} draws, need {size}: pass a lower --config.data.cached_draws, or 0'
+        ) from error
+    log.info('%s, %d draws: %s', title, num_draws, size)
 
     def apply(batch: dict[str, jax.Array]) -> list[jax.Array]:
         return [_embed(model, variables, batch, key, draw, dtype) for draw in range(num_draws)]

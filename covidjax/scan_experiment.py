@@ -249,7 +249,7 @@ def create_embedding_feed(
             key=state.key if config.train.augment else None,
             num_draws=num_draws,
             dtype=config.train.dtype,
-            title=f'embeddings of train, draws: {num_draws}',
+            title='embeddings of train',
         )
         return scans.load_train_embeddings(
             embeddings_DxNxE,

@@ -10,6 +10,7 @@ from covidjax import scan_experiment, slice_experiment
 from covidjax.data.augment import AugmentOptions, augment
 from covidjax.data.lists import Row
 from covidjax.data.scans import group_scans, locate_slices
+from covidjax.errors import UserError
 from covidjax.models.att2 import normalise
 from covidjax.scan_embeddings import compute_embeddings
 from covidjax.training.checkpoints import open_checkpoints
@@ -123,6 +124,9 @@ def test_draws_are_those_of_their_keys(extractor):
     assert embeddings.dtype == np.float32
     np.testing.assert_array_equal(compute(3), embeddings)
     np.testing.assert_array_equal(compute(1), embeddings[:1])
+
+    with pytest.raises(UserError, match=r'1000000000000 draws, need 1,056,000,000 MB .*cached_draws'):
+        compute(10**12)
 
     # One by hand: all slices of a scan share a draw.
     draw, scan = 1, 2
