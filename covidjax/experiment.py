@@ -135,7 +135,7 @@ def fit(
     load_weights: Callable[[dict[str, Any]], dict[str, Any]],
     forward: Forward,
     is_frozen: Callable[[str], bool],
-    load_batches: Callable[[int], Iterator[dict]],
+    load_batches: Callable[[TrainState], Iterator[dict]],
     name_batch: Callable[[int], list[str]],
     compute_val_logits: Callable[[dict[str, Any]], np.ndarray],
     train_labels: Sequence[int],
@@ -153,7 +153,7 @@ def fit(
       load_weights: replaces initial variables by stored ones; called in a new run only.
       forward: see `step.train_step`.
       is_frozen: path of a parameter -> whether it stays as it is.
-      load_batches: number of the first step -> this process's rows of the batches, on the host.
+      load_batches: state -> this process's rows of the batches that it goes on with, on the host.
       name_batch: number of a step -> names of the examples in its batch, for the error of a loss that is not finite.
       compute_val_logits: variables -> logits of the validation split, in the order of `val_labels`.
       train_labels: of the training examples; they set the class weights.
@@ -182,9 +182,9 @@ def fit(
         variables = load_weights(initialise(init_key))
         return place_state(create_train_state(variables, optimizer, train_key))
 
-    def place_batches(first_step: int) -> Iterator[dict]:
-        for batch in load_batches(first_step):
-            yield place_batch(batch, config.parallelism)
+    def place_batches(state: TrainState) -> Iterator[dict]:
+        batches = load_batches(state)  # at once: the first step gives the state away
+        return (place_batch(batch, config.parallelism) for batch in batches)
 
     def describe_step(step: int) -> str:
         return f'learning rate {float(learning_rate(step)):g}, batch of {join_faults(name_batch(step))}'

@@ -4,7 +4,7 @@ import csv
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,13 @@ from covidjax.fast import compile_fast
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
+from covidjax.scan_embeddings import compute_embeddings, run_pass
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.config import flatten_config
-from covidjax.training.devices import get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.devices import get_shard, pad_batch_size, replicate
 from covidjax.training.hosts import is_first
+from covidjax.training.state import TrainState
+from covidjax.training.step import Forward
 from covidjax.training.workdir import load_config, save_config
 
 log = logging.getLogger(__name__)
@@ -72,7 +75,7 @@ def evaluate(workdir: Path) -> dict[str, Any]:
 def get_slice_config(config: ConfigDict) -> ConfigDict:
     """Returns the config of the slice experiment that a config with nested `att2` asks for."""
     data = config.data.copy_and_resolve_references().unlock()
-    del data.min_slices
+    del data.min_slices, data.cached_draws
     return ConfigDict({'name': 'att2', 'data': data, **config.att2}).lock()
 
 
@@ -175,16 +178,111 @@ def create_predictor(
         found = {}
         chosen = selections[split].scans
         batches = scans.load_eval_scans(data.sources[split], chosen, batch_size=batch_size, shard=get_shard())
-        # A process loads some of the scans of a batch and gets the outputs of all.
-        for members, batch in zip(scans.plan_pass(chosen, batch_size, None), batches, strict=True):
-            outputs = jax.device_get(_apply(model, variables, place_batch(batch)))
-            for i, member in enumerate(members):
-                t = len(chosen[member].records)
-                found[member] = (outputs.logits[i], outputs.attention[i, :t], softmax(outputs.slice_logits[i, :t]))
+        apply = functools.partial(_apply, model, variables)
+        for member, outputs in run_pass(apply, batches, chosen, batch_size):
+            t = len(chosen[member].records)
+            found[member] = (outputs.logits, outputs.attention[:t], softmax(outputs.slice_logits[:t]))
         logits, attention, slice_probabilities = zip(*(found[m] for m in range(len(found))), strict=True)
         return ScanPredictions(np.stack(logits), list(attention), list(slice_probabilities))
 
     return predict
+
+
+class Feed(NamedTuple):
+    """What training sees of scans.
+
+    Attributes:
+      load_batches, forward: see `experiment.fit`.
+      compute_val_logits: variables -> logits of the validation scans, in evaluation mode.
+    """
+
+    load_batches: Callable[[TrainState], Iterator[dict]]
+    forward: Forward
+    compute_val_logits: Callable[[dict[str, Any]], np.ndarray]
+
+
+def create_image_feed(
+    config: ConfigDict, model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection]
+) -> Feed:
+    """Returns a feed of images, which go through the extractor in every step and every validation."""
+    predict = create_predictor(model, data, selections, config.train.batch_size)
+
+    def load_batches(state):
+        return scans.load_train_scans(
+            data.sources['train'],
+            selections['train'].scans,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=int(state.step),
+            shard=get_shard(),
+        )
+
+    def forward(variables, images, batch):
+        return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
+
+    return Feed(load_batches, forward, lambda variables: predict(variables, 'val').logits)
+
+
+def create_embedding_feed(
+    config: ConfigDict, model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection]
+) -> Feed:
+    """Returns a feed of embeddings, computed anew by every run that starts or goes on, and then held in memory.
+
+    They are those of the extractor in the state, so that they never are another one's.
+    """
+    batch_size = config.train.batch_size
+    # More draws than epochs are never looked at; without augmentation one is all there are.
+    num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment else 1
+    classifier = model.create_classifier()
+
+    def embed(variables, split, **options):
+        return compute_embeddings(
+            model.extractor,
+            {name: variables[name]['extractor'] for name in ('params', 'batch_stats')},
+            data.sources[split],
+            selections[split].scans,
+            batch_size=batch_size,
+            **options,
+        )
+
+    def load_batches(state):
+        embeddings_DxNxE = embed(
+            state.variables,
+            'train',
+            key=state.key if config.train.augment else None,
+            num_draws=num_draws,
+            dtype=config.train.dtype,
+            title='embeddings of train',
+        )
+        return scans.load_train_embeddings(
+            embeddings_DxNxE,
+            selections['train'].scans,
+            batch_size=batch_size,
+            seed=config.seed,
+            first_step=int(state.step),
+            shard=get_shard(),
+        )
+
+    def forward(variables, embeddings, batch):
+        logits, _ = classifier.apply({'params': variables['params']['sequence']}, embeddings, batch['length'])
+        return logits, variables['batch_stats']
+
+    @jax.jit
+    def classify(variables, batch):
+        return replicate(forward(variables, batch['embedding'], batch)[0])
+
+    val_NxE = None
+
+    def compute_val_logits(variables):
+        nonlocal val_NxE
+        chosen, padded = selections['val'].scans, pad_batch_size(batch_size)
+        if val_NxE is None:
+            (val_NxE,) = embed(variables, 'val', key=None, num_draws=1, dtype='float32', title='embeddings of val')
+        batches = scans.load_eval_embeddings(val_NxE, chosen, batch_size=padded, shard=get_shard())
+        found = dict(run_pass(functools.partial(classify, variables), batches, chosen, padded))
+        return np.stack([found[member] for member in range(len(chosen))])
+
+    return Feed(load_batches, forward, compute_val_logits)
 
 
 def fit(
@@ -196,40 +294,28 @@ def fit(
     chosen = {split: selection.scans for split, selection in selections.items()}
     for split in SPLITS:
         log.info('%s scans: %s', split, experiment.format_counts([scan.label for scan in chosen[split]]))
-    predict = create_predictor(model, data, selections, config.train.batch_size)
+    create_feed = create_embedding_feed if config.data.cached_draws else create_image_feed
+    feed = create_feed(config, model, data, selections)
 
     def load_weights(variables):
         with open_checkpoints(extractor_dir) as source:
             extractor = slice_experiment.restore_best(get_slice_config(config), source)
         return {name: {**variables[name], 'extractor': extractor[name]} for name in ('params', 'batch_stats')}
 
-    def load_batches(first_step, shard):
-        return scans.load_train_scans(
-            data.sources['train'],
-            chosen['train'],
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            first_step=first_step,
-            shard=shard,
-        )
-
     def name_batch(step):
-        batch = next(load_batches(step, (0, 1)))
-        return [chosen['train'][i].scan for i in batch['index'][batch['mask'] > 0]]
-
-    def forward(variables, images, batch):
-        return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
+        _, members = scans.plan_steps(chosen['train'], config.train.batch_size, config.seed)(step)
+        return [chosen['train'][i].scan for i in members]
 
     return experiment.fit(
         config.train,
         seed=config.seed,
         create_variables=functools.partial(create_variables, model, config.data.image_size),
         load_weights=load_weights,
-        forward=forward,
+        forward=feed.forward,
         is_frozen=is_extractor,
-        load_batches=lambda first_step: load_batches(first_step, get_shard()),
+        load_batches=feed.load_batches,
         name_batch=name_batch,
-        compute_val_logits=lambda variables: predict(variables, 'val').logits,
+        compute_val_logits=feed.compute_val_logits,
         train_labels=[scan.label for scan in chosen['train']],
         val_labels=[scan.label for scan in chosen['val']],
         steps_per_epoch=scans.count_batches(chosen['train'], config.train.batch_size),

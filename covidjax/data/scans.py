@@ -1,6 +1,8 @@
 """COVIDx-SeqCT as a view on prepared slices: scans as lists of record numbers, batched with padding.
 
-Shapes: B scans, T slices (padded), S side of a slice.
+What is loaded of a slice is its image, or an embedding that was computed before.
+
+Shapes: B scans, T slices (padded), S side of a slice, N slices of all scans, E embedding, D draws of the augmentation.
 """
 
 import functools
@@ -98,26 +100,77 @@ def plan_pass(scans: Sequence[Scan], batch_size: int, rng: np.random.Generator |
     return batches
 
 
+def plan_steps(scans: Sequence[Scan], batch_size: int, seed: int) -> Callable[[int], tuple[int, np.ndarray]]:
+    """Returns step -> (number of its pass, numbers of its scans); every pass is a new permutation of the seed."""
+    steps_per_pass = count_batches(scans, batch_size)
+
+    @functools.lru_cache(maxsize=2)
+    def plan(number: int) -> list[np.ndarray]:
+        return plan_pass(scans, batch_size, np.random.default_rng((seed, number)))
+
+    def plan_step(step: int) -> tuple[int, np.ndarray]:
+        number, place = divmod(step, steps_per_pass)
+        return number, plan(number)[place]
+
+    return plan_step
+
+
+def locate_slices(scans: Sequence[Scan]) -> list[slice]:
+    """Returns where the slices of each scan stand in an array of all slices, one scan after the other."""
+    ends = np.cumsum([len(scan.records) for scan in scans]).tolist()
+    return [slice(end - len(scan.records), end) for scan, end in zip(scans, ends, strict=True)]
+
+
+# (number of the pass, scans of a batch, B, T) -> what is loaded of their slices, by name
+_LoadSlices = Callable[[int, np.ndarray, int, int], dict[str, np.ndarray]]
+
+
+def _load_images(source: Sequence[dict], scans: Sequence[Scan]) -> _LoadSlices:
+    def load(_: int, members: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
+        size = source[scans[0].records[0]]['image'].shape[0]
+        images = np.zeros((batch_size, size, size, length), np.uint8)
+        for i, member in enumerate(members):
+            for t, record in enumerate(scans[member].records):
+                images[i, :, :, t] = source[record]['image'][..., 0]
+        return {'image': images}
+
+    return load
+
+
+def _load_embeddings(embeddings_DxNxE: np.ndarray, scans: Sequence[Scan]) -> _LoadSlices:
+    places = locate_slices(scans)
+
+    def load(number: int, members: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
+        draw_NxE = embeddings_DxNxE[number % len(embeddings_DxNxE)]
+        embeddings = np.zeros((batch_size, length, draw_NxE.shape[1]), np.float32)
+        for i, member in enumerate(members):
+            embeddings[i, : len(scans[member].records)] = draw_NxE[places[member]]
+        return {'embedding': embeddings}
+
+    return load
+
+
 def _load_batch(
-    members: np.ndarray, scans: Sequence[Scan], source: Sequence[dict], batch_size: int, shard: tuple[int, int]
+    number: int,
+    members: np.ndarray,
+    scans: Sequence[Scan],
+    load_slices: _LoadSlices,
+    batch_size: int,
+    shard: tuple[int, int],
 ) -> dict:
     length = pad_length(len(scans[members[0]].records))
-    size = source[scans[members[0]].records[0]]['image'].shape[0]
     process, num_processes = shard
     batch_size //= num_processes
     members = members[process * batch_size : (process + 1) * batch_size]
     batch = {
-        'image': np.zeros((batch_size, size, size, length), np.uint8),
+        **load_slices(number, members, batch_size, length),
         'length': np.ones(batch_size, np.int32),
         'label': np.zeros(batch_size, np.int32),
         'index': np.zeros(batch_size, np.int32),
         'mask': np.zeros(batch_size, np.float32),
     }
     for i, member in enumerate(members):
-        scan = scans[member]
-        for t, record in enumerate(scan.records):
-            batch['image'][i, :, :, t] = source[record]['image'][..., 0]
-        batch['length'][i], batch['label'][i] = len(scan.records), scan.label
+        batch['length'][i], batch['label'][i] = len(scans[member].records), scans[member].label
         batch['index'][i], batch['mask'][i] = member, 1
     return batch
 
@@ -146,14 +199,37 @@ def load_train_scans(
     A batch is a dict: 'image' uint8 [B, S, S, T], 'length' int32 [B] (of T), 'label' int32 [B], 'index' int32 [B] (of
     the scan), 'mask' float32 [B] (0 marks scans that are padding).
     """
-    steps_per_pass = count_batches(scans, batch_size)
+    return _stream_train(_load_images(source, scans), scans, batch_size, seed, first_step, shard)
 
-    @functools.lru_cache(maxsize=2)
-    def plan(number: int) -> list[np.ndarray]:
-        return plan_pass(scans, batch_size, np.random.default_rng((seed, number)))
+
+def load_train_embeddings(
+    embeddings_DxNxE: np.ndarray,
+    scans: Sequence[Scan],
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[dict]:
+    """Yields the batches of `load_train_scans` with 'embedding' float32 [B, T, E], 0 on padding, in place of 'image'.
+
+    Pass p (from 0) takes draw p modulo D; `locate_slices` says where the slices of a scan stand.
+    """
+    return _stream_train(_load_embeddings(embeddings_DxNxE, scans), scans, batch_size, seed, first_step, shard)
+
+
+def _stream_train(
+    load_slices: _LoadSlices,
+    scans: Sequence[Scan],
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    shard: tuple[int, int],
+) -> Iterator[dict]:
+    plan = plan_steps(scans, batch_size, seed)
 
     def load(step: int) -> dict:
-        return _load_batch(plan(step // steps_per_pass)[step % steps_per_pass], scans, source, batch_size, shard)
+        return _load_batch(*plan(step), scans, load_slices, batch_size, shard)
 
     stream = _stream(load, np.iinfo(np.int32).max)
     stream.set_state({'next_index': first_step})
@@ -164,5 +240,18 @@ def load_eval_scans(
     source: Sequence[dict], scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[dict]:
     """Yields every scan once, in batches as `load_train_scans` and in the order of `plan_pass` without `rng`."""
+    return _stream_eval(_load_images(source, scans), scans, batch_size, shard)
+
+
+def load_eval_embeddings(
+    embeddings_NxE: np.ndarray, scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict]:
+    """Yields the batches of `load_eval_scans` with 'embedding' in place of 'image', as `load_train_embeddings`."""
+    return _stream_eval(_load_embeddings(embeddings_NxE[None], scans), scans, batch_size, shard)
+
+
+def _stream_eval(
+    load_slices: _LoadSlices, scans: Sequence[Scan], batch_size: int, shard: tuple[int, int]
+) -> Iterator[dict]:
     plan = plan_pass(scans, batch_size, None)
-    return _stream(lambda number: _load_batch(plan[number], scans, source, batch_size, shard), len(plan))
+    return _stream(lambda k: _load_batch(0, plan[k], scans, load_slices, batch_size, shard), len(plan))

@@ -3,13 +3,13 @@
 Shapes: B scans, T slices (padded), S side of a slice, E embedding, H hidden units of both directions, K classes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covidjax.models.att2 import Att2
+from covidjax.models.att2 import Att2, Att2Outputs
 from covidjax.models.attention import LINEAR_INIT
 
 SLICES_AT_ONCE = 64  # through the extractor: bounds its memory whatever the length of a scan
@@ -78,6 +78,21 @@ class SequenceClassifier(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT
 
 
+def split_slices(images_BxSxSxT: jax.Array) -> jax.Array:
+    """Returns the slices of scans one after the other, [B * T, S, S, 1]."""
+    b, s, _, t = images_BxSxSxT.shape
+    return jnp.moveaxis(images_BxSxSxT, -1, 1).reshape(b * t, s, s, 1)
+
+
+def apply_extractor(model: Att2, variables: dict[str, Any], images_NxSxSx1: jax.Array) -> Att2Outputs:
+    """Returns what the frozen extractor says of slices in [-1, 1], a bounded number of them at a time."""
+    return jax.lax.map(
+        lambda image: jax.tree.map(lambda a: a[0], model.apply(variables, image[None], train=False)),
+        images_NxSxSx1,
+        batch_size=SLICES_AT_ONCE,
+    )
+
+
 class Seq(nn.Module):
     """The paper's ResNet50-LSTM-ATT2 with a frozen extractor.
 
@@ -92,6 +107,11 @@ class Seq(nn.Module):
     extractor: Att2
     hidden: int = 128
 
+    @nn.nowrap
+    def create_classifier(self, name: str | None = None) -> SequenceClassifier:
+        """Returns the part behind the extractor; its parameters are those under 'sequence'."""
+        return SequenceClassifier(self.hidden, self.extractor.num_classes, name=name)
+
     @nn.compact
     def __call__(self, images_BxSxSxT: jax.Array, lengths_B: jax.Array) -> SeqOutputs:
         """Classifies scans.
@@ -100,22 +120,14 @@ class Seq(nn.Module):
           images_BxSxSxT: float32 in [-1, 1], the slices of a scan in anatomical order along the last axis.
           lengths_B: int32 number of slices, at least 1; what lies behind is padding of any content.
         """
-        b, s, _, t = images_BxSxSxT.shape
-        slices = jnp.moveaxis(images_BxSxSxT, -1, 1).reshape(b * t, s, s, 1)
+        b, _, _, t = images_BxSxSxT.shape
+        slices = split_slices(images_BxSxSxT)
         if self.is_initializing():
             outputs = self.extractor(slices, train=False, full=True)
         else:
-            variables = self.extractor.variables
-            model = self.extractor.clone(parent=None)
-            outputs = jax.lax.map(
-                lambda image: jax.tree.map(lambda a: a[0], model.apply(variables, image[None], train=False)),
-                slices,
-                batch_size=SLICES_AT_ONCE,
-            )
+            outputs = apply_extractor(self.extractor.clone(parent=None), self.extractor.variables, slices)
         embeddings = jax.lax.stop_gradient(outputs.embedding).reshape(b, t, -1)
-        logits, attention = SequenceClassifier(self.hidden, outputs.logits.shape[-1], name='sequence')(
-            embeddings, lengths_B
-        )
+        logits, attention = self.create_classifier('sequence')(embeddings, lengths_B)
         return SeqOutputs(logits, attention, jax.lax.stop_gradient(outputs.logits).reshape(b, t, -1))
 
 

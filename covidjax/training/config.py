@@ -17,6 +17,7 @@ _AT_LEAST = {
     'data.image_size': 32,
     'data.phantom_seed': 0,
     'data.min_slices': 1,
+    'data.cached_draws': 0,
     'model.hidden': 1,
     'model.width': 1,
     'model.tail_blocks': 1,

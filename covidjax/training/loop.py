@@ -76,7 +76,7 @@ def fit(
     create_state: Callable[[], TrainState],
     step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     validate: Callable[[dict], tuple[float, float]],
-    load_batches: Callable[[int], Iterator[dict]],
+    load_batches: Callable[[TrainState], Iterator[dict]],
     describe_step: Callable[[int], str],
     *,
     schedule: Schedule,
@@ -93,7 +93,7 @@ def fit(
       create_state: makes the initial state; called in a new run only.
       step: compiled `train_step`.
       validate: variables -> (mean weighted loss, accuracy) of the validation split.
-      load_batches: number of the first step -> batches from there on, placed on the devices.
+      load_batches: state -> the batches that it goes on with, placed on the devices.
       describe_step: number of a step -> its learning rate and examples, for the error of a loss that is not finite.
       schedule: when to validate, to save and to stop.
       checkpoints: the latest state is saved after every epoch, the model of the best epoch beside it.
@@ -121,7 +121,7 @@ def fit(
         progress = {'history': history, 'epoch': epoch._asdict()}
         checkpoints.save_latest(int(state.step) + len(history), state, progress)
 
-    batches = load_batches(int(state.step))
+    batches = load_batches(state)
     with open_curves(workdir / 'tensorboard', int(state.step) + 1) as add_point, hold_stop_signals() as signals:
         while not is_finished(history, schedule):
             state, epoch = _train_epoch(

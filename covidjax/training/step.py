@@ -15,8 +15,8 @@ from covidjax.models.att2 import normalise
 from covidjax.training.losses import weighted_cross_entropy
 from covidjax.training.state import TrainState
 
-# (variables, images in [-1, 1], batch) -> logits [B, K] and the new batch statistics. Under `jax.pmap` its batch
-# statistics are those of all devices together.
+# (variables, images in [-1, 1] or embeddings, batch) -> logits [B, K] and the new batch statistics. Under `jax.pmap`
+# its batch statistics are those of all devices together.
 Forward = Callable[[dict[str, Any], jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
 
 
@@ -41,7 +41,8 @@ def train_step(
     Args:
       state: before the update.
       batch: 'image' uint8 [B, S, S, C] (C is 1 for slices, the number of slices for scans, which share one draw),
-        'label' int32 [B], 'mask' float32 [B] (0 marks padding), and what else `forward` reads.
+        'label' int32 [B], 'mask' float32 [B] (0 marks padding), and what else `forward` reads. In place of 'image' it
+        may hold 'embedding' float32, made of images that were augmented before.
       forward: the model in training mode.
       optimizer: as the state was created with.
       class_weights: [K], see `losses.compute_class_weights`.
@@ -60,17 +61,15 @@ def train_step(
     def add_up(tree):
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
-    images = batch['image']
-    if augmentation is not None:
-        keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(images), axis_name)
-        unit = images.astype(jnp.float32) / 255
-        images = 255 * jax.vmap(lambda key, image: augment(key, image, options=augmentation))(keys_B, unit)
-    batch = {**batch, 'image': normalise(images)}
+    inputs = 'embedding' if 'embedding' in batch else 'image'
+    if inputs == 'image':
+        keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(batch['image']), axis_name)
+        batch = {**batch, 'image': prepare_images(batch['image'], keys_B, augmentation)}
     weight = add_up((jnp.asarray(class_weights, jnp.float32)[batch['label']] * batch['mask']).sum())
 
     def compute_loss(params, part):
-        variables = {'params': _cast(params, dtype), 'batch_stats': state.batch_stats}
-        logits, batch_stats = forward(variables, _cast(part['image'], dtype), part)
+        variables = {'params': cast(params, dtype), 'batch_stats': state.batch_stats}
+        logits, batch_stats = forward(variables, cast(part[inputs], dtype), part)
         losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights)
         mask_B = part['mask']
         sums = {
@@ -93,17 +92,25 @@ def train_step(
     return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
 
 
+def prepare_images(images: jax.Array, keys_B: jax.Array | None, augmentation: AugmentOptions | None) -> jax.Array:
+    """Returns images uint8 [B, S, S, C], augmented with a key each if there is an augmentation, in [-1, 1]."""
+    if augmentation is not None:
+        unit = images.astype(jnp.float32) / 255
+        images = 255 * jax.vmap(lambda key, image: augment(key, image, options=augmentation))(keys_B, unit)
+    return normalise(images)
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """Returns float32 arrays as `dtype`; wider ones stay."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, tree)
+
+
 def _split_key(key: jax.Array, num_examples: int, axis_name: str | None) -> jax.Array:
     """Returns the keys of this device's examples: those that they have where one device sees the whole batch."""
     if axis_name is None:
         return jax.random.split(key, num_examples)
     keys = jax.random.split(key, num_examples * jax.lax.axis_size(axis_name))
     return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(axis_name) * num_examples, num_examples)
-
-
-def _cast(tree: Any, dtype: str) -> Any:
-    """Returns float32 arrays as `dtype`; wider ones stay."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, tree)
 
 
 def _accumulate(compute_part: Callable[[dict], tuple[Any, Any, Any]], batch: dict, num_parts: int) -> tuple:

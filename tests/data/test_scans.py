@@ -124,3 +124,34 @@ def test_processes_share_the_batches_of_one():
     for one, *halves in zip(load((0, 1)), *parts, strict=True):
         for name, array in one.items():
             np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)
+
+
+def test_embeddings_stand_where_the_images_of_their_scans_would():
+    rows, source = make_rows([3, 17, 2])
+    whole = scans.group_scans(rows)
+    assert scans.locate_slices(whole) == [slice(0, 3), slice(3, 20), slice(20, 22)]
+    embeddings = 100 * np.arange(1, 3)[:, None, None] + np.arange(22)[:, None] + np.array([0, 0.5])  # 2 draws, 22, 2
+
+    short, long = scans.load_eval_embeddings(embeddings[0], whole, batch_size=3)
+    assert short['embedding'].shape == (3, 16, 2)
+    assert short['embedding'].dtype == np.float32
+    assert short['embedding'][1, :, 0].tolist() == [120, 121] + [0] * 14
+    assert long['embedding'][0, :17, 1].tolist() == [103.5 + i for i in range(17)]
+
+    def take(load, data, **options):
+        return list(itertools.islice(load(data, whole, batch_size=2, seed=4, first_step=1, **options), 4))
+
+    # Two batches a pass: from step 1 on the passes are 0, 1, 1, 2, and take the draws 0, 1, 1, 0.
+    images = take(scans.load_train_scans, source)
+    batches = take(scans.load_train_embeddings, embeddings)
+    for image, batch, draw in zip(images, batches, (0, 1, 1, 0), strict=True):
+        for name in ('length', 'label', 'index', 'mask'):
+            np.testing.assert_array_equal(batch[name], image[name])
+        # A record's pixels are its number, and here the number of its embedding.
+        there = np.arange(batch['embedding'].shape[1]) < batch['length'][:, None]
+        there &= batch['mask'][:, None] > 0
+        expected = np.where(there, 100 * (draw + 1) + image['image'][:, 0, 0].astype(int), 0)
+        np.testing.assert_array_equal(batch['embedding'][..., 0], expected)
+    halves = [take(scans.load_train_embeddings, embeddings, shard=(process, 2)) for process in range(2)]
+    for batch, *parts in zip(batches, *halves, strict=True):
+        np.testing.assert_array_equal(np.concatenate([part['embedding'] for part in parts]), batch['embedding'])

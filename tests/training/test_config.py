@@ -36,11 +36,12 @@ def test_shipped_configs_are_valid_and_locked(module, raw_dir):
         ('model.compatibility', 'cosine', 'additive, dot, tanh'),
         ('model.stage_sizes', (2,), 'two or more'),
         ('data.min_slices', 17, 'at most 16'),
+        ('data.cached_draws', -1, 'data.cached_draws=-1 must be at least 0'),
         ('att2.train.batch_size', 0, 'att2.train.batch_size=0 must be at least 1'),
     ],
 )
 def test_bad_values_are_named(field, value, message):
-    config = (seq if field.startswith(('att2', 'data.min')) else att2).get_config()
+    config = (seq if field.startswith(('att2', 'data.min', 'data.cached')) else att2).get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         check_config(config)

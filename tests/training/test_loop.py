@@ -39,8 +39,8 @@ def step(state, batch):
     return state, jax.tree.map(jnp.float32, sums)
 
 
-def load_batches(first_step):
-    return ({'x': jnp.float32(k)} for k in itertools.count(first_step))
+def load_batches(state):
+    return ({'x': jnp.float32(k)} for k in itertools.count(int(state.step)))
 
 
 LOSSES = [0.5, 0.4, 0.45, 0.3]  # of the validations
@@ -143,8 +143,8 @@ def whole(tmp_path_factory):
 def interrupt_at(step, action):
     """Returns `load_batches` that does `action` before batch `step`."""
 
-    def load(first_step):
-        for k in itertools.count(first_step):
+    def load(state):
+        for k in itertools.count(int(state.step)):
             if k == step:
                 action()
             yield {'x': jnp.float32(k)}
@@ -177,9 +177,9 @@ def test_run_that_dies_within_an_epoch_ends_as_if_it_had_not(tmp_path, whole, st
         run(tmp_path, LOSSES, interrupt_at(step, die), checkpoint_steps=2)
     started = []
 
-    def watch(first_step):
-        started.append(first_step)
-        return load_batches(first_step)
+    def watch(state):
+        started.append(int(state.step))
+        return load_batches(state)
 
     run(tmp_path, LOSSES[resumed_from // SCHEDULE.steps_per_epoch :], watch, checkpoint_steps=2)
     assert started == [resumed_from]
