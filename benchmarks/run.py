@@ -195,21 +195,14 @@ def run_sequences(options: argparse.Namespace) -> Row:
         return {}, []
     seconds = {}
     with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
-        command = [sys.executable, 'main.py', f'--config.data.prepared_dir={options.workdir / "prepared"}']
-        few = ['--config.train.num_epochs=1', '--config.train.steps_per_epoch=10', '--config.train.warmup_steps=0']
+        data = f'--config.data.prepared_dir={options.workdir / "prepared"}'
         extractor = Path(folder) / 'extractor'
-        run_main([*command, '--config=configs/att2.py', f'--workdir={extractor}', *few])
+        few = ['--config.train.num_epochs=1', '--config.train.steps_per_epoch=10', '--config.train.warmup_steps=0']
+        run_main('--config=configs/att2.py', data, f'--workdir={extractor}', *few)
         for name, draws in (('no cached draws', 0), ('4 cached draws', 4)):
             workdir = Path(folder) / str(draws)
-            run_main(
-                [
-                    *command,
-                    '--config=configs/seq.py',
-                    f'--config.extractor={extractor}',
-                    f'--config.data.cached_draws={draws}',
-                    f'--workdir={workdir}',
-                ]
-            )
+            chosen = [f'--config.extractor={extractor}', f'--config.data.cached_draws={draws}']
+            run_main('--config=configs/seq.py', data, f'--workdir={workdir}', *chosen)
             epochs = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
             seconds[name] = [epoch['seconds'] for epoch in epochs[1:]]
             say(f'  {name}: {statistics.median(seconds[name]):.2f} s per epoch after the first')
@@ -218,11 +211,11 @@ def run_sequences(options: argparse.Namespace) -> Row:
     return measurements, [Comparison(what, '4 cached draws', 'no cached draws', 10, 50, 's')]
 
 
-def run_main(command: list[str]) -> None:
-    """Runs a command of this project; what it says is shown only if it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run_main(*flags: str) -> None:
+    """Runs this project's command line; what it says is shown only if it fails."""
+    done = subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f'`{" ".join(command)}` ended with status {done.returncode}: {done.stderr[-2000:]}')
+        raise UserError(f'`main.py {" ".join(flags)}` ended with status {done.returncode}: {done.stderr[-2000:]}')
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {

@@ -148,7 +148,7 @@ class Worker:
         self._process.wait()
 
 
-def measure(contenders: dict[str, Contender], rounds: int, warm_up: int = 1) -> dict[str, Measurement]:
+def measure(contenders: dict[str, Contender], rounds: int, warm_up: int = 2) -> dict[str, Measurement]:
     """Has every contender do a round, in turn, `rounds` times after `warm_up` times that do not count."""
     with contextlib.ExitStack() as stack:
         workers, facts = {}, {}
