@@ -12,15 +12,17 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from flax.traverse_util import flatten_dict
 
-from covidjax.fast import compile_fast
-from covidjax.models.att2 import Att2, is_dead, normalise
-from covidjax.training.optim import create_optimizer
-from covidjax.training.state import create_train_state
-from covidjax.training.step import train_step
+from benchmarks.jax_worker import (
+    create_inference,
+    create_training,
+    create_variables,
+    draw_batch,
+    draw_images,
+)
+from covidjax.models.att2 import Att2, is_dead
+from covidjax.training.devices import compile_step
 
 
 def time_alternating(calls, rounds):
@@ -35,34 +37,14 @@ def time_alternating(calls, rounds):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def create_inference(model, *, full):
-    return compile_fast(
-        lambda variables, images: model.apply(variables, normalise(images), train=False, full=full).logits
-    )
-
-
-def create_training(model, variables, batch, *, full):
+def create_call(model, variables, batch, *, full):
     """Returns a call that makes one step of Adam from the state that the last call left."""
-    is_frozen = (lambda path: False) if full else functools.partial(is_dead, compatibility=model.compatibility)
-    optimizer = create_optimizer(
-        optax.constant_schedule(5e-4), weight_decay=0.0, decay='decoupled', is_frozen=is_frozen
-    )
-
-    def forward(variables, images, _):
-        outputs, updates = model.apply(variables, images, train=True, full=full, mutable=['batch_stats'])
-        return outputs.logits, updates['batch_stats']
-
-    step = jax.jit(
-        functools.partial(
-            train_step, forward=forward, optimizer=optimizer, class_weights=(1.0, 1.0, 1.0), augmentation=None
-        ),
-        donate_argnums=0,
-    )
-    state = create_train_state(jax.tree.map(jnp.copy, variables), optimizer, jax.random.key(0))
+    state, step = create_training(model, variables, full=full, augmentation=None)
+    compiled = compile_step(step, 'jit')
 
     def call():
         nonlocal state
-        state, sums = step(state, batch)
+        state, sums = compiled(state, batch)
         return sums
 
     return call
@@ -76,18 +58,9 @@ def main():
     options = parser.parse_args()
 
     model, size = Att2(), options.image_size
-    initialise = jax.jit(
-        lambda key: model.init(key, jnp.zeros((1, size, size, 1)), train=False, full=True),
-        compiler_options={'xla_backend_optimization_level': 0},
-    )
-    variables = initialise(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (options.batch_size, size, size, 1), dtype=np.uint8))
-    batch = {
-        'image': images,
-        'label': jnp.asarray(rng.integers(0, 3, options.batch_size), jnp.int32),
-        'mask': jnp.ones(options.batch_size),
-    }
+    variables = create_variables(model, size)
+    images = jnp.asarray(draw_images(options.batch_size, size))
+    batch = draw_batch(options.batch_size, size)
     sizes = {path: leaf.size for path, leaf in flatten_dict(variables['params'], sep='/').items()}
     total = sum(sizes.values())
     dead = sum(count for path, count in sizes.items() if is_dead(path, model.compatibility))
@@ -98,7 +71,7 @@ def main():
         {full: functools.partial(apply[full], variables, images) for full in apply}, options.rounds
     )
     training = time_alternating(
-        {full: create_training(model, variables, batch, full=full) for full in (True, False)}, options.rounds
+        {full: create_call(model, variables, batch, full=full) for full in (True, False)}, options.rounds
     )
     print(f'{options.batch_size} slices of {size} pixels, medians of {options.rounds} alternating runs; ', end='')
     print(f'jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}\n')

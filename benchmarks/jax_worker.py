@@ -1,0 +1,235 @@
+"""This project's side of the benchmarks: rounds of its own functions, in a process set up as `main.py` sets it up."""
+
+import functools
+import itertools
+import os
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+import covidjax
+from benchmarks import workers
+from covidjax.data import covidx_ct, lists
+from covidjax.data.augment import AugmentOptions, augment
+from covidjax.data.loader import load_train_batches
+from covidjax.fast import compile_fast
+from covidjax.models.att2 import Att2, is_dead, normalise
+from covidjax.training import compilation, memory
+from covidjax.training.devices import compile_step, place_batch, place_state
+from covidjax.training.optim import create_optimizer
+from covidjax.training.state import create_train_state
+from covidjax.training.step import train_step
+
+CLASS_WEIGHTS = (1.0, 1.0, 1.0)
+
+
+def create_variables(model, image_size):
+    initialise = jax.jit(
+        lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True),
+        compiler_options={'xla_backend_optimization_level': 0},
+    )
+    return initialise(jax.random.key(0))
+
+
+def draw_images(batch_size, image_size):
+    return np.random.default_rng(0).integers(0, 256, (batch_size, image_size, image_size, 1), dtype=np.uint8)
+
+
+def draw_batch(batch_size, image_size):
+    labels = np.random.default_rng(1).integers(0, 3, batch_size).astype(np.int32)
+    images = draw_images(batch_size, image_size)
+    return place_batch({'image': images, 'label': labels, 'mask': np.ones(batch_size, np.float32)})
+
+
+def create_training(model, variables, *, full=False, **options):
+    """Returns the state before the first step of Adam, and the step (state, batch, axis_name), not compiled."""
+    is_frozen = (lambda path: False) if full else functools.partial(is_dead, compatibility=model.compatibility)
+    optimizer = create_optimizer(
+        optax.constant_schedule(5e-4), weight_decay=0.0, decay='decoupled', is_frozen=is_frozen
+    )
+
+    def forward(variables, images, _):
+        outputs, updates = model.apply(variables, images, train=True, full=full, mutable=['batch_stats'])
+        return outputs.logits, updates['batch_stats']
+
+    step = functools.partial(train_step, forward=forward, optimizer=optimizer, class_weights=CLASS_WEIGHTS, **options)
+    # Copies, for the step takes the state's memory.
+    state = create_train_state(jax.tree.map(jnp.copy, variables), optimizer, jax.random.key(0))
+    return place_state(state), step
+
+
+def create_inference(model, *, dtype='float32', full=False):
+    """Returns the compiled (variables, images uint8) -> logits of the model in evaluation mode."""
+
+    def apply(variables, images):
+        return model.apply(variables, normalise(images).astype(dtype), train=False, full=full).logits
+
+    return compile_fast(apply)
+
+
+def create_train_round(options, augmentation=None):
+    """Returns a function that trains on batches, one step each, and waits for the last; and facts."""
+    model = Att2()
+    state, step = create_training(
+        model, create_variables(model, options.image_size), augmentation=augmentation, dtype=options.dtype
+    )
+    compiled = compile_step(step, 'jit')
+
+    def train(batches):
+        nonlocal state
+        count = 0
+        for batch in batches:
+            state, sums = compiled(state, batch)
+            count += len(batch['label'])
+        jax.block_until_ready(sums)
+        return count
+
+    shapes = jax.eval_shape(lambda: state)
+    batch = jax.eval_shape(lambda: draw_batch(options.batch_size, options.image_size))
+    return train, {**describe(), 'flops': compiled.lower(shapes, batch).cost_analysis()['flops']}
+
+
+def start_training(options):
+    train, facts = create_train_round(options)
+    batch = draw_batch(options.batch_size, options.image_size)
+    return lambda: train(itertools.repeat(batch, options.steps)), facts
+
+
+def start_compilation(options):
+    """Adds to the facts the seconds of the first step less those of the second: what compiling takes, or finding it."""
+    do_round, facts = start_training(options)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        do_round()
+        seconds.append(time.perf_counter() - start)
+    return do_round, {**facts, 'compilation': seconds[0] - seconds[1]}
+
+
+def start_inference(options):
+    model = Att2()
+    variables = jax.tree.map(lambda x: x.astype(options.dtype), create_variables(model, options.image_size))
+    images = jnp.asarray(draw_images(options.batch_size, options.image_size))
+    apply = create_inference(model, dtype=options.dtype)
+
+    def infer():
+        for _ in range(options.steps):
+            logits = apply(variables, images)
+        jax.block_until_ready(logits)
+        return options.batch_size * options.steps
+
+    return infer, {**describe(), 'flops': apply.lower(variables, images).cost_analysis()['flops']}
+
+
+def start_augmentation(options):
+    images = draw_images(options.batch_size, options.image_size)
+
+    def augment_batch(key, images):
+        keys = jax.random.split(key, len(images))
+        unit = images.astype(jnp.float32) / 255
+        return jax.vmap(lambda key, image: augment(key, image, options=AugmentOptions()))(keys, unit)
+
+    compiled = compile_fast(augment_batch)
+    numbers = itertools.count()
+
+    def augment_batches():
+        for _ in range(options.steps):
+            done = compiled(jax.random.key(next(numbers)), images)
+        jax.block_until_ready(done)
+        return options.batch_size * options.steps
+
+    return augment_batches, describe()
+
+
+def open_data(options):
+    return covidx_ct.prepare(options.folder, image_size=options.image_size, prepared_dir=options.prepared_dir)
+
+
+def load_batches(data, options, first_step):
+    # A stream of its own for every round: one that is kept would read ahead while the others work.
+    batches = load_train_batches(data.sources['train'], batch_size=options.batch_size, seed=0, first_step=first_step)
+    return itertools.islice(batches, options.steps)
+
+
+def start_epoch(options):
+    """A round is `steps` steps with augmentation on batches that are read, decoded and placed meanwhile."""
+    data = open_data(options)
+    train, facts = create_train_round(options, AugmentOptions())
+    first_steps = itertools.count(step=options.steps)
+    return lambda: train(map(place_batch, load_batches(data, options, next(first_steps)))), facts
+
+
+def start_loading(options):
+    data = open_data(options)
+    first_steps = itertools.count(step=options.steps)
+    return lambda: sum(len(batch['label']) for batch in load_batches(data, options, next(first_steps))), describe()
+
+
+def start_preparation(options):
+    """A round prepares the raw folder into a folder of its own, <prepared_dir>/<number of the round>."""
+    numbers = itertools.count()
+
+    def prepare():
+        prepared_dir = os.path.join(options.prepared_dir, str(next(numbers)))
+        data = covidx_ct.prepare(options.folder, image_size=options.image_size, prepared_dir=prepared_dir)
+        return sum(map(len, data.rows.values()))
+
+    return prepare, describe()
+
+
+def start_pillow_loop(options):
+    """A round is what a script of ten lines would do: the same pixels, one PNG file after the other."""
+    rows = [row for split in lists.read_lists(options.folder).values() for row in split]
+    images = lists.find_images(options.folder, lists.find_version(options.folder))
+    size = (options.image_size, options.image_size)
+
+    def prepare():
+        folder = tempfile.mkdtemp(dir=options.prepared_dir)
+        for row in rows:
+            with Image.open(os.path.join(images, row.file)) as image:
+                grey = image.crop(row.box).convert('L').resize(size, Image.Resampling.BICUBIC)
+            grey.save(os.path.join(folder, row.file), compress_level=3)  # as in `preprocess.encode_png`
+        return len(rows)
+
+    return prepare, describe()
+
+
+def start_matrix_product(options):
+    """A round is `steps` products of square matrices of 4096 numbers a side."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4096, 4096)), jnp.float32)
+    multiply = jax.jit(jnp.dot)
+
+    def multiply_matrices():
+        for _ in range(options.steps):
+            product = multiply(x, x)
+        jax.block_until_ready(product)
+        return options.steps
+
+    return multiply_matrices, {**describe(), 'flops': 2 * 4096**3}
+
+
+def describe():
+    return {'covidjax': covidjax.__version__, 'jax': jax.__version__, 'devices': len(jax.devices())}
+
+
+if __name__ == '__main__':
+    compilation.use_compilation_cache()
+    memory.keep_freed_memory()
+    workers.serve(
+        {
+            'train': start_training,
+            'compile': start_compilation,
+            'inference': start_inference,
+            'augment': start_augmentation,
+            'epoch': start_epoch,
+            'load': start_loading,
+            'prepare': start_preparation,
+            'pillow': start_pillow_loop,
+            'matrix': start_matrix_product,
+        }
+    )

@@ -1,0 +1,333 @@
+r"""Times this project, and beside it the same pipeline in PyTorch, and prints how much faster which one is.
+
+  python benchmarks/run.py --torch_python=/path/to/torch-venv/bin/python     every row, about 20 minutes on two cores
+  python benchmarks/run.py --only=train,inference --rounds=9                 our own figures of two rows
+
+The two sides are processes that take turns, round by round, so that what else happens on the machine slows both alike;
+a ratio is that of the medians, and the range behind it is that of the single rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.workers import ROOT, Contender, Measurement, Worker, measure, say
+from covidjax.errors import UserError
+from covidjax.files import write_json
+
+# What `training.memory` does for this project, for any program: freed memory stays with the process.
+KEEP_MEMORY = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40)}
+CPU_FLAGS = ('avx2', 'avx512f', 'avx512_bf16', 'avx512_vnni', 'amx_tile', 'amx_bf16')
+
+
+class Comparison(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      what: that is compared.
+      ours, theirs: names of measurements.
+      must, aim: ratios of speed, ours over theirs; None where nothing was promised.
+      unit: 'images/s', or 's' where a round as a whole counts.
+    """
+
+    what: str
+    ours: str
+    theirs: str
+    must: float | None = None
+    aim: float | None = None
+    unit: str = 'images/s'
+
+
+Measurements = dict[str, Measurement]
+Row = tuple[Measurements, list[Comparison]]
+
+
+def jax_side(**options: object) -> Contender:
+    return Contender(sys.executable, 'benchmarks.jax_worker', options)
+
+
+def torch_sides(options: argparse.Namespace, contenders: dict[str, dict], **shared: object) -> dict[str, Contender]:
+    """Returns PyTorch's contenders, none where there is no PyTorch; names that end in 'kept memory' get it."""
+    if options.torch_python is None:
+        return {}
+    return {
+        name: Contender(
+            options.torch_python,
+            'benchmarks.torch_worker',
+            {**shared, **own},
+            KEEP_MEMORY if name.endswith('kept memory') else {},
+        )
+        for name, own in contenders.items()
+    }
+
+
+FLOAT32 = {
+    'eager': {},
+    'channels_last': {'channels_last': True},
+    'eager, kept memory': {},
+    'channels_last, kept memory': {'channels_last': True},
+}
+BFLOAT16 = {'channels_last': True, 'dtype': 'bfloat16'}
+
+
+def run_training(options: argparse.Namespace) -> Row:
+    shared = {'task': 'train', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 2}
+    what = f'training step, batch {options.batch_size}'
+    measurements = measure(
+        {
+            'covidjax': jax_side(**shared),
+            'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
+            **torch_sides(options, {**FLOAT32, 'bfloat16 autocast': BFLOAT16}, **shared),
+        },
+        options.rounds,
+    )
+    return measurements, [
+        Comparison(what, 'covidjax', 'eager', 1.2, 2),
+        Comparison(what, 'covidjax', 'channels_last', 0.9, 1.3),
+        Comparison(what, 'covidjax', 'eager, kept memory'),
+        Comparison(what, 'covidjax', 'channels_last, kept memory'),
+        Comparison(what, 'covidjax bfloat16', 'bfloat16 autocast'),
+    ]
+
+
+def run_inference(options: argparse.Namespace) -> Row:
+    shared = {'task': 'inference', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 4}
+    what = f'inference, batch {options.batch_size}'
+    measurements = measure(
+        {
+            'covidjax': jax_side(**shared),
+            'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
+            **torch_sides(options, {**FLOAT32, 'bfloat16': BFLOAT16, 'bfloat16, kept memory': BFLOAT16}, **shared),
+        },
+        options.rounds,
+    )
+    return measurements, [
+        Comparison(what, 'covidjax', 'eager', 1.3, 2.5),
+        Comparison(what, 'covidjax', 'channels_last'),
+        Comparison(what, 'covidjax', 'eager, kept memory'),
+        Comparison(what, 'covidjax', 'channels_last, kept memory'),
+        Comparison(what, 'covidjax bfloat16', 'bfloat16', None, 1),
+        Comparison(what, 'covidjax bfloat16', 'bfloat16, kept memory'),
+    ]
+
+
+def run_augmentation(options: argparse.Namespace) -> Row:
+    shared = {'task': 'augment', 'image_size': options.image_size, 'batch_size': 4 * options.batch_size, 'steps': 8}
+    measurements = measure(
+        {'covidjax': jax_side(**shared), **torch_sides(options, {'transforms, 2 workers': {}}, **shared)},
+        options.rounds,
+    )
+    what = f'augmentation, batch {shared["batch_size"]}'
+    return measurements, [Comparison(what, 'covidjax', 'transforms, 2 workers', 3, 10)]
+
+
+def run_preparation(options: argparse.Namespace) -> Row:
+    from benchmarks import data
+
+    folder = data.write_raw_folder(options.workdir, num_slices=options.num_slices, raw_size=512)
+    with tempfile.TemporaryDirectory(dir=options.workdir) as prepared_dir:
+        shared = {'image_size': options.image_size, 'folder': folder, 'prepared_dir': prepared_dir}
+        measurements = measure(
+            {
+                'covidjax': jax_side(task='prepare', **shared),
+                'Pillow loop, 1 process': jax_side(task='pillow', **shared),
+            },
+            options.rounds,
+            warm_up=0,  # there is nothing to compile
+        )
+    return measurements, [Comparison('preparation', 'covidjax', 'Pillow loop, 1 process', 1.8, 1.95)]
+
+
+def run_epoch(options: argparse.Namespace) -> Row:
+    from benchmarks import data
+    from covidjax.data import covidx_ct
+
+    folder = data.write_raw_folder(options.workdir, num_slices=1000, raw_size=512)
+    prepared_dir = options.workdir / 'prepared'
+    prepared = covidx_ct.prepare(str(folder), image_size=options.image_size, prepared_dir=str(prepared_dir))
+    pngs = data.write_png_folder(options.workdir, prepared, options.image_size)
+    shared = {'task': 'epoch', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 8}
+    kinds = {'eager': {}, 'channels_last': {'channels_last': True}}
+    measurements = measure(
+        {
+            'covidjax': jax_side(**shared, folder=folder, prepared_dir=prepared_dir),
+            **torch_sides(options, kinds, **shared, folder=pngs),
+        },
+        max(options.rounds // 2, 1),
+    )
+    what = f'epoch of {shared["steps"]} steps with loading, batch {options.batch_size}'
+    return measurements, [Comparison(what, 'covidjax', 'eager', 1.2, 2), Comparison(what, 'covidjax', 'channels_last')]
+
+
+def run_compilation(options: argparse.Namespace) -> Row:
+    contender = jax_side(task='compile', image_size=options.image_size, batch_size=options.batch_size)
+    seconds = {'warm cache': [], 'cold cache': []}
+    for i in range(max(options.rounds // 2, 1)):
+        with tempfile.TemporaryDirectory() as cache:
+            for name in ('cold cache', 'warm cache'):
+                with Worker(contender._replace(environment={'JAX_COMPILATION_CACHE_DIR': cache})) as worker:
+                    seconds[name].append(worker.read()['facts']['compilation'])
+                say(f'  round {i + 1}: {name}: {seconds[name][-1]:.2f} s')
+    measurements = {name: Measurement(values, 1, [], 0.0, {}) for name, values in seconds.items()}
+    return measurements, [Comparison('compiling a training step', 'warm cache', 'cold cache', 3, 6, 's')]
+
+
+def run_sequences(options: argparse.Namespace) -> Row:
+    """Trains the demo's scan model by the command line on one extractor, with and without cached draws."""
+    from configs import seq
+
+    if 'cached_draws' not in seq.get_config().data:
+        say('  left out: this version has no config.data.cached_draws')
+        return {}, []
+    seconds = {}
+    with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
+        data = f'--config.data.prepared_dir={options.workdir / "prepared"}'
+        extractor = Path(folder) / 'extractor'
+        few = ['--config.train.num_epochs=1', '--config.train.steps_per_epoch=10', '--config.train.warmup_steps=0']
+        run_main('--config=configs/att2.py', data, f'--workdir={extractor}', *few)
+        for name, draws in (('no cached draws', 0), ('4 cached draws', 4)):
+            workdir = Path(folder) / str(draws)
+            chosen = [f'--config.extractor={extractor}', f'--config.data.cached_draws={draws}']
+            run_main('--config=configs/seq.py', data, f'--workdir={workdir}', *chosen)
+            epochs = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+            seconds[name] = [epoch['seconds'] for epoch in epochs[1:]]
+            say(f'  {name}: {statistics.median(seconds[name]):.2f} s per epoch after the first')
+    measurements = {name: Measurement(values, 1, [], 0.0, {}) for name, values in seconds.items()}
+    what = 'epoch of sequence training after the first, demo'
+    return measurements, [Comparison(what, '4 cached draws', 'no cached draws', 10, 50, 's')]
+
+
+def run_main(*flags: str) -> None:
+    """Runs this project's command line; what it says is shown only if it fails."""
+    done = subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f'`main.py {" ".join(flags)}` ended with status {done.returncode}: {done.stderr[-2000:]}')
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
+    'train': run_training,
+    'inference': run_inference,
+    'augment': run_augmentation,
+    'prepare': run_preparation,
+    'epoch': run_epoch,
+    'sequences': run_sequences,
+    'compile': run_compilation,
+}
+
+
+def describe_machine() -> dict[str, object]:
+    """Returns versions of this side, the cores that this process may use and what they can do."""
+    cpu = Path('/proc/cpuinfo').read_text()
+    flags = re.search(r'^flags\s*: (.*)$', cpu, re.MULTILINE)
+    model = re.search(r'^model name\s*: (.*)$', cpu, re.MULTILINE)
+    return {
+        'cpu': model[1] if model else platform.machine(),
+        'cores': len(os.sched_getaffinity(0)),
+        'cpu_flags': [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()],
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in ('jax', 'jaxlib', 'flax', 'numpy', 'pillow')},
+    }
+
+
+def format_facts(machine: dict[str, object]) -> str:
+    """Returns versions and facts of the machine on one line."""
+    return ', '.join(f'{key} {" ".join(v) if isinstance(v, list) else v}' for key, v in machine.items())
+
+
+def format_line(comparison: Comparison, measurements: Measurements) -> str:
+    """Returns a line of the table; without the other side only our own figure."""
+    what, ours, theirs, must, aim, unit = comparison
+
+    def show(name: str) -> str:
+        m = measurements[name]
+        return f'{m.rate:.1f} images/s' if unit == 'images/s' else f'{statistics.median(m.seconds):.2f} s'
+
+    if theirs not in measurements:
+        return f'| {what} | {ours} | {show(ours)} | | | | | |'
+    ratio, low, high = compute_ratio(measurements[ours], measurements[theirs])
+    speed = f'**{ratio:.2f}** ({low:.2f} to {high:.2f})'
+    goals = ['' if goal is None else f'{goal:g}' for goal in (must, aim)]
+    return f'| {" | ".join([what, ours, show(ours), theirs, show(theirs), speed, *goals])} |'
+
+
+def compute_ratio(ours: Measurement, theirs: Measurement) -> tuple[float, float, float]:
+    """Returns how much faster we are at the medians, and the least and the most of single rounds."""
+    rounds = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    return statistics.median(theirs.seconds) / statistics.median(ours.seconds), min(rounds), max(rounds)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--torch_python', help='python of a virtual environment with PyTorch; without it only our own figures'
+    )
+    parser.add_argument(
+        '--only', type=lambda text: text.split(','), default=list(ROWS), help=f'rows, of {",".join(ROWS)}'
+    )
+    parser.add_argument('--rounds', type=int, default=5, help='of every contender; epochs and compilations half of it')
+    parser.add_argument('--image_size', type=int, default=224, help='pixels, even')
+    parser.add_argument('--batch_size', type=int, default=16, help='of steps; augmentation gets four times as many')
+    parser.add_argument('--num_slices', type=int, default=8000, help='training slices to prepare')
+    parser.add_argument(
+        '--workdir',
+        type=lambda text: Path(text).absolute(),
+        default=ROOT / 'runs' / 'benchmarks',
+        help='for data and results',
+    )
+    options = parser.parse_args()
+    unknown = set(options.only) - ROWS.keys()
+    if unknown:
+        parser.error(f'--only={",".join(sorted(unknown))}: there is no such row, only {", ".join(ROWS)}')
+    if options.torch_python is not None and shutil.which(options.torch_python) is None:
+        parser.error(f'--torch_python={options.torch_python} is no program')
+    if min(options.rounds, options.image_size, options.batch_size, options.num_slices) < 1:
+        parser.error('--rounds, --image_size, --batch_size and --num_slices are at least 1')
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    path = options.workdir / 'results.json'
+    results = {'machine': describe_machine(), 'rounds': options.rounds, 'image_size': options.image_size, 'rows': {}}
+    lines = ['| what | ours | | other | | ours over other (single rounds) | must | aim |', '|' + '---|' * 8]
+    for name in options.only:
+        say(f'{name}:')
+        start = time.perf_counter()
+        measurements, comparisons = ROWS[name](options)
+        lines += dict.fromkeys(format_line(comparison, measurements) for comparison in comparisons)
+        results['rows'][name] = {
+            'measurements': {key: m._asdict() for key, m in measurements.items()},
+            'comparisons': [c._asdict() for c in comparisons],
+            'took_seconds': round(time.perf_counter() - start),
+        }
+        for m in measurements.values():
+            results['machine'].update((key, m.facts[key]) for key in ('torch', 'torchvision') if key in m.facts)
+        write_json(path, results)  # after every row, so that an interruption keeps what was measured
+    print('\n'.join(lines))
+    print(f'\n{format_facts(results["machine"])}')
+    print(f'{options.image_size} pixels, float32 unless said, medians of {options.rounds} alternating rounds')
+    say(f'every round, page faults and peak memory: {path}')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted: finished rows are in results.json')

@@ -1,0 +1,158 @@
+"""The same pipeline in PyTorch, eager, as the paper's authors ran theirs: torchvision's ResNet, transforms and loader.
+
+Needs `requirements-torch.txt` and nothing of this project but the model, which the tests compare with ours.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from benchmarks import workers
+from tests.goldens.torch_models import ResNet50Att2
+
+NUM_WORKERS = 2
+CLASS_WEIGHTS = torch.ones(3)
+
+# As in covidjax.data.augment. On images of Pillow they are faster than on tensors.
+AUGMENTATION = (
+    transforms.RandomHorizontalFlip(),
+    transforms.RandomVerticalFlip(),
+    transforms.GaussianBlur(7, (0.05, 2.0)),
+    transforms.RandomAffine(
+        30,
+        translate=(0.1, 0.1),
+        scale=(0.9, 1.1),
+        shear=20,
+        interpolation=transforms.InterpolationMode.BILINEAR,
+    ),
+)
+
+
+def draw_images(options):
+    images = np.random.default_rng(0).integers(
+        0, 256, (options.batch_size, 1, options.image_size, options.image_size), dtype=np.uint8
+    )
+    return torch.from_numpy(images).float().div(127.5).sub(1)
+
+
+def to_input(images, options):
+    """Repeats grey images [B, 1, S, S] to three channels."""
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return images.repeat(1, 3, 1, 1).contiguous(memory_format=layout)
+
+
+def create_model(options):
+    torch.manual_seed(0)
+    model = ResNet50Att2()
+    return model.to(memory_format=torch.channels_last) if options.channels_last else model
+
+
+def create_train_round(options):
+    """Returns a function that trains on batches (images, labels), one step each."""
+    model = create_model(options).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    loss_function = torch.nn.CrossEntropyLoss(CLASS_WEIGHTS)
+
+    def train(batches):
+        count = 0
+        for images, labels in batches:
+            optimizer.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16, enabled=options.dtype == 'bfloat16'):
+                logits, _, _ = model(to_input(images, options))
+                loss = loss_function(logits.float(), labels)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            count += len(labels)
+        return count
+
+    return train
+
+
+def start_training(options):
+    train = create_train_round(options)
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 3, options.batch_size))
+    batch = draw_images(options), labels
+    return lambda: train(itertools.repeat(batch, options.steps)), describe()
+
+
+def start_inference(options):
+    dtype = getattr(torch, options.dtype)  # of the whole model: faster than autocast
+    model = create_model(options).eval().to(dtype)
+    images = draw_images(options).to(dtype)
+
+    def infer():
+        with torch.inference_mode():
+            for _ in range(options.steps):
+                model(to_input(images, options))
+        return options.batch_size * options.steps
+
+    return infer, describe()
+
+
+class GreyImages(Dataset):
+    """Decoded images in memory, each augmented when it is asked for."""
+
+    def __init__(self, images, transform):
+        self._images = images
+        self._transform = transform
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, index):
+        return self._transform(self._images[index])
+
+
+def create_loader(dataset, options, **more):
+    # Workers stay between rounds: their start is small beside an epoch of a thousand steps, but not beside a round.
+    return DataLoader(
+        dataset, options.batch_size, num_workers=NUM_WORKERS, persistent_workers=True, drop_last=True, **more
+    )
+
+
+def start_augmentation(options):
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 256, (options.image_size, options.image_size), dtype=np.uint8))
+        for _ in range(options.batch_size * options.steps)
+    ]
+    loader = create_loader(GreyImages(images, transforms.Compose([*AUGMENTATION, transforms.ToTensor()])), options)
+    return lambda: sum(map(len, loader)), describe()
+
+
+def start_epoch(options):
+    """A round is an epoch over the first images of a folder of PNGs, as many as make `steps` batches."""
+    transform = transforms.Compose(
+        [transforms.Grayscale(), *AUGMENTATION, transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+    )
+    dataset = ImageFolder(options.folder, transform)
+    sampler = torch.utils.data.RandomSampler(dataset, num_samples=options.batch_size * options.steps)
+    loader = create_loader(dataset, options, sampler=sampler)
+    train = create_train_round(options)
+    return lambda: train(loader), describe()
+
+
+def describe():
+    return {
+        'torch': torch.__version__,
+        'torchvision': torchvision.__version__,
+        'threads': torch.get_num_threads(),
+    }
+
+
+if __name__ == '__main__':
+    workers.serve(
+        {
+            'train': start_training,
+            'inference': start_inference,
+            'augment': start_augmentation,
+            'epoch': start_epoch,
+        }
+    )
