@@ -8,6 +8,7 @@ a ratio is that of the medians, and the range behind it is that of the single ro
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -53,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 Measurements = dict[str, Measurement]
-Row = tuple[Measurements, list[Comparison]]
+Row = list[tuple[Comparison, Measurements]]
 
 
 def jax_side(**options: object) -> Contender:
@@ -84,38 +85,44 @@ FLOAT32 = {
 BFLOAT16 = {'channels_last': True, 'dtype': 'bfloat16'}
 
 
+def measure_pairs(comparisons: list[Comparison], contenders: dict[str, Contender], rounds: int) -> Row:
+    """Measures one comparison after the other: all contenders at once would not fit into memory."""
+    row, seen = [], set()
+    for comparison in comparisons:
+        pair = {name: contenders[name] for name in (comparison.ours, comparison.theirs) if name in contenders}
+        if tuple(pair) not in seen:
+            seen.add(tuple(pair))
+            row.append((comparison, measure(pair, rounds)))
+    return row
+
+
 def run_training(options: argparse.Namespace) -> Row:
     shared = {'task': 'train', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 2}
     what = f'training step, batch {options.batch_size}'
-    measurements = measure(
-        {
-            'covidjax': jax_side(**shared),
-            'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
-            **torch_sides(options, {**FLOAT32, 'bfloat16 autocast': BFLOAT16}, **shared),
-        },
-        options.rounds,
-    )
-    return measurements, [
+    contenders = {
+        'covidjax': jax_side(**shared),
+        'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
+        **torch_sides(options, {**FLOAT32, 'bfloat16 autocast': BFLOAT16}, **shared),
+    }
+    comparisons = [
         Comparison(what, 'covidjax', 'eager', 1.2, 2),
         Comparison(what, 'covidjax', 'channels_last', 0.9, 1.3),
         Comparison(what, 'covidjax', 'eager, kept memory'),
         Comparison(what, 'covidjax', 'channels_last, kept memory'),
         Comparison(what, 'covidjax bfloat16', 'bfloat16 autocast'),
     ]
+    return measure_pairs(comparisons, contenders, options.rounds)
 
 
 def run_inference(options: argparse.Namespace) -> Row:
     shared = {'task': 'inference', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 4}
     what = f'inference, batch {options.batch_size}'
-    measurements = measure(
-        {
-            'covidjax': jax_side(**shared),
-            'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
-            **torch_sides(options, {**FLOAT32, 'bfloat16': BFLOAT16, 'bfloat16, kept memory': BFLOAT16}, **shared),
-        },
-        options.rounds,
-    )
-    return measurements, [
+    contenders = {
+        'covidjax': jax_side(**shared),
+        'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
+        **torch_sides(options, {**FLOAT32, 'bfloat16': BFLOAT16, 'bfloat16, kept memory': BFLOAT16}, **shared),
+    }
+    comparisons = [
         Comparison(what, 'covidjax', 'eager', 1.3, 2.5),
         Comparison(what, 'covidjax', 'channels_last'),
         Comparison(what, 'covidjax', 'eager, kept memory'),
@@ -123,6 +130,7 @@ def run_inference(options: argparse.Namespace) -> Row:
         Comparison(what, 'covidjax bfloat16', 'bfloat16', None, 1),
         Comparison(what, 'covidjax bfloat16', 'bfloat16, kept memory'),
     ]
+    return measure_pairs(comparisons, contenders, options.rounds)
 
 
 def run_augmentation(options: argparse.Namespace) -> Row:
@@ -132,7 +140,7 @@ def run_augmentation(options: argparse.Namespace) -> Row:
         options.rounds,
     )
     what = f'augmentation, batch {shared["batch_size"]}'
-    return measurements, [Comparison(what, 'covidjax', 'transforms, 2 workers', 3, 10)]
+    return [(Comparison(what, 'covidjax', 'transforms, 2 workers', 3, 10), measurements)]
 
 
 def run_preparation(options: argparse.Namespace) -> Row:
@@ -149,7 +157,7 @@ def run_preparation(options: argparse.Namespace) -> Row:
             options.rounds,
             warm_up=0,  # there is nothing to compile
         )
-    return measurements, [Comparison('preparation', 'covidjax', 'Pillow loop, 1 process', 1.8, 1.95)]
+    return [(Comparison('preparation', 'covidjax', 'Pillow loop, 1 process', 1.8, 1.95), measurements)]
 
 
 def run_epoch(options: argparse.Namespace) -> Row:
@@ -170,7 +178,8 @@ def run_epoch(options: argparse.Namespace) -> Row:
         max(options.rounds // 2, 1),
     )
     what = f'epoch of {shared["steps"]} steps with loading, batch {options.batch_size}'
-    return measurements, [Comparison(what, 'covidjax', 'eager', 1.2, 2), Comparison(what, 'covidjax', 'channels_last')]
+    comparisons = [Comparison(what, 'covidjax', 'eager', 1.2, 2), Comparison(what, 'covidjax', 'channels_last')]
+    return [(comparison, measurements) for comparison in comparisons]
 
 
 def run_compilation(options: argparse.Namespace) -> Row:
@@ -183,16 +192,11 @@ def run_compilation(options: argparse.Namespace) -> Row:
                     seconds[name].append(worker.read()['facts']['compilation'])
                 say(f'  round {i + 1}: {name}: {seconds[name][-1]:.2f} s')
     measurements = {name: Measurement(values, 1, [], 0.0, {}) for name, values in seconds.items()}
-    return measurements, [Comparison('compiling a training step', 'warm cache', 'cold cache', 3, 6, 's')]
+    return [(Comparison('compiling a training step', 'warm cache', 'cold cache', 3, 6, 's'), measurements)]
 
 
 def run_sequences(options: argparse.Namespace) -> Row:
     """Trains the demo's scan model by the command line on one extractor, with and without cached draws."""
-    from configs import seq
-
-    if 'cached_draws' not in seq.get_config().data:
-        say('  left out: this version has no config.data.cached_draws')
-        return {}, []
     seconds = {}
     with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
         data = f'--config.data.prepared_dir={options.workdir / "prepared"}'
@@ -208,7 +212,7 @@ def run_sequences(options: argparse.Namespace) -> Row:
             say(f'  {name}: {statistics.median(seconds[name]):.2f} s per epoch after the first')
     measurements = {name: Measurement(values, 1, [], 0.0, {}) for name, values in seconds.items()}
     what = 'epoch of sequence training after the first, demo'
-    return measurements, [Comparison(what, '4 cached draws', 'no cached draws', 10, 50, 's')]
+    return [(Comparison(what, '4 cached draws', 'no cached draws', 10, 50, 's'), measurements)]
 
 
 def run_main(*flags: str) -> None:
@@ -308,14 +312,16 @@ def main() -> None:
     for name in options.only:
         say(f'{name}:')
         start = time.perf_counter()
-        measurements, comparisons = ROWS[name](options)
-        lines += dict.fromkeys(format_line(comparison, measurements) for comparison in comparisons)
+        row = ROWS[name](options)
+        lines += dict.fromkeys(format_line(comparison, measurements) for comparison, measurements in row)
         results['rows'][name] = {
-            'measurements': {key: m._asdict() for key, m in measurements.items()},
-            'comparisons': [c._asdict() for c in comparisons],
+            'comparisons': [
+                {**comparison._asdict(), 'measurements': {key: m._asdict() for key, m in measurements.items()}}
+                for comparison, measurements in row
+            ],
             'took_seconds': round(time.perf_counter() - start),
         }
-        for m in measurements.values():
+        for m in itertools.chain.from_iterable(measurements.values() for _, measurements in row):
             results['machine'].update((key, m.facts[key]) for key in ('torch', 'torchvision') if key in m.facts)
         write_json(path, results)  # after every row, so that an interruption keeps what was measured
     print('\n'.join(lines))

@@ -134,15 +134,17 @@ class Worker:
 
     def do_round(self) -> dict[str, Any]:
         """Has a round done and returns its answer."""
-        self._process.stdin.write('\n')
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `read` tells of a worker that is gone
+            self._process.stdin.write('\n')
+            self._process.stdin.flush()
         return self.read()
 
     def __enter__(self) -> 'Worker':
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         if sys.exc_info()[0] is not None:
             self._process.kill()
         self._process.wait()
