@@ -1,6 +1,6 @@
 """Shows how cost grows with images, batches and data, and how near to the machine's peak a step comes.
 
-  python benchmarks/growth.py                        all of it, about 20 minutes on two cores
+  python benchmarks/growth.py                        all of it
   python benchmarks/growth.py --only=roofline        one part
 
 Every number is of a process of its own, so that its peak memory is its own too.

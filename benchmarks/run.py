@@ -1,6 +1,6 @@
 r"""Times this project, and beside it the same pipeline in PyTorch, and prints how much faster which one is.
 
-  python benchmarks/run.py --torch_python=/path/to/torch-venv/bin/python     every row, about 20 minutes on two cores
+  python benchmarks/run.py --torch_python=/path/to/torch-venv/bin/python     every row; --rounds=3 takes 14 minutes
   python benchmarks/run.py --only=train,inference --rounds=9                 our own figures of two rows
 
 The two sides are processes that take turns, round by round, so that what else happens on the machine slows both alike;
