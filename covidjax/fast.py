@@ -7,6 +7,8 @@ All that is written for a platform stands here. What XLA does badly on a CPU (ja
 - It drops what `materialise` asks for before it decides about fusions: `compile_fast` keeps it.
 - Max-pooling compares windows one element at a time, and its gradient scatters: `max_pool`.
 - A 1x1 convolution is slower than the equal matrix product: `models.resnet.Conv1x1`.
+- A bfloat16 matrix product is fast if its result is float32, and slow if it is bfloat16: `dot_general`.
+- A bfloat16 convolution is slower than the nine such products that a 3x3 one is the sum of: `conv3x3`.
 
 Batch normalisation with a gradient by hand is in `models.batch_norm`; memory between steps in `training.memory`.
 """
@@ -59,9 +61,10 @@ def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
     The gradient goes to the first maximum of a window, as in PyTorch. Reverse-mode gradients only.
     """
     _, h, w, _ = x_BxHxWxC.shape
+    x = x_BxHxWxC.astype(jnp.promote_types(x_BxHxWxC.dtype, jnp.float32))  # in bfloat16 it takes ten times as long
     if h % 2 or w % 2:
-        x_BxHxWxC = jnp.pad(x_BxHxWxC, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-jnp.inf)
-    return _max_pool_even(x_BxHxWxC)
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-jnp.inf)
+    return _max_pool_even(x).astype(x_BxHxWxC.dtype)
 
 
 @jax.custom_vjp
@@ -104,3 +107,91 @@ def _max_pool_backward(place: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 
 
 _max_pool_even.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def dot_general(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers, precision: Any = None
+) -> jax.Array:
+    """Returns [..., F] of x [..., C] and a kernel [C, F], in their dtype; the `dot_general` of `flax.linen.Dense`.
+
+    Sums of bfloat16 products are float32, in the gradients too. Reverse-mode gradients only in bfloat16.
+    """
+    if x.dtype != jnp.bfloat16:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
+    return _multiply(x, kernel)
+
+
+def _sum_products(x: jax.Array, y: jax.Array, axes_x: tuple[int, ...], axes_y: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dot_general(x, y, ((axes_x, axes_y), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _sum_products(x, kernel, (x.ndim - 1,), (0,)).astype(x.dtype)
+
+
+def _multiply_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    axes = tuple(range(x.ndim - 1))
+    return _multiply(g, kernel.T), _sum_products(x, g, axes, axes).astype(kernel.dtype)
+
+
+_multiply.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _multiply_backward)
+
+
+def conv3x3(x_BxHxWxC: jax.Array, kernel_3x3xCxF: jax.Array, stride: int) -> jax.Array:
+    """Returns the 3x3 convolution [B, ceil(H / stride), ceil(W / stride), F], one pixel of zeros around x.
+
+    Reverse-mode gradients only in bfloat16.
+    """
+    if x_BxHxWxC.dtype != jnp.bfloat16:
+        return _convolve(x_BxHxWxC, kernel_3x3xCxF, stride)
+    return _conv3x3_bfloat16(x_BxHxWxC, kernel_3x3xCxF, stride)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    padding, strides = ((1, 1), (1, 1)), (stride, stride)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def _shift(x: jax.Array, stride: int) -> dict[tuple[int, int], jax.Array]:
+    """Returns what each of the nine places of the kernel meets, each [B, ceil(H / stride), ceil(W / stride), C]."""
+    b, h, w, c = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return {
+        (i, j): jax.lax.slice(padded, (0, i, j, 0), (b, i + h, j + w, c), (1, stride, stride, 1))
+        for i in range(3)
+        for j in range(3)
+    }
+
+
+def _sum_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    products = [_sum_products(shifted, kernel[place], (3,), (0,)) for place, shifted in _shift(x, stride).items()]
+    return sum(products).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv3x3_bfloat16(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_sum_shifted, stride=stride),
+        default=functools.partial(_convolve, stride=stride),
+    )
+
+
+def _conv3x3_backward(stride: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pull(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(functools.partial(_convolve, stride=stride), x, kernel)[1](g)
+
+    def pull_shifted(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        d_x = _sum_shifted(g, kernel[::-1, ::-1].swapaxes(2, 3), 1) if stride == 1 else pull(x, kernel, g)[0]
+        d_kernel = [_sum_products(shifted, g, (0, 1, 2), (0, 1, 2)) for shifted in _shift(x, stride).values()]
+        return d_x, jnp.stack(d_kernel).reshape(kernel.shape).astype(kernel.dtype)
+
+    return jax.lax.platform_dependent(*kept, g, cpu=pull_shifted, default=pull)
+
+
+_conv3x3_bfloat16.defvjp(
+    lambda x, kernel, stride: (_conv3x3_bfloat16(x, kernel, stride), (x, kernel)), _conv3x3_backward
+)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covidjax.fast import compile_fast, materialise, max_pool
+from covidjax.fast import compile_fast, conv3x3, dot_general, materialise, max_pool
 
 
 def pool_plainly(x):
@@ -55,3 +55,44 @@ def test_on_a_cpu_what_is_materialised_is_not_fused_into_what_uses_it():
 def test_options_of_compilation_are_passed_on():
     add = compile_fast(lambda n, x: x + n, static_argnums=0)
     assert add(2, jnp.float32(1)) == 3
+
+
+def pull_in(function, x, kernel, g):
+    value, pull = jax.vjp(function, x, kernel)
+    return [np.asarray(array, np.float32) for array in (value, *pull(g))]
+
+
+def multiply(x, kernel):
+    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def convolve(x, kernel, stride):
+    padding = ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+@pytest.mark.parametrize(
+    ('function', 'plain', 'kernel_shape', 'g_shape'),
+    [
+        (multiply, jnp.dot, (4, 5), (2, 6, 7, 5)),
+        (functools.partial(conv3x3, stride=1), functools.partial(convolve, stride=1), (3, 3, 4, 5), (2, 6, 7, 5)),
+        (functools.partial(conv3x3, stride=2), functools.partial(convolve, stride=2), (3, 3, 4, 5), (2, 3, 4, 5)),
+    ],
+)
+def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(function, plain, kernel_shape, g_shape):
+    rng = np.random.default_rng(0)
+    # Whole numbers, exact in bfloat16: so are their float32 sums, which are rounded to bfloat16 once.
+    x, kernel, g = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((2, 6, 7, 4), kernel_shape, g_shape))
+    expected = pull_in(plain, x, kernel, g)
+    for actual, wanted in zip(pull_in(function, x, kernel, g), expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+    narrow = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel, g)]
+    for actual, wanted in zip(pull_in(function, *narrow), expected, strict=True):
+        np.testing.assert_array_equal(actual, jnp.asarray(wanted, jnp.bfloat16).astype(np.float32))
+
+
+def test_max_pool_of_bfloat16_stays_so():
+    x = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 4, 4, 1)
+    y, pull = jax.vjp(max_pool, x)
+    assert (y.dtype, pull(y)[0].dtype) == (jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_array_equal(y[0, ..., 0].astype(np.float32), [[5, 7], [13, 15]])

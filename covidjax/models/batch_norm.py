@@ -31,7 +31,6 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns [..., C] in the dtype of x; `train` uses the batch's statistics and moves the running ones."""
-        x = materialise(x)
         features = x.shape[-1]
         scale = self.param('scale', nn.initializers.ones, (features,))
         bias = self.param('bias', nn.initializers.zeros, (features,))
@@ -40,7 +39,7 @@ class BatchNorm(nn.Module):
         if not train:
             a = scale * jax.lax.rsqrt(variance.value + EPSILON)
             return _scale_and_shift(x, a, bias - mean.value * a)
-        y, batch_mean, batch_variance = normalise_batch(x, scale, bias, self.axis_name)
+        y, batch_mean, batch_variance = normalise_batch(materialise(x), scale, bias, self.axis_name)
         if not self.is_initializing():
             mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
             variance.value = MOMENTUM * variance.value + (1 - MOMENTUM) * batch_variance

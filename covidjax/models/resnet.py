@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 
-from covidjax.fast import materialise, max_pool
+from covidjax import fast
 from covidjax.models.batch_norm import BatchNorm
 
 # He et al. 2015, eq. 10, as torchvision initialises every convolution of its ResNets.
@@ -29,7 +29,9 @@ class Conv1x1(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
         x = x_BxHxWxC[:, :: self.stride, :: self.stride]
-        return nn.Dense(self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, name='dense')(x)
+        return nn.Dense(
+            self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, dot_general=fast.dot_general, name='dense'
+        )(x)
 
 
 class StemConv(nn.Module):
@@ -57,17 +59,17 @@ class StemConv(nn.Module):
         )
 
 
-def conv3x3(features: int, stride: int, name: str) -> nn.Conv:
-    """Returns a 3x3 convolution without bias, padded by one pixel on every side as in PyTorch."""
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
-        use_bias=False,
-        kernel_init=KAIMING_FAN_OUT,
-        name=name,
-    )
+class Conv3x3(nn.Module):
+    """A 3x3 convolution without bias, padded by one pixel on every side as in PyTorch."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
+        kernel = self.param('kernel', KAIMING_FAN_OUT, (3, 3, x_BxHxWxC.shape[-1], self.features))
+        return fast.conv3x3(*nn.dtypes.promote_dtype(x_BxHxWxC, kernel), self.stride)
 
 
 def batch_norm(train: bool, axis_name: str | None, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -77,7 +79,7 @@ def batch_norm(train: bool, axis_name: str | None, name: str) -> Callable[[jax.A
 
 def relu(x: jax.Array) -> jax.Array:
     """Returns the positive part of x, which all that follow share."""
-    return materialise(nn.relu(x))
+    return fast.materialise(nn.relu(x))
 
 
 class BottleneckBlock(nn.Module):
@@ -92,7 +94,7 @@ class BottleneckBlock(nn.Module):
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         inner = self.features // 4
         y = relu(batch_norm(train, self.axis_name, 'bn1')(Conv1x1(inner, name='conv1')(x)))
-        y = relu(batch_norm(train, self.axis_name, 'bn2')(conv3x3(inner, self.stride, 'conv2')(y)))
+        y = relu(batch_norm(train, self.axis_name, 'bn2')(Conv3x3(inner, self.stride, name='conv2')(y)))
         y = batch_norm(train, self.axis_name, 'bn3')(Conv1x1(self.features, name='conv3')(y))
         if x.shape != y.shape:
             x = batch_norm(train, self.axis_name, 'downsample_bn')(
@@ -111,8 +113,8 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
-        y = relu(batch_norm(train, self.axis_name, 'bn1')(conv3x3(self.features, self.stride, 'conv1')(x)))
-        y = batch_norm(train, self.axis_name, 'bn2')(conv3x3(self.features, 1, 'conv2')(y))
+        y = relu(batch_norm(train, self.axis_name, 'bn1')(Conv3x3(self.features, self.stride, name='conv1')(x)))
+        y = batch_norm(train, self.axis_name, 'bn2')(Conv3x3(self.features, name='conv2')(y))
         if x.shape != y.shape:
             x = batch_norm(train, self.axis_name, 'downsample_bn')(
                 Conv1x1(self.features, self.stride, name='downsample_conv')(x)
@@ -155,7 +157,7 @@ class ResNet(nn.Module):
         x = StemConv(self.width, size, pad, name='conv1')(x_BxHxWx1)
         x = relu(batch_norm(train, self.axis_name, 'bn1')(x))
         if self.stem == 'imagenet':
-            x = max_pool(x)
+            x = fast.max_pool(x)
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             features = stage_features(self.block, self.width, stage)

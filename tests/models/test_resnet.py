@@ -7,7 +7,7 @@ import pytest
 import scipy.signal
 from flax.traverse_util import flatten_dict
 
-from covidjax.models.resnet import Conv1x1, ResNet, conv3x3
+from covidjax.models.resnet import Conv1x1, Conv3x3, ResNet
 from tests.variables import draw_variables
 
 
@@ -53,7 +53,7 @@ def test_stage_shapes(stem, block, size, expected):
 @pytest.mark.parametrize(('size', 'stride'), [(6, 1), (6, 2), (7, 2)])
 def test_convolutions_against_scipy(size, stride):
     image = np.random.default_rng(0).normal(size=(1, size, size, 2)).astype(np.float32)
-    for module, pad in ((Conv1x1(3, stride), 0), (conv3x3(3, stride, 'conv'), 1)):
+    for module, pad in ((Conv1x1(3, stride), 0), (Conv3x3(3, stride), 1)):
         actual, variables = module.init_with_output(jax.random.key(1), image)
         kernel = np.asarray(jax.tree.leaves(variables)[0])
         kernel = kernel.reshape((2 * pad + 1, 2 * pad + 1, 2, 3))
