@@ -15,9 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import data
-from benchmarks.run import describe_machine, format_facts, jax_side
+from benchmarks.run import describe_machine, format_facts, jax_side, run_command
 from benchmarks.workers import ROOT, measure, say
-from covidjax.errors import UserError
 from covidjax.files import write_json
 
 IMAGE_SIZES = (64, 128, 224, 320, 512)
@@ -122,9 +121,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted: finished parts are in growth.json')
+    run_command(main)

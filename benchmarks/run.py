@@ -96,41 +96,44 @@ def measure_pairs(comparisons: list[Comparison], contenders: dict[str, Contender
     return row
 
 
-def run_training(options: argparse.Namespace) -> Row:
-    shared = {'task': 'train', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 2}
-    what = f'training step, batch {options.batch_size}'
+def compare_steps(
+    options: argparse.Namespace,
+    what: str,
+    shared: dict[str, object],
+    bfloat16: tuple[str, ...],
+    goals: dict[str, tuple[float | None, float]],
+) -> Row:
+    """Measures steps in memory beside every form of PyTorch's.
+
+    Args:
+      options: of the command line.
+      what: is compared.
+      shared: options of both workers.
+      bfloat16: names of PyTorch's contenders in it.
+      goals: 'must' and 'aim' by contender of PyTorch.
+    """
+    shared = {**shared, 'image_size': options.image_size, 'batch_size': options.batch_size}
     contenders = {
         'covidjax': jax_side(**shared),
         'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
-        **torch_sides(options, {**FLOAT32, 'bfloat16 autocast': BFLOAT16}, **shared),
+        **torch_sides(options, {**FLOAT32, **dict.fromkeys(bfloat16, BFLOAT16)}, **shared),
     }
-    comparisons = [
-        Comparison(what, 'covidjax', 'eager', 1.2, 2),
-        Comparison(what, 'covidjax', 'channels_last', 0.9, 1.3),
-        Comparison(what, 'covidjax', 'eager, kept memory'),
-        Comparison(what, 'covidjax', 'channels_last, kept memory'),
-        Comparison(what, 'covidjax bfloat16', 'bfloat16 autocast'),
-    ]
+    pairs = [('covidjax', name) for name in FLOAT32] + [('covidjax bfloat16', name) for name in bfloat16]
+    what = f'{what}, batch {options.batch_size}'
+    comparisons = [Comparison(what, ours, theirs, *goals.get(theirs, ())) for ours, theirs in pairs]
     return measure_pairs(comparisons, contenders, options.rounds)
+
+
+def run_training(options: argparse.Namespace) -> Row:
+    goals = {'eager': (1.2, 2), 'channels_last': (0.9, 1.3)}
+    narrow = ('bfloat16 autocast', 'bfloat16 autocast, kept memory')
+    return compare_steps(options, 'training step', {'task': 'train', 'steps': 2}, narrow, goals)
 
 
 def run_inference(options: argparse.Namespace) -> Row:
-    shared = {'task': 'inference', 'image_size': options.image_size, 'batch_size': options.batch_size, 'steps': 4}
-    what = f'inference, batch {options.batch_size}'
-    contenders = {
-        'covidjax': jax_side(**shared),
-        'covidjax bfloat16': jax_side(**shared, dtype='bfloat16'),
-        **torch_sides(options, {**FLOAT32, 'bfloat16': BFLOAT16, 'bfloat16, kept memory': BFLOAT16}, **shared),
-    }
-    comparisons = [
-        Comparison(what, 'covidjax', 'eager', 1.3, 2.5),
-        Comparison(what, 'covidjax', 'channels_last'),
-        Comparison(what, 'covidjax', 'eager, kept memory'),
-        Comparison(what, 'covidjax', 'channels_last, kept memory'),
-        Comparison(what, 'covidjax bfloat16', 'bfloat16', None, 1),
-        Comparison(what, 'covidjax bfloat16', 'bfloat16, kept memory'),
-    ]
-    return measure_pairs(comparisons, contenders, options.rounds)
+    goals = {'eager': (1.3, 2.5), 'bfloat16': (None, 1)}
+    narrow = ('bfloat16', 'bfloat16, kept memory')
+    return compare_steps(options, 'inference', {'task': 'inference', 'steps': 4}, narrow, goals)
 
 
 def run_augmentation(options: argparse.Namespace) -> Row:
@@ -185,14 +188,22 @@ def run_epoch(options: argparse.Namespace) -> Row:
 def run_compilation(options: argparse.Namespace) -> Row:
     contender = jax_side(task='compile', image_size=options.image_size, batch_size=options.batch_size)
     seconds = {'warm cache': [], 'cold cache': []}
-    for i in range(max(options.rounds // 2, 1)):
+    for i in range(options.rounds):
         with tempfile.TemporaryDirectory() as cache:
             for name in ('cold cache', 'warm cache'):
                 with Worker(contender._replace(environment={'JAX_COMPILATION_CACHE_DIR': cache})) as worker:
-                    seconds[name].append(worker.read()['facts']['compilation'])
-                say(f'  round {i + 1}: {name}: {seconds[name][-1]:.2f} s')
-    measurements = {name: Measurement(values, 1, [], 0.0, {}) for name, values in seconds.items()}
-    return [(Comparison('compiling a training step', 'warm cache', 'cold cache', 3, 6, 's'), measurements)]
+                    facts = worker.read()['facts']
+                seconds[name].append((facts['tracing'], facts['compiling']))
+                say(f'  round {i + 1}: {name}: tracing {facts["tracing"]:.2f} s, compiling {facts["compiling"]:.2f} s')
+
+    def summarise(choose: Callable[[tuple[float, float]], float]) -> Measurements:
+        return {name: Measurement([choose(s) for s in values], 1, [], 0.0, {}) for name, values in seconds.items()}
+
+    what = 'compiling a training step'
+    return [
+        (Comparison(f'{what}, with tracing', 'warm cache', 'cold cache', 3, 6, 's'), summarise(sum)),
+        (Comparison(f'{what}, without', 'warm cache', 'cold cache', unit='s'), summarise(lambda s: s[1])),
+    ]
 
 
 def run_sequences(options: argparse.Namespace) -> Row:
@@ -340,10 +351,15 @@ def main() -> None:
     say(f'every round, page faults and peak memory: {path}')
 
 
-if __name__ == '__main__':
+def run_command(command: Callable[[], None]) -> None:
+    """Runs a command of this folder; a mistake or an interruption is one line."""
     try:
-        main()
+        command()
     except UserError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
-        sys.exit('interrupted: finished rows are in results.json')
+        sys.exit('interrupted: what was finished is in the workdir, by default runs/benchmarks')
+
+
+if __name__ == '__main__':
+    run_command(main)
