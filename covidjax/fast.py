@@ -8,7 +8,8 @@ All that is written for a platform stands here. What XLA does badly on a CPU (ja
 - Max-pooling compares windows one element at a time, and its gradient scatters: `max_pool`.
 - A 1x1 convolution is slower than the equal matrix product: `models.resnet.Conv1x1`.
 - A bfloat16 matrix product is fast if its result is float32, and slow if it is bfloat16: `dot_general`.
-- A bfloat16 convolution is slower than the nine such products that a 3x3 one is the sum of: `conv3x3`.
+- A 3x3 convolution in bfloat16 is slower than the nine such products that it is the sum of, and one of a map that is
+  smaller than its kernel many times slower: `conv3x3`.
 
 Batch normalisation with a gradient by hand is in `models.batch_norm`; memory between steps in `training.memory`.
 """
@@ -122,7 +123,8 @@ def dot_general(
 
 
 def _sum_products(x: jax.Array, y: jax.Array, axes_x: tuple[int, ...], axes_y: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dot_general(x, y, ((axes_x, axes_y), ((), ())), preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, y, ((axes_x, axes_y), ((), ())), preferred_element_type=dtype)
 
 
 @jax.custom_vjp
@@ -142,11 +144,11 @@ _multiply.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _multipl
 def conv3x3(x_BxHxWxC: jax.Array, kernel_3x3xCxF: jax.Array, stride: int) -> jax.Array:
     """Returns the 3x3 convolution [B, ceil(H / stride), ceil(W / stride), F], one pixel of zeros around x.
 
-    Reverse-mode gradients only in bfloat16.
+    Reverse-mode gradients only in bfloat16 and where H or W is below 3.
     """
-    if x_BxHxWxC.dtype != jnp.bfloat16:
-        return _convolve(x_BxHxWxC, kernel_3x3xCxF, stride)
-    return _conv3x3_bfloat16(x_BxHxWxC, kernel_3x3xCxF, stride)
+    if x_BxHxWxC.dtype == jnp.bfloat16 or min(x_BxHxWxC.shape[1:3]) < 3:
+        return _conv3x3_by_products(x_BxHxWxC, kernel_3x3xCxF, stride)
+    return _convolve(x_BxHxWxC, kernel_3x3xCxF, stride)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -171,7 +173,7 @@ def _sum_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv3x3_bfloat16(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _conv3x3_by_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jax.lax.platform_dependent(
         x,
         kernel,
@@ -192,6 +194,6 @@ def _conv3x3_backward(stride: int, kept: tuple[jax.Array, jax.Array], g: jax.Arr
     return jax.lax.platform_dependent(*kept, g, cpu=pull_shifted, default=pull)
 
 
-_conv3x3_bfloat16.defvjp(
-    lambda x, kernel, stride: (_conv3x3_bfloat16(x, kernel, stride), (x, kernel)), _conv3x3_backward
+_conv3x3_by_products.defvjp(
+    lambda x, kernel, stride: (_conv3x3_by_products(x, kernel, stride), (x, kernel)), _conv3x3_backward
 )

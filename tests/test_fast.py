@@ -71,18 +71,26 @@ def convolve(x, kernel, stride):
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
+def strided(function, stride):
+    return functools.partial(function, stride=stride)
+
+
 @pytest.mark.parametrize(
-    ('function', 'plain', 'kernel_shape', 'g_shape'),
+    ('function', 'plain', 'x_shape', 'kernel_shape', 'g_shape'),
     [
-        (multiply, jnp.dot, (4, 5), (2, 6, 7, 5)),
-        (functools.partial(conv3x3, stride=1), functools.partial(convolve, stride=1), (3, 3, 4, 5), (2, 6, 7, 5)),
-        (functools.partial(conv3x3, stride=2), functools.partial(convolve, stride=2), (3, 3, 4, 5), (2, 3, 4, 5)),
+        (multiply, jnp.dot, (2, 6, 7, 4), (4, 5), (2, 6, 7, 5)),
+        (strided(conv3x3, 1), strided(convolve, 1), (2, 6, 7, 4), (3, 3, 4, 5), (2, 6, 7, 5)),
+        (strided(conv3x3, 2), strided(convolve, 2), (2, 6, 7, 4), (3, 3, 4, 5), (2, 3, 4, 5)),
+        (strided(conv3x3, 1), strided(convolve, 1), (2, 2, 1, 4), (3, 3, 4, 5), (2, 2, 1, 5)),  # smaller than a kernel
+        (strided(conv3x3, 2), strided(convolve, 2), (2, 2, 4, 4), (3, 3, 4, 5), (2, 1, 2, 5)),
     ],
 )
-def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(function, plain, kernel_shape, g_shape):
+def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(
+    function, plain, x_shape, kernel_shape, g_shape
+):
     rng = np.random.default_rng(0)
     # Whole numbers, exact in bfloat16: so are their float32 sums, which are rounded to bfloat16 once.
-    x, kernel, g = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((2, 6, 7, 4), kernel_shape, g_shape))
+    x, kernel, g = (rng.integers(-9, 9, shape).astype(np.float32) for shape in (x_shape, kernel_shape, g_shape))
     expected = pull_in(plain, x, kernel, g)
     for actual, wanted in zip(pull_in(function, x, kernel, g), expected, strict=True):
         np.testing.assert_array_equal(actual, wanted)
