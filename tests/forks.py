@@ -8,6 +8,7 @@ answers with the child's exit status.
 import json
 import os
 import runpy
+import signal
 import sys
 
 import covidjax.audit
@@ -28,6 +29,7 @@ def main() -> None:
         if not child:
             for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+            signal.alarm(300)  # ends a child that hangs
             sys.argv = ['main.py', *arguments]
             runpy.run_path('main.py', run_name='__main__')
             sys.exit()
