@@ -1,10 +1,27 @@
-"""The scale of the notebooks: a demo that fits into a lesson, and one for trials of the notebooks themselves."""
+"""Log and scale of the notebooks: a demo that fits into a lesson, and one for trials of the notebooks themselves."""
 
+import logging
 import os
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from covidjax import command_line
+
 TINY_MODEL = {'stage_sizes': (1, 1), 'width': 4, 'block': 'basic', 'stem': 'small', 'tail_blocks': 1, 'pretrained': ''}
+
+
+def set_up_log() -> None:
+    """Shows messages as main.py does, for which absl's `app.run` makes a handler; a notebook has none."""
+    command_line.set_up_log()
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
+
+
+def share_phantoms(source: Path, workdir: Path) -> None:
+    """Lets a workdir use the phantoms of another one, if there are any, instead of drawing the same ones again."""
+    if (source / 'phantoms').exists() and not (workdir / 'phantoms').exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / 'phantoms').symlink_to((source / 'phantoms').absolute())
 
 
 def shorten(config: ConfigDict, num_epochs: int) -> ConfigDict:

@@ -58,18 +58,41 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def call(environment):
-    def run(*arguments, timeout=300):
+def call_freshly(environment):
+    """Runs main.py in a Python of its own, as a user does."""
+
+    def run(*arguments):
         command = [sys.executable, 'main.py', *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
 
 
 @pytest.fixture(scope='module')
-def slice_run(call, raw_dir, tmp_path_factory):
+def call(environment, tmp_path_factory):
+    """Runs main.py in a fork of a process that has imported everything, which takes seconds."""
+    outputs = [tmp_path_factory.mktemp('outputs') / name for name in ('stdout', 'stderr')]
+    with subprocess.Popen(
+        [sys.executable, '-m', 'tests.forks'],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def run(*arguments):
+            print(json.dumps([*map(str, outputs), *map(str, arguments)]), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in outputs))
+
+        yield run
+
+
+@pytest.fixture(scope='module')
+def slice_run(call_freshly, raw_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('runs') / 'att2'
-    result = call(f'--config=configs/att2.py:{raw_dir}', f'--workdir={workdir}', *TINY)
+    result = call_freshly(f'--config=configs/att2.py:{raw_dir}', f'--workdir={workdir}', *TINY)
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -273,11 +296,6 @@ def test_sequence_run_stands_alone_beside_the_votes(slice_run, call, raw_dir, tm
     assert {'extractor.conv1.weight', 'sequence.lstm.weight_ih_l0_reverse', 'sequence.classifier.bias'} <= names
 
 
-def copy_raw(raw_dir, folder):
-    shutil.copytree(raw_dir, folder)
-    return folder
-
-
 def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
     att2, workdir = f'--config=configs/att2.py:{raw_dir}', f'--workdir={tmp_path / "run"}'
     empty = tmp_path / 'empty'
@@ -320,6 +338,13 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         assert_one_line_error(call(*arguments), *words)
 
 
+def test_mistakes_in_a_fresh_python_are_one_line_each(call_freshly, raw_dir, tmp_path):
+    assert_one_line_error(
+        call_freshly(f'--config=configs/att2.py:{raw_dir}', '--config.train.batchsize=3'), 'batchsize'
+    )
+    assert_one_line_error(call_freshly('--mode=evaluate', f'--workdir={tmp_path}'), tmp_path, 'not the workdir')
+
+
 def test_audit_fails_for_broken_data_only(call, raw_dir, tmp_path):
     lists_only = tmp_path / 'lists'
     lists_only.mkdir()
@@ -341,7 +366,7 @@ def test_audit_fails_for_broken_data_only(call, raw_dir, tmp_path):
 
 
 def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
-    raw = copy_raw(raw_dir, tmp_path / 'raw')
+    raw = shutil.copytree(raw_dir, tmp_path / 'raw')
     path = raw / 'train_COVIDx_CT-2A.txt'
     lines = path.read_text().splitlines()
     file = lines[10].split()[0]
@@ -365,8 +390,8 @@ def test_bad_data_are_one_line_each(call, raw_dir, tmp_path):
     assert {entry['file'] for entry in dropped} == {file, bomb.name}
 
 
-def test_help_names_every_mode_and_flag(call):
-    result = call('--help')
+def test_help_names_every_mode_and_flag(call_freshly):
+    result = call_freshly('--help')
     for word in (
         *(
             '--mode',

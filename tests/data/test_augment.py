@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from covidjax.data.augment import AugmentOptions, affine, augment, gaussian_blur
+from covidjax.data import augment as augmentation
+from covidjax.data.augment import AugmentOptions, gaussian_blur
+
+# Compiled once, not operation by operation.
+affine = jax.jit(augmentation.affine)
+augment = jax.jit(augmentation.augment, static_argnames='options')
 
 STILL = AugmentOptions(
     flip_probability=0.0, blur_sigma=(0.01, 0.01), rotation_degrees=0, scale=(1, 1), translation=0, shear_degrees=0
@@ -112,7 +117,7 @@ def test_flips_are_flips(image, seed):
 def test_flips_happen_half_of_the_time(image):
     options = dataclasses.replace(STILL, flip_probability=0.5)
     keys = jax.random.split(jax.random.key(0), 400)
-    flipped = np.asarray(jax.vmap(lambda key: augment(key, jnp.asarray(image), options=options))(keys))
+    flipped = np.asarray(jax.jit(jax.vmap(lambda key: augment(key, image, options=options)))(keys))
     variants = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
     counts = [int((np.abs(flipped - v).max((1, 2, 3)) < 1e-4).sum()) for v in variants]
     assert sum(counts) == 400
@@ -127,7 +132,7 @@ def test_channels_share_the_draw(image):
 
 def test_range_is_kept_and_draws_differ(image):
     keys = jax.random.split(jax.random.key(1), 16)
-    augmented = np.asarray(jax.vmap(lambda key: augment(key, jnp.asarray(image), options=AugmentOptions()))(keys))
+    augmented = np.asarray(jax.jit(jax.vmap(lambda key: augment(key, image, options=AugmentOptions())))(keys))
     assert augmented.min() >= 0
     assert augmented.max() <= image.max() + 1e-5
     assert len(np.unique(augmented.reshape(16, -1).sum(1))) == 16

@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
+from covidjax.data.lists import CLASSES
 from covidjax.evaluation.calibration import (
     TEMPERATURES,
     apply_temperature,
@@ -14,8 +15,6 @@ from covidjax.evaluation.calibration import (
     correct_prior,
     fit_temperature,
 )
-
-CLASSES = ('normal', 'pneumonia', 'covid19')
 
 
 def draw_calibrated(num_examples, seed):

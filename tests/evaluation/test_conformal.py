@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from covidjax.data.lists import CLASSES
 from covidjax.evaluation.conformal import (
     compute_conformal,
     compute_risk_coverage,
@@ -10,8 +11,6 @@ from covidjax.evaluation.conformal import (
     fit_thresholds,
     predict_sets,
 )
-
-CLASSES = ('normal', 'pneumonia', 'covid19')
 
 
 def draw(labels, seed):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from covidjax.data.lists import CLASSES
 from covidjax.evaluation.curves import MAX_POINTS, compute_curves, thin
 from covidjax.evaluation.metrics import compute_ranking
-
-CLASSES = ('normal', 'pneumonia', 'covid19')
 
 
 def draw(num_examples, seed, *, decimals=3):

@@ -11,6 +11,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from covidjax.data.lists import CLASSES
 from covidjax.evaluation.metrics import (
     compute_metrics,
     compute_ranking,
@@ -21,8 +22,6 @@ from covidjax.evaluation.metrics import (
     draw_resamples,
     format_table,
 )
-
-CLASSES = ('normal', 'pneumonia', 'covid19')
 
 
 def test_table_iv_of_the_paper():

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from covidjax.data.lists import CLASSES
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.metrics import compute_wilson_interval
 from covidjax.evaluation.screening import (
@@ -16,8 +17,6 @@ from covidjax.evaluation.screening import (
     find_target,
     fit_rules,
 )
-
-CLASSES = ('normal', 'pneumonia', 'covid19')
 
 
 def draw(num_patients, seed):

@@ -48,11 +48,11 @@ def compute_stages(model, variables, images) -> list[np.ndarray]:
     return [to_nchw(stage) for stage in _apply_with_features(model, variables, images, False)[1]]
 
 
-def compute_eval(*, full: bool) -> dict[str, np.ndarray]:
-    """The model at 224 pixels in evaluation mode, float32, with its dead tail or without."""
+def compute_eval() -> dict[str, np.ndarray]:
+    """The model at 224 pixels in evaluation mode, float32, with its dead tail."""
     model, variables = cases.draw_att2()
     images = cases.draw_images(2, 224).astype(np.float32)
-    outputs, stages = _apply_with_features(model, variables, images, full)
+    outputs, stages = _apply_with_features(model, variables, images, True)
     return {
         **{f'stage{i + 1}': to_nchw(stage) for i, stage in enumerate(stages)},
         'logits': outputs.logits,

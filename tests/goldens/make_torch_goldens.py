@@ -221,7 +221,7 @@ def main() -> None:
 
 def measure_all(goldens: dict) -> Iterator[tuple[str, float]]:
     """Yields name and relative error of every comparison."""
-    yield 'evaluation, 224 px, float32', compute.measure(compute.compute_eval(full=True), goldens, 'eval')
+    yield 'evaluation, 224 px, float32', compute.measure(compute.compute_eval(), goldens, 'eval')
     yield 'torchvision resnet50 through a file, 64 px, float32', check_torchvision_file()
     yield 'sequence, float32', compute.measure(compute.compute_sequence(jnp.float32), goldens, 'sequence/float32')
     for name in cases.AFFINES:

@@ -1,0 +1,41 @@
+r"""Runs main.py many times without starting Python and importing jax as often.
+
+One process imports all that main.py imports in the course of a command. For every line on stdin, a JSON list of the
+files for stdout and stderr and of arguments, it forks a child, which is `python main.py <arguments>` from there on, and
+answers with the child's exit status.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+
+import covidjax.audit
+import covidjax.export
+import covidjax.predict
+import covidjax.scan_experiment
+import covidjax.slice_experiment
+import covidjax.training.compilation
+import covidjax.training.hosts
+import covidjax.training.memory  # noqa: F401
+
+
+def main() -> None:
+    """Serves until stdin ends."""
+    for line in sys.stdin:
+        stdout, stderr, *arguments = json.loads(line)
+        child = os.fork()
+        if not child:
+            for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
+                os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+            signal.alarm(300)  # ends a child that hangs
+            sys.argv = ['main.py', *arguments]
+            runpy.run_path('main.py', run_name='__main__')
+            sys.exit()
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == '__main__':
+    main()
