@@ -19,7 +19,7 @@ import covidjax
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.augment import AugmentOptions
 from covidjax.data.lists import CLASSES
-from covidjax.errors import join_faults
+from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.files import report_full_disk, write_json
@@ -55,10 +55,9 @@ def run(
     check_config(config)
     with lock_workdir(workdir), report_full_disk(workdir):
         check_workdir(workdir, config)
-        results_path = workdir / 'results.json'
-        if results_path.exists():
+        if (workdir / 'results.json').exists():
             log.info('%s holds a finished run; its summary again:', workdir)
-            results = json.loads(results_path.read_text())
+            results = load_output(workdir, 'results.json')
         else:
             check_batch_size(config.train.batch_size, config.train.accumulation_steps)
             results = execute()
@@ -86,6 +85,20 @@ def evaluate(
     if is_first():
         print(format_summary(results, workdir))
     return results
+
+
+def load_output(workdir: Path, name: str) -> dict[str, Any]:
+    """Returns the content of a JSON file that the test of a run writes: results.json or calibration.json.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    try:
+        return json.loads((workdir / name).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f'{workdir} has no {name}: run its training command again, or --mode=evaluate') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{workdir / name} is unreadable: --mode=evaluate writes it again') from error
 
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:

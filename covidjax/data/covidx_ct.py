@@ -331,7 +331,7 @@ def _list_files(folder: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError as error:
-        raise UserError(f'{folder} cannot be listed: {error.strerror}') from error
+        raise UserError(f'{folder} cannot be listed ({error.strerror}): get permission to read it') from error
 
 
 def _drop_rows(rows: Mapping[str, Sequence[lists.Row]], bad: BadImages) -> dict[str, list[lists.Row]]:

@@ -668,7 +668,7 @@ def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
                 if not _is_written(raw_dir, stamp):
                     raise
     except OSError as error:
-        raise UserError(f"can't write phantoms to {raw_dir}: {error}") from error
+        raise UserError(f'cannot write phantoms to {raw_dir} ({error}): make room or get permission there') from error
 
 
 def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
