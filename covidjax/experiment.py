@@ -20,6 +20,7 @@ from covidjax.data import covidx_ct, phantom
 from covidjax.data.augment import AugmentOptions
 from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError, join_faults
+from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.files import report_full_disk, write_json
@@ -299,11 +300,10 @@ def describe_environment() -> dict[str, Any]:
 
 def format_baselines(results: dict[str, Any]) -> list[str]:
     """Returns the accuracy of every baseline, a line each."""
-    lines = []
-    for name, metrics in results['baselines'].items():
-        low, high = metrics['intervals']['accuracy']
-        lines.append(f'{name:<18}{metrics["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
-    return lines
+    return [
+        f'{name:<18}{format_score(metrics["accuracy"], metrics["intervals"]["accuracy"])} accuracy'
+        for name, metrics in results['baselines'].items()
+    ]
 
 
 def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[str]:
