@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from covidjax.data import covidx_ct, phantom
 from covidjax.data.augment import AugmentOptions
 from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError, join_faults
+from covidjax.evaluation import figures, report
 from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
@@ -27,7 +29,7 @@ from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
 from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
-from covidjax.training.config import check_config
+from covidjax.training.config import check_config, flatten_config
 from covidjax.training.devices import check_batch_size, compile_step, create_shardings, place_batch, place_state
 from covidjax.training.hosts import is_first
 from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
@@ -285,6 +287,55 @@ def describe_training(history: Sequence[dict], min_delta: float, pretrained: str
         'num_steps': history[-1]['step'],
         'seconds': round(sum(entry['seconds'] + entry['val_seconds'] for entry in history), 1),
     }
+
+
+def write_results(
+    workdir: Path,
+    results: dict[str, Any],
+    rules: dict[str, Any],
+    *,
+    config: ConfigDict,
+    history: Sequence[dict],
+    unit: str,
+    table: str,
+    published: Sequence[Sequence[float]] | None,
+    others: Mapping[str, dict],
+    sections: Sequence[report.Section],
+    start: float,
+) -> None:
+    """Writes what the tests of both experiments leave: calibration.json, figures, report.html and, last, results.json.
+
+    Args:
+      workdir: of the run.
+      results: the content of results.json but `training.test_seconds`, which is added.
+      rules: of `screening.fit_rules`.
+      config: of the run.
+      history: of `loop.fit`.
+      unit: what was classified, 'slices' or 'scans'.
+      table, published, others: see `report.build_scores`.
+      sections: of the report, those that only this experiment has.
+      start: of the test, by `time.perf_counter`.
+    """
+    write_json(workdir / 'calibration.json', rules)
+    curves = figures.render_training_curves(history, results['training']['best_epoch'])
+    figures.save_figure(curves, workdir / 'training_curves.png')
+    title = f'Test {unit}, {results["data"]}'
+    confusion = figures.render_confusion_matrix(results['confusion_matrix'], CLASSES, title=title)
+    figures.save_figure(confusion, workdir / 'confusion_matrix.png')
+    report.write_report(
+        workdir / 'report.html',
+        results,
+        [
+            *report.build_scores(results, published, table=table, unit=unit, others=others),
+            *report.build_statistics(results, rules, unit=unit),
+            *sections,
+            report.build_training(results, flatten_config(config), history),
+            report.build_limits(results),
+        ],
+        unit=unit,
+    )
+    results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
+    write_json(workdir / 'results.json', results)
 
 
 def describe_environment() -> dict[str, Any]:
