@@ -70,7 +70,8 @@ def render_accuracies(scores: Mapping[str, dict]) -> Figure:
         axes = figure.subplots()
         for place, metrics in enumerate(scores.values()):
             colour = FIRST if place == 0 else GREY
-            axes.plot(metrics['intervals']['accuracy'], [place, place], color=colour, linewidth=2)
+            if metrics['intervals']['accuracy']:  # that of a single patient is missing
+                axes.plot(metrics['intervals']['accuracy'], [place, place], color=colour, linewidth=2)
             axes.plot(metrics['accuracy'], place, 'o', color=colour)
             axes.text(1.02, place, f'{metrics["accuracy"]:.3f}', va='center')
         axes.set_yticks(range(len(scores)), list(scores))
