@@ -1,19 +1,30 @@
 r"""Trains and tests models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.
 
-  python main.py --config=configs/att2.py --workdir=/tmp/run    slices, demo on generated phantoms
-  python main.py --config=configs/seq.py --workdir=/tmp/seq     slices, then scans, demo on generated phantoms
-  python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run     the paper's first experiment
-  python main.py --config=configs/seq.py:/data/covidx-ct --config.extractor=/tmp/run --workdir=/tmp/seq     its second
-  python main.py --mode=evaluate --workdir=/tmp/run             test the best model of a run again
-  python main.py --mode=audit --input=/data/covidx-ct           can this dataset be trusted? lists alone will do
-  python main.py --mode=predict --workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz    a report on each CT scan
-  python main.py --mode=export --workdir=/tmp/run --output=model.stablehlo       write it as a program for jax alone
-  python main.py --mode=export --workdir=/tmp/run --output=model.safetensors     write it for PyTorch
+A demo on generated phantoms: of slices, or of slices and then scans
+  python main.py --config=configs/att2.py --workdir=/tmp/run
+  python main.py --config=configs/seq.py --workdir=/tmp/seq
 
-What follows the colon is the raw COVIDx-CT directory. Running a training command again in its workdir goes on where
-it stopped; SIGTERM and Ctrl-C save after the next step. All devices of a host are used; to use several hosts, start the
-command on each of them with --coordinator. Any field of a config can be set: --config.train.batch_size=16 (the fields
-are in the config's file).
+The paper's two experiments; after the colon, the raw COVIDx-CT directory
+  python main.py --config=configs/att2.py:/data/covidx-ct --workdir=/tmp/run
+  python main.py --config=configs/seq.py:/data/covidx-ct \
+    --config.extractor=/tmp/run --workdir=/tmp/seq
+
+Can this dataset be trusted? Lists alone will do
+  python main.py --mode=audit --input=/data/covidx-ct
+
+With a run that is finished: test its best model again, write a report on each
+CT scan, write it as a program for jax alone, write it for PyTorch
+  python main.py --mode=evaluate --workdir=/tmp/run
+  python main.py --mode=predict --workdir=/tmp/run --input=/scans/1 \
+    --input=/scans/2.nii.gz
+  python main.py --mode=export --workdir=/tmp/run --output=model.stablehlo
+  python main.py --mode=export --workdir=/tmp/run --output=model.safetensors
+
+A training command that is repeated in its workdir goes on where it stopped;
+SIGTERM and Ctrl-C save after the next step. All devices of a host are used; to
+use several hosts, start the command on each of them with --coordinator. Any
+field of a config can be set, --config.train.batch_size=16 for example; the
+fields are in the config's file.
 """
 
 import signal
@@ -37,7 +48,7 @@ _INPUT = flags.DEFINE_multi_string(
     'input',
     [],
     'Of --mode=predict: a chest CT, as DICOM folder or zip, NIfTI, image folder or image; give it once per scan. Of '
-    '--mode=audit: the raw COVIDx-CT directory, or one of lists only.',
+    '--mode=audit: the raw COVIDx-CT directory, or one of lists only',
 )
 _OUTPUT = flags.DEFINE_string(
     'output',

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 MAX_FAULTS_SHOWN = 20
+WORKER_KILLED = 'a worker process was killed, most likely for want of memory: free memory and run again'
 
 
 class UserError(ValueError):

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ import covidjax
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.augment import AugmentOptions
 from covidjax.data.lists import CLASSES
-from covidjax.errors import join_faults
+from covidjax.errors import UserError, join_faults
+from covidjax.evaluation import figures, report
+from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
 from covidjax.training import loop
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
-from covidjax.training.config import check_config
+from covidjax.training.config import check_config, flatten_config
 from covidjax.training.devices import check_batch_size, compile_step, create_shardings, place_batch, place_state
 from covidjax.training.hosts import is_first
 from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
@@ -55,10 +58,9 @@ def run(
     check_config(config)
     with lock_workdir(workdir), report_full_disk(workdir):
         check_workdir(workdir, config)
-        results_path = workdir / 'results.json'
-        if results_path.exists():
+        if (workdir / 'results.json').exists():
             log.info('%s holds a finished run; its summary again:', workdir)
-            results = json.loads(results_path.read_text())
+            results = load_output(workdir, 'results.json')
         else:
             check_batch_size(config.train.batch_size, config.train.accumulation_steps)
             results = execute()
@@ -86,6 +88,20 @@ def evaluate(
     if is_first():
         print(format_summary(results, workdir))
     return results
+
+
+def load_output(workdir: Path, name: str) -> dict[str, Any]:
+    """Returns the content of a JSON file that the test of a run writes: results.json or calibration.json.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    try:
+        return json.loads((workdir / name).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f'{workdir} has no {name}: run its training command again, or --mode=evaluate') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{workdir / name} is unreadable: --mode=evaluate writes it again') from error
 
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
@@ -273,6 +289,55 @@ def describe_training(history: Sequence[dict], min_delta: float, pretrained: str
     }
 
 
+def write_results(
+    workdir: Path,
+    results: dict[str, Any],
+    rules: dict[str, Any],
+    *,
+    config: ConfigDict,
+    history: Sequence[dict],
+    unit: str,
+    table: str,
+    published: Sequence[Sequence[float]] | None,
+    others: Mapping[str, dict],
+    sections: Sequence[report.Section],
+    start: float,
+) -> None:
+    """Writes what the tests of both experiments leave: calibration.json, figures, report.html and, last, results.json.
+
+    Args:
+      workdir: of the run.
+      results: the content of results.json but `training.test_seconds`, which is added.
+      rules: of `screening.fit_rules`.
+      config: of the run.
+      history: of `loop.fit`.
+      unit: what was classified, 'slices' or 'scans'.
+      table, published, others: see `report.build_scores`.
+      sections: of the report, those that only this experiment has.
+      start: of the test, by `time.perf_counter`.
+    """
+    write_json(workdir / 'calibration.json', rules)
+    curves = figures.render_training_curves(history, results['training']['best_epoch'])
+    figures.save_figure(curves, workdir / 'training_curves.png')
+    title = f'Test {unit}, {results["data"]}'
+    confusion = figures.render_confusion_matrix(results['confusion_matrix'], CLASSES, title=title)
+    figures.save_figure(confusion, workdir / 'confusion_matrix.png')
+    report.write_report(
+        workdir / 'report.html',
+        results,
+        [
+            *report.build_scores(results, published, table=table, unit=unit, others=others),
+            *report.build_statistics(results, rules, unit=unit),
+            *sections,
+            report.build_training(results, flatten_config(config), history),
+            report.build_limits(results),
+        ],
+        unit=unit,
+    )
+    results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
+    write_json(workdir / 'results.json', results)
+
+
 def describe_environment() -> dict[str, Any]:
     """Returns versions and devices of this process."""
     return {
@@ -286,11 +351,10 @@ def describe_environment() -> dict[str, Any]:
 
 def format_baselines(results: dict[str, Any]) -> list[str]:
     """Returns the accuracy of every baseline, a line each."""
-    lines = []
-    for name, metrics in results['baselines'].items():
-        low, high = metrics['intervals']['accuracy']
-        lines.append(f'{name:<18}{metrics["accuracy"]:.3f} [{low:.3f}, {high:.3f}] accuracy')
-    return lines
+    return [
+        f'{name:<18}{format_score(metrics["accuracy"], metrics["intervals"]["accuracy"])} accuracy'
+        for name, metrics in results['baselines'].items()
+    ]
 
 
 def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[str]:

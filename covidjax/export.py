@@ -16,7 +16,7 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 import covidjax
-from covidjax import slice_experiment
+from covidjax import experiment, slice_experiment
 from covidjax.data.lists import CLASSES
 from covidjax.data.scans import NUM_SLICES
 from covidjax.errors import UserError
@@ -47,15 +47,7 @@ def export_run(workdir: Path, output: Path, restore_best: Callable[[ConfigDict, 
     if output.suffix not in WRITERS:
         raise UserError(f'--output={output} must end in {" or ".join(WRITERS)}')
     config = load_config(workdir)
-    found = []
-    for name in ('results.json', 'calibration.json'):
-        try:
-            found.append(json.loads((workdir / name).read_text()))
-        except FileNotFoundError as error:
-            raise UserError(f'{workdir} has no {name}: run its training command again, or --mode=evaluate') from error
-        except (OSError, ValueError) as error:
-            raise UserError(f'{workdir / name} is unreadable: --mode=evaluate writes it again') from error
-    results, rules = found
+    results, rules = (experiment.load_output(workdir, name) for name in ('results.json', 'calibration.json'))
     with open_checkpoints(workdir) as checkpoints:
         variables = jax.device_get(restore_best(config, checkpoints))
     try:
@@ -63,7 +55,7 @@ def export_run(workdir: Path, output: Path, restore_best: Callable[[ConfigDict, 
             what = WRITERS[output.suffix](temporary, config, variables, results, rules['temperature'])
             size = temporary.stat().st_size
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f'can not write --output={output}: {error}') from error
+        raise UserError(f'cannot write --output={output} ({error}): choose another file') from error
     print(f'{output}: {results["model"]}, {what}, {size / 1e6:.1f} MB')
     if results['notice']:
         print(f'Trained on {results["notice"]}.')
@@ -139,7 +131,7 @@ def create_scan_function(
 ) -> Callable[..., dict]:
     """Returns (uint8 [B, T, S, S], mask [B, T]) -> 'logits' and 'probabilities' [B, K] and 'attention' [B, T].
 
-    B and T may be symbols, which `models.seq.Seq` can not take: it divides its slices into batches.
+    B and T may be symbols, which `models.seq.Seq` cannot take: it divides its slices into batches.
     """
     of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
     of_sequence = {'params': variables['params']['sequence']}

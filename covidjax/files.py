@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and what is said when they cannot be written."""
 
 import contextlib
 import errno
@@ -33,6 +33,15 @@ def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; NaN and infinities are errors, since JSON has none."""
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
+
+
+@contextlib.contextmanager
+def report_write_errors(folder: Path, option: str) -> Iterator[None]:
+    """Turns an OSError into a UserError that names `folder` and the option that chooses another."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'cannot write to {folder} ({error.strerror}): choose another {option}') from error
 
 
 @contextlib.contextmanager

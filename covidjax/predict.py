@@ -1,7 +1,6 @@
 """One scan in, one report out: what a trained run says of a chest CT that belongs to no dataset."""
 
 import functools
-import json
 import logging
 import sys
 import time
@@ -14,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from covidjax import scan_experiment, slice_experiment
+from covidjax import experiment, scan_experiment, slice_experiment
 from covidjax.data import scans
 from covidjax.data.body import find_body_box, find_doubts
 from covidjax.data.lists import CLASSES
@@ -27,7 +26,7 @@ from covidjax.evaluation.novelty import Novelty, compute_novelty, load_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.scan_votes import compute_vote_logits
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
-from covidjax.files import report_full_disk, write_json
+from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import SequenceClassifier
 from covidjax.predict_report import Prediction, is_unusual, write_prediction_page
@@ -104,26 +103,19 @@ def load_run(workdir: Path) -> Run:
       UserError: the folder is not the workdir of a finished run, or its files are damaged.
     """
     config = load_config(workdir)
-    found = {}
-    for name in ('results.json', 'calibration.json'):
-        try:
-            found[name] = json.loads((workdir / name).read_text())
-        except FileNotFoundError as error:
-            raise UserError(f'{workdir} has no {name}: run its training command again, or --mode=evaluate') from error
-        except (OSError, ValueError) as error:
-            raise UserError(f'{workdir / name} is unreadable: --mode=evaluate writes it again') from error
+    results, rules = (experiment.load_output(workdir, name) for name in ('results.json', 'calibration.json'))
     is_slice_run = config.name == 'att2'
-    experiment = slice_experiment if is_slice_run else scan_experiment
+    restore_best = (slice_experiment if is_slice_run else scan_experiment).restore_best
     with open_checkpoints(workdir) as checkpoints:
-        variables = jax.device_get(experiment.restore_best(config, checkpoints))
+        variables = jax.device_get(restore_best(config, checkpoints))
     sequence = None
     if not is_slice_run:
         sequence = variables['params']['sequence']
         variables = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
     return Run(
         config,
-        found['results.json'],
-        found['calibration.json'],
+        results,
+        rules,
         load_novelty(workdir / 'novelty.npz'),
         slice_experiment.create_model(config.model if is_slice_run else config.att2.model),
         variables,
@@ -142,15 +134,12 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
     seconds = {'reading': time.perf_counter() - start}
     prediction = predict_scan(run, volume, seconds, force=force, path=path)
     start = time.perf_counter()
-    try:
+    with report_write_errors(folder, '--output'), report_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with report_full_disk(folder):
-            write_prediction_page(folder / 'prediction.html', volume, prediction, run.results)
-            seconds['report'] = time.perf_counter() - start
-            summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
-            write_json(folder / 'prediction.json', summary)
-    except OSError as error:
-        raise UserError(f'can not write to {folder} ({error.strerror}): choose another --output') from error
+        write_prediction_page(folder / 'prediction.html', volume, prediction, run.results)
+        seconds['report'] = time.perf_counter() - start
+        summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
+        write_json(folder / 'prediction.json', summary)
     return format_line(summary, folder)
 
 

@@ -16,7 +16,7 @@ from covidjax.data.volume import Volume
 from covidjax.evaluation import explain
 from covidjax.evaluation.novelty import QUANTILE
 from covidjax.evaluation.pictures import Example, render_maps, render_panels
-from covidjax.evaluation.report import TARGETS, Section
+from covidjax.evaluation.report import TARGETS, Section, describe_interval
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.page import Table, write_page
 
@@ -272,11 +272,11 @@ def _build_reading(volume: Volume, prediction: Prediction) -> Section:
 
 
 def _build_limits(summary: dict[str, Any], results: dict[str, Any]) -> Section:
-    low, high = results['intervals']['accuracy']
+    interval = describe_interval(results['intervals']['accuracy'])
     card: Sequence[tuple[str, str]] = [
         ('model', results['model']),
         ('trained on', results['data']),
-        ('its test accuracy', f'{results["accuracy"]:.1%} (95 % interval {low:.1%} to {high:.1%})'),
+        ('its test accuracy', f'{results["accuracy"]:.1%} ({interval})'),
         ('code', f'covidjax {covidjax.__version__}'),
     ]
     return Section(

@@ -18,18 +18,17 @@ from covidjax.data import covidx_ct, published, scans
 from covidjax.data.lists import CLASSES, SPLITS
 from covidjax.data.scans import Scan
 from covidjax.errors import UserError
-from covidjax.evaluation import baselines, figures, report, voting
+from covidjax.evaluation import baselines, figures, voting
 from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.fast import compile_fast
-from covidjax.files import replace_file, write_json
+from covidjax.files import replace_file
 from covidjax.models.att2 import normalise
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.scan_embeddings import compute_embeddings, run_pass
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
-from covidjax.training.config import flatten_config
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
 from covidjax.training.hosts import is_first
 from covidjax.training.state import TrainState
@@ -161,9 +160,8 @@ class ScanPredictions(NamedTuple):
     slice_probabilities: list[np.ndarray]
 
 
-@functools.partial(
-    compile_fast, static_argnums=0
-)  # of the module, so that validation and test share their compilations
+# Of the module, so that validation and test share their compilations.
+@functools.partial(compile_fast, static_argnums=0)
 def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -> SeqOutputs:
     return replicate(model.apply(variables, normalise(batch['image']), batch['length']))
 
@@ -371,7 +369,6 @@ def test(
         'file names only': baselines.compute_file_name_scores(whole['train'], whole['test'], per_slice=False),
         'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in chosen['test']]),
     }
-    training = experiment.describe_training(history, config.train.min_delta, config.att2.model.pretrained)
     results = {
         **experiment.describe_data(config.data, data),
         'model': 'ResNet50-LSTM-ATT2 (scans)',
@@ -397,54 +394,41 @@ def test(
             'taking_part': {split: experiment.count_classes(y) for split, y in labels.items()},
             'left_out': {split: selection.left_out for split, selection in selections.items()},
         },
-        'training': training,
+        'training': experiment.describe_training(history, config.train.min_delta, config.att2.model.pretrained),
         'environment': experiment.describe_environment(),
     }
-    write_json(workdir / 'calibration.json', rules)
     extractor_variables = {name: variables[name]['extractor'] for name in ('params', 'batch_stats')}
     experiment.save_usual(workdir, model.extractor, extractor_variables, data)
     write_scan_predictions(
         workdir / 'predictions.csv', chosen['test'], probabilities, votes[rule], predictions['test'].attention
     )
+    vote_title = f'Slice votes ({rule}), test scans, {results["data"]}'
     figures.save_figure(
-        figures.render_training_curves(history, training['best_epoch']), workdir / 'training_curves.png'
+        figures.render_confusion_matrix(scan_level['vote']['confusion_matrix'], CLASSES, title=vote_title),
+        workdir / 'confusion_matrix_vote.png',
     )
-    for name, title in (('sequence', 'Sequence model'), ('vote', f'Slice votes ({rule})')):
-        figures.save_figure(
-            figures.render_confusion_matrix(
-                scan_level[name]['confusion_matrix'], CLASSES, title=f'{title}, test scans, {results["data"]}'
-            ),
-            workdir / ('confusion_matrix.png' if name == 'sequence' else 'confusion_matrix_vote.png'),
-        )
     is_the_papers = tuple(results['scans']['taking_part']['test'].values()) == published.SEQUENCES[2]
-    report.write_report(
-        workdir / 'report.html',
+    experiment.write_results(
+        workdir,
         results,
-        [
-            *report.build_scores(
-                results,
-                published.SCAN_SCORES if is_the_papers else None,
-                table='Table IV',
-                unit='scans',
-                others={f'slice votes ({rule})': scan_level['vote']},
-            ),
-            *report.build_statistics(results, rules, unit='scans'),
-            *scan_report.build_scan_sections(
-                model.extractor,
-                extractor_variables,
-                data,
-                chosen['test'],
-                probabilities,
-                predictions['test'].attention,
-                results['slice_attention'],
-            ),
-            report.build_training(results, flatten_config(config), history),
-            report.build_limits(results),
-        ],
+        rules,
+        config=config,
+        history=history,
         unit='scans',
+        table='Table IV',
+        published=published.SCAN_SCORES if is_the_papers else None,
+        others={f'slice votes ({rule})': scan_level['vote']},
+        sections=scan_report.build_scan_sections(
+            model.extractor,
+            extractor_variables,
+            data,
+            chosen['test'],
+            probabilities,
+            predictions['test'].attention,
+            results['slice_attention'],
+        ),
+        start=start,
     )
-    results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
-    write_json(workdir / 'results.json', results)
     return results
 
 

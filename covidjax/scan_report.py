@@ -9,7 +9,7 @@ from covidjax.data import covidx_ct, phantom
 from covidjax.data.lists import CLASSES
 from covidjax.data.scans import NUM_SLICES, Scan, thin_evenly
 from covidjax.evaluation import explain, localisation, pictures
-from covidjax.evaluation.conformal import find_confident_mistakes
+from covidjax.evaluation.mistakes import build_mistakes
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.pictures import Example
 from covidjax.evaluation.report import Section
@@ -18,7 +18,6 @@ from covidjax.report.charts import create_picture
 from covidjax.report.page import Table
 
 _COLUMNS, _WIDTH = 4, 10.0
-_NUM_MISTAKES = 9
 
 
 def score_slice_attention(
@@ -129,33 +128,21 @@ def build_scan_sections(
             'Does attention find the slices that show a lesion? Only scans with both kinds of slices can tell.',
             Table('Attention over slices', ('score', 'mean over scans', 'interval', 'scans'), rows),
         ]
-    labels = np.array([scan.label for scan in scans])
-    mistakes = find_confident_mistakes(probabilities, labels, _NUM_MISTAKES, [scan.patient for scan in scans])
+
+    def load_image(number: int) -> np.ndarray:
+        return source[scans[number].records[int(attention[number].argmax())]]['image'][..., 0]
+
     return [
         samples,
         Section('attention', 'Which slices the model looks at', parts),
-        _build_mistakes(mistakes, scans, source, labels, probabilities, attention),
+        build_mistakes(
+            probabilities,
+            np.array([scan.label for scan in scans]),
+            [scan.patient for scan in scans],
+            [scan.scan for scan in scans],
+            load_image,
+            what='scan',
+            column='scan',
+            note='Of each scan, the slice with the highest attention.',
+        ),
     ]
-
-
-def _build_mistakes(mistakes, scans, source, labels, probabilities, attention) -> Section:
-    title = 'Most confident mistakes'
-    if not mistakes:
-        return Section('mistakes', title, ['No test scan is classified wrongly.'])
-    examples, rows = [], []
-    for number in mistakes:
-        scan, called = scans[number], probabilities[number].argmax()
-        top = int(attention[number].argmax())
-        image = source[scan.records[top]]['image'][..., 0]
-        heading = f'{CLASSES[labels[number]]}, called\n{CLASSES[called]} {probabilities[number].max():.2f}'
-        examples.append(Example(heading, image))
-        rows.append((scan.scan, CLASSES[labels[number]], CLASSES[called], float(probabilities[number].max())))
-    return Section(
-        'mistakes',
-        title,
-        [
-            'Of each scan, the slice with the highest attention.',
-            create_picture(pictures.render_panels({'': examples}, 3), 'The most confident mistakes'),
-            Table('Most confident mistakes, surest first', ('scan', 'true', 'called', 'probability'), rows),
-        ],
-    )

@@ -18,7 +18,7 @@ from covidjax.data.lesions import LesionSlice, read_lesion_folder, read_phantom_
 from covidjax.data.lists import CLASSES
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.scans import group_scans
-from covidjax.evaluation import baselines, figures, report
+from covidjax.evaluation import baselines
 from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
@@ -26,11 +26,9 @@ from covidjax.evaluation.predictions import compute_logits, softmax, write_predi
 from covidjax.evaluation.scan_votes import fit_vote_rules
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.fast import compile_fast
-from covidjax.files import write_json
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
-from covidjax.training.config import flatten_config
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.hosts import is_first
 from covidjax.training.workdir import save_config
@@ -97,7 +95,8 @@ def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, 
     return model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True)
 
 
-@functools.partial(compile_fast, static_argnums=0)  # of the module, so that validation and test share one compilation
+# Of the module, so that validation and test share one compilation.
+@functools.partial(compile_fast, static_argnums=0)
 def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     return replicate(model.apply(variables, normalise(batch['image']), train=False).logits)
 
@@ -214,7 +213,6 @@ def test(
         'thumbnail ridge': thumbnail_scores,
     }
     metrics = {name: compute_metrics(labels['test'], s.argmax(-1), patients, CLASSES) for name, s in scores.items()}
-    training = experiment.describe_training(history, config.train.min_delta, config.model.pretrained)
     results = {
         **experiment.describe_data(config.data, data),
         'model': 'ResNet50-ATT2 (slices)',
@@ -235,36 +233,27 @@ def test(
             train_shares_K=np.bincount(labels['train'], minlength=len(CLASSES)) / len(labels['train']),
         ),
         'explanations': slice_report.score_explanations(model, variables, data, lesions, occlusion=occlusion),
-        'training': training,
+        'training': experiment.describe_training(history, config.train.min_delta, config.model.pretrained),
         'environment': experiment.describe_environment(),
     }
     write_predictions(workdir / 'predictions.csv', rows, probabilities)
-    write_json(workdir / 'calibration.json', rules)
     experiment.save_usual(workdir, model, variables, data)
-    figures.save_figure(
-        figures.render_training_curves(history, training['best_epoch']), workdir / 'training_curves.png'
-    )
-    figures.save_figure(
-        figures.render_confusion_matrix(results['confusion_matrix'], CLASSES, title=f'Test slices, {results["data"]}'),
-        workdir / 'confusion_matrix.png',
-    )
     is_the_papers = tuple(results['dataset']['slices']['test'].values()) == published.SLICES['CT-2A'][2]
-    report.write_report(
-        workdir / 'report.html',
+    experiment.write_results(
+        workdir,
         results,
-        [
-            *report.build_scores(
-                results, published.SLICE_SCORES if is_the_papers else None, table='Table III', unit='slices', others={}
-            ),
-            *report.build_statistics(results, rules, unit='slices'),
-            *slice_report.build_slice_sections(model, variables, data, probabilities, lesions, results['explanations']),
-            report.build_training(results, flatten_config(config), history),
-            report.build_limits(results),
-        ],
+        rules,
+        config=config,
+        history=history,
         unit='slices',
+        table='Table III',
+        published=published.SLICE_SCORES if is_the_papers else None,
+        others={},
+        sections=slice_report.build_slice_sections(
+            model, variables, data, probabilities, lesions, results['explanations']
+        ),
+        start=start,
     )
-    results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
-    write_json(workdir / 'results.json', results)
     return results
 
 

@@ -1,6 +1,6 @@
 """The part of a slice run's report that shows slices: samples, attention, what it is worth, and mistakes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from covidjax.data import covidx_ct
 from covidjax.data.lesions import LesionSlice
 from covidjax.data.lists import CLASSES
 from covidjax.evaluation import explain, explanation_scores, figures, pictures
-from covidjax.evaluation.conformal import find_confident_mistakes
+from covidjax.evaluation.mistakes import build_mistakes
 from covidjax.evaluation.pictures import Example
 from covidjax.evaluation.report import Section
 from covidjax.models.att2 import Att2
@@ -17,7 +17,6 @@ from covidjax.report.charts import create_picture
 from covidjax.report.page import Table
 
 SAMPLES_PER_CLASS = 4
-_NUM_MISTAKES = 9
 _NUM_ERASED = 24
 
 
@@ -50,37 +49,73 @@ def build_slice_sections(
     slices: Sequence[LesionSlice],
     explanations: dict[str, Any],
 ) -> list[Section]:
-    """Returns the sections; `explanations` is that of `score_explanations`."""
+    """Returns the sections.
+
+    Args:
+      model, variables: the slice model.
+      data: with the N test slices.
+      probabilities: of the model, [N, K].
+      slices: with lesions; may be empty.
+      explanations: of `score_explanations`.
+    """
     rows, source = data.rows['test'], data.sources['test']
-    labels = np.array([row.label for row in rows])
     chosen = pictures.choose_examples(rows, SAMPLES_PER_CLASS)
     numbers = [i for of_class in chosen.values() for i in of_class]
     images = np.stack([source[i]['image'] for i in numbers])
-    size = images.shape[1]
-    explained = explain.explain(model, variables, images, probabilities[numbers].argmax(1))
-    maps = explanation_scores.compute_maps(explained, size)
-    places = {number: place for place, number in enumerate(numbers)}
-    first = [places[of_class[0]] for of_class in chosen.values()]
-
-    def build_panels(overlays: np.ndarray | None) -> dict[str, list[Example]]:
-        return {
-            name: [
-                Example('', images[places[i]][..., 0], None if overlays is None else overlays[places[i]])
-                for i in of_class
-            ]
-            for name, of_class in chosen.items()
-        }
-
+    called = probabilities[numbers].argmax(1)
+    maps = explanation_scores.compute_maps(explain.explain(model, variables, images, called), images.shape[1])
     files = '; '.join(f'{name}: {", ".join(rows[i].file for i in of_class)}' for name, of_class in chosen.items())
-    samples = Section(
+    ends = np.cumsum([len(of_class) for of_class in chosen.values()]).tolist()
+    places = {name: range(end - len(chosen[name]), end) for name, end in zip(chosen, ends, strict=True)}
+    return [
+        _build_samples(places, images, files),
+        _build_attention(places, images, maps, called),
+        _build_worth(slices, maps, explanations),
+        build_mistakes(
+            probabilities,
+            np.array([row.label for row in rows]),
+            [row.patient for row in rows],
+            [row.file for row in rows],
+            lambda i: source[i]['image'][..., 0],
+            what='slice',
+            column='file',
+            note='At most two of a patient. Worth a look before anything else: a wrong label, a slice without lesion, '
+            'or a real failure.',
+        ),
+    ]
+
+
+def _arrange(places: Mapping[str, range], images: np.ndarray, overlays: np.ndarray | None) -> dict[str, list[Example]]:
+    """Returns a panel per class; `places` says where its slices stand among the images, and so among the overlays."""
+    return {
+        name: [Example('', images[i, ..., 0], None if overlays is None else overlays[i]) for i in of_class]
+        for name, of_class in places.items()
+    }
+
+
+def _build_samples(places: Mapping[str, range], images: np.ndarray, files: str) -> Section:
+    panels = pictures.render_panels(_arrange(places, images, None), 2)
+    return Section(
         'samples',
         'Samples',
         [
-            create_picture(pictures.render_panels(build_panels(None), 2), 'Four test slices of each class'),
+            create_picture(panels, 'Four test slices of each class'),
             f'The middle slices of patients spread evenly over the test list (as Fig. 1 of the paper). {files}.',
         ],
     )
-    attention = Section(
+
+
+def _build_attention(
+    places: Mapping[str, range], images: np.ndarray, maps: Mapping[str, np.ndarray], called: np.ndarray
+) -> Section:
+    regions = _arrange(places, images, explain.segment(maps['attention 1 x 2']))
+    first = [of_class[0] for of_class in places.values()]
+    lines = pictures.arrange_maps(
+        [f'{name}, called\n{CLASSES[called[i]]}' for name, i in zip(places, first, strict=True)],
+        images[first],
+        {kind: maps[kind][first] for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')},
+    )
+    return Section(
         'attention',
         'Where the model looks',
         [
@@ -88,44 +123,24 @@ def build_slice_sections(
             'module 2. Each map is scaled to its own range (as Fig. 5 of the paper).',
             *(
                 create_picture(
-                    pictures.render_panels(build_panels(maps[f'attention {module}']), 2, scale=f'attention {module}'),
+                    pictures.render_panels(_arrange(places, images, maps[kind]), 2, scale=kind),
                     f'Attention of module {module} over four slices of each class',
                 )
-                for module in (1, 2)
+                for module, kind in ((1, 'attention 1'), (2, 'attention 2'))
             ),
             'Both modules together: the square root of the product of the maps, and the region from its Otsu threshold '
             'on (as Fig. 7 of the paper).',
             create_picture(
-                pictures.render_panels(build_panels(explain.segment(maps['attention 1 x 2'])), 2),
+                pictures.render_panels(regions, 2),
                 'Outline of the region that both modules attend to, four slices of each class',
             ),
             'Grad-CAM, beside them, is of one class: here the one that the model calls.',
             create_picture(
-                pictures.render_maps(
-                    pictures.arrange_maps(
-                        [
-                            f'{name}, called\n{CLASSES[probabilities[of_class[0]].argmax()]}'
-                            for name, of_class in chosen.items()
-                        ],
-                        images[first],
-                        {
-                            kind: maps[kind][first]
-                            for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')
-                        },
-                    ),
-                    scale='scaled to 0..1',
-                ),
+                pictures.render_maps(lines, scale='scaled to 0..1'),
                 'A slice of each class with both attention maps, their product and Grad-CAM',
             ),
         ],
     )
-    mistakes = find_confident_mistakes(probabilities, labels, _NUM_MISTAKES, [row.patient for row in rows])
-    return [
-        samples,
-        attention,
-        _build_worth(slices, maps, explanations),
-        _build_mistakes(mistakes, rows, source, labels, probabilities),
-    ]
 
 
 def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[str, Any]) -> Section:
@@ -182,30 +197,3 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
         ),
     ]
     return Section('worth', 'What these maps are worth', parts)
-
-
-def _build_mistakes(mistakes: Sequence[int], rows, source, labels: np.ndarray, probabilities: np.ndarray) -> Section:
-    title = 'Most confident mistakes'
-    if not mistakes:
-        return Section('mistakes', title, ['No test slice is classified wrongly.'])
-    examples = [
-        Example(
-            f'{CLASSES[labels[i]]}, called\n{CLASSES[probabilities[i].argmax()]} {probabilities[i].max():.2f}',
-            source[i]['image'][..., 0],
-        )
-        for i in mistakes
-    ]
-    table = [
-        (rows[i].file, CLASSES[labels[i]], CLASSES[probabilities[i].argmax()], float(probabilities[i].max()))
-        for i in mistakes
-    ]
-    return Section(
-        'mistakes',
-        title,
-        [
-            'At most two of a patient. Worth a look before anything else: a wrong label, a slice without lesion, or a '
-            'real failure.',
-            create_picture(pictures.render_panels({'': examples}, 3), 'The most confident mistakes'),
-            Table('Most confident mistakes, surest first', ('file', 'true', 'called', 'probability'), table),
-        ],
-    )

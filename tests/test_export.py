@@ -152,12 +152,12 @@ def test_missing_and_unfinished_runs(tmp_path):
             export_run(tmp_path / 'run', tmp_path / 'model.safetensors', fail)
 
 
-def test_output_that_can_not_be_written(tmp_path):
+def test_output_that_cannot_be_written(tmp_path):
     variables = make_run(tmp_path / 'run', 'att2')
     (tmp_path / 'file').write_text('')
     (tmp_path / 'folder.safetensors').mkdir()
     for output in ('none/model.safetensors', 'file/model.safetensors', 'folder.safetensors'):
-        with pytest.raises(UserError, match='can not write --output'):
+        with pytest.raises(UserError, match='cannot write --output'):
             export_run(tmp_path / 'run', tmp_path / output, lambda config, checkpoints: variables)
     assert {path.name for path in tmp_path.iterdir()} == {'run', 'file', 'folder.safetensors'}
 

@@ -1,7 +1,5 @@
 """The whole audit, in order."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from covidjax.audit.dataset import Dataset, read_dataset
 from covidjax.audit.measure import list_files, measure_images
 from covidjax.audit.report import describe_audit, format_summary, save_audit
 from covidjax.audit.version_check import check_version
-from covidjax.errors import UserError
+from covidjax.files import report_write_errors
 
 
 def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
@@ -33,23 +31,15 @@ def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
     """
     raw_dir, workdir = Path(raw_dir), Path(workdir)
     dataset = read_dataset(raw_dir)
-    with _report_write_errors(workdir):  # before the long work
+    with report_write_errors(workdir, '--workdir'):  # before the long work
         workdir.mkdir(parents=True, exist_ok=True)
     checks = check_dataset(dataset)
     audit = describe_audit(dataset, checks)
-    with _report_write_errors(workdir):
+    with report_write_errors(workdir, '--workdir'):
         save_audit(audit, checks, workdir)
     print(format_summary(audit))
     print(f'wrote {workdir / "audit.json"} and {workdir / "audit.html"}')
     return audit
-
-
-@contextlib.contextmanager
-def _report_write_errors(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f'can not write to {workdir} ({error.strerror}): choose another --workdir') from error
 
 
 def check_dataset(dataset: Dataset) -> list[Check]:

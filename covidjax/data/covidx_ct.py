@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from covidjax.data import lists, preprocess
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import WORKER_KILLED, UserError, join_faults
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
     Raises:
       UserError: bad lists (see `lists.read_lists`); no image folder; missing or unreadable images, all of them counted
         and the first 20 named; with `skip_bad`, a class lost from train or a split left empty; a prepared directory
-        that can't be written, or holds damaged records.
+        that can't be written, or holds damaged records; a worker process that was killed.
     """
     version = lists.find_version(raw_dir)
     rows = lists.read_lists(raw_dir)
@@ -227,7 +228,7 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
             if builder.is_prepared():
                 return _open(builder, raw_dir, version, rows)
         config_dir = os.path.join(data_dir, CovidxCt.name, configs[0].name)
-        with _report_write_errors(config_dir), _lock(config_dir):
+        with _report_failures(config_dir), _lock(config_dir):
             # Only now: a builder looks at the disk when it is made, and another process may just have written.
             builder = CovidxCt(config=configs[0], data_dir=data_dir)
             if not builder.is_prepared():
@@ -331,7 +332,7 @@ def _list_files(folder: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError as error:
-        raise UserError(f'{folder} cannot be listed: {error.strerror}') from error
+        raise UserError(f'{folder} cannot be listed ({error.strerror}): get permission to read it') from error
 
 
 def _drop_rows(rows: Mapping[str, Sequence[lists.Row]], bad: BadImages) -> dict[str, list[lists.Row]]:
@@ -373,13 +374,15 @@ def _lock(config_dir: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _report_write_errors(config_dir: str) -> Iterator[None]:
+def _report_failures(config_dir: str) -> Iterator[None]:
     try:
         yield
+    except BrokenProcessPool as error:
+        raise UserError(f'the dataset cannot be prepared in {config_dir}: {WORKER_KILLED}') from error
     except (OSError, RuntimeError) as error:  # the record writer reports a full disk as a RuntimeError
         reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
         raise UserError(
-            f'the dataset cannot be prepared in {config_dir}: {reason}: make room or get permission there, '
+            f'the dataset cannot be prepared in {config_dir} ({reason}): make room or get permission there, '
             'or set --config.data.prepared_dir'
         ) from error
 

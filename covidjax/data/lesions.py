@@ -63,7 +63,7 @@ def read_lesion_folder(folder: Path, size: int) -> list[LesionSlice]:
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror}): --lesions needs a folder with it') from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{path} is not a CSV file in UTF-8: {error}') from error
+        raise UserError(f'{path} is not a CSV file in UTF-8 ({error}): save it as one') from error
     absent = [name for name in ('image', 'lesion') if not rows or name not in rows[0]]
     if absent:
         raise UserError(f'{path} needs the columns image and lesion and a row below them; missing: {", ".join(absent)}')

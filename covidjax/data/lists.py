@@ -180,11 +180,13 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
             for columns in reader:
                 patient = columns['patient id']
                 if patients.setdefault(patient, columns) != columns:
-                    raise UserError(f'{path}:{reader.line_num}: patient {_show(patient)} again, with other columns')
+                    raise UserError(
+                        f'{path}:{reader.line_num}: patient {_show(patient)} again, with other columns: keep one'
+                    )
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+        raise UserError(f'{path} cannot be read ({error.strerror}): get permission, or leave it out') from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{path} is not a CSV file in UTF-8: {error}') from error
+        raise UserError(f'{path} is not a CSV file in UTF-8 ({error}): save it as one') from error
     return patients
 
 
@@ -282,7 +284,7 @@ def _list_directory(path: str) -> list[str]:
     except FileNotFoundError as error:
         raise UserError(f'there is no directory {path}: name the raw COVIDx CT directory') from error
     except OSError as error:
-        raise UserError(f'{path} cannot be listed: {error.strerror}') from error
+        raise UserError(f'{path} cannot be listed ({error.strerror}): name the raw COVIDx CT directory') from error
 
 
 def _show(text: str) -> str:

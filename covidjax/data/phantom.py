@@ -15,7 +15,7 @@ Letters: T slices, H rows and W columns of pixels. Canonical coordinates: the bo
 x runs to the right of the image, y to the patient's back, z from 0 (apex) to 1 (base). Lung coordinates (u, v) are
 canonical ones relative to the centre and half-axes of one lung, so that a lung is about the unit disc at every z.
 
-This module imports neither jax nor the rest of the pipeline: worker processes load it.
+This module imports neither jax nor TFDS: every worker process imports it.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import joblib
@@ -33,12 +34,13 @@ import scipy.ndimage
 import tqdm
 from PIL import Image
 
-from covidjax.errors import UserError
+from covidjax.data.lists import SPLITS, get_list_name
+from covidjax.errors import WORKER_KILLED, UserError
 
-SPLITS = ('train', 'val', 'test')
 FINDINGS = ('Normal', 'Pneumonia', 'COVID-19')
 NORMAL, PNEUMONIA, COVID19 = range(3)
-IMAGE_FOLDER = '2A_images'
+VERSION = '2A'  # of COVIDx CT, whose layout it is
+IMAGE_FOLDER = f'{VERSION}_images'
 MASK_FOLDER = 'lesion_masks'
 OPTIONS_FILE = 'phantoms.json'
 METADATA_COLUMNS = (
@@ -652,7 +654,7 @@ def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
       options: what to generate.
 
     Raises:
-      UserError: `raw_dir` exists with other contents, or can't be made.
+      UserError: `raw_dir` exists with other contents, or can't be made; a worker process was killed.
     """
     raw_dir = Path(raw_dir).absolute()
     stamp = {'generator_version': GENERATOR_VERSION, **dataclasses.asdict(options)}
@@ -667,8 +669,10 @@ def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
                 # Another process may have finished the same phantoms first.
                 if not _is_written(raw_dir, stamp):
                     raise
+    except BrokenProcessPool as error:
+        raise UserError(f'cannot write phantoms to {raw_dir}: {WORKER_KILLED}') from error
     except OSError as error:
-        raise UserError(f"can't write phantoms to {raw_dir}: {error}") from error
+        raise UserError(f'cannot write phantoms to {raw_dir} ({error}): make room or get permission there') from error
 
 
 def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
@@ -684,6 +688,6 @@ def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
         for split, scan_rows in tqdm.tqdm(scans, total=len(plan), desc='phantoms', unit='patient'):
             rows[split] += scan_rows
     for split, lines in rows.items():
-        (folder / f'{split}_COVIDx_CT-2A.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+        (folder / get_list_name(split, VERSION)).write_text('\n'.join(lines) + '\n', encoding='utf-8')
     _write_metadata(folder / 'metadata.csv', options)
     (folder / OPTIONS_FILE).write_text(json.dumps(stamp, indent=2) + '\n', encoding='utf-8')

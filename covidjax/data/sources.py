@@ -50,7 +50,9 @@ def open_entries(path: Path) -> Iterator[list[Entry]]:
             _check_limits(1, path.stat().st_size, path)
             yield [Entry(path.name, path.read_bytes)]
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror or type(error).__name__})') from error
+        raise UserError(
+            f'{path}: cannot be read ({error.strerror or type(error).__name__}): get permission, or copy it again'
+        ) from error
     except (zipfile.BadZipFile, *_OF_DECODERS) as error:
         if isinstance(error, UserError):
             raise

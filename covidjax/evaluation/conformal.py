@@ -1,4 +1,4 @@
-"""Which predictions to leave to a radiologist: conformal sets, risk against coverage, confident mistakes.
+"""Which predictions to leave to a radiologist: conformal sets, and risk against coverage.
 
 Shapes: N examples, K classes, P patients.
 """
@@ -11,7 +11,6 @@ from covidjax.evaluation.curves import thin
 from covidjax.evaluation.metrics import compute_share_interval
 
 ACCURACY_AT = (0.5, 0.8, 0.9, 1.0)
-_MAX_PER_PATIENT = 2
 
 
 def compute_rank(num_examples: int, coverage: float) -> int:
@@ -130,18 +129,3 @@ def compute_risk_coverage(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -
         'aurc': float(risk.mean()),
         'accuracy_at': {str(c): float(1 - risk[int(np.ceil(c * n - 1e-9)) - 1]) for c in ACCURACY_AT},
     }
-
-
-def find_confident_mistakes(
-    probabilities_NxK: np.ndarray, labels_N: np.ndarray, count: int, patients: Sequence[str]
-) -> list[int]:
-    """Returns the indices of the `count` most confident wrong predictions, surest first, at most two of a patient."""
-    predicted, confidence = probabilities_NxK.argmax(1), probabilities_NxK.max(1)
-    chosen, seen = [], {}
-    for i in np.argsort(-confidence, kind='stable').tolist():
-        if len(chosen) == count:
-            break
-        if predicted[i] != labels_N[i] and seen.get(patients[i], 0) < _MAX_PER_PATIENT:
-            seen[patients[i]] = seen.get(patients[i], 0) + 1
-            chosen.append(i)
-    return chosen

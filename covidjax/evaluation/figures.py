@@ -70,7 +70,8 @@ def render_accuracies(scores: Mapping[str, dict]) -> Figure:
         axes = figure.subplots()
         for place, metrics in enumerate(scores.values()):
             colour = FIRST if place == 0 else GREY
-            axes.plot(metrics['intervals']['accuracy'], [place, place], color=colour, linewidth=2)
+            if metrics['intervals']['accuracy']:  # that of a single patient is missing
+                axes.plot(metrics['intervals']['accuracy'], [place, place], color=colour, linewidth=2)
             axes.plot(metrics['accuracy'], place, 'o', color=colour)
             axes.text(1.02, place, f'{metrics["accuracy"]:.3f}', va='center')
         axes.set_yticks(range(len(scores)), list(scores))
@@ -151,7 +152,11 @@ def render_risk_coverage(curve: dict[str, Any]) -> Figure:
 
 
 def render_erasure_curves(curves: Mapping[str, dict[str, Sequence[float]]]) -> Figure:
-    """Draws mean deletion and insertion curves of several maps; `curves` holds 'deletion' and 'insertion' by map."""
+    """Draws mean deletion and insertion curves of several maps, whose highest pixels come first.
+
+    Args:
+      curves: 'deletion' and 'insertion', the probability at evenly spaced shares of the pixels, by map.
+    """
     with use_style():
         figure = Figure(figsize=(7.5, 3.2), layout='constrained')
         colours = (FIRST, SECOND, *COLOURS.values(), GREY)
@@ -159,7 +164,7 @@ def render_erasure_curves(curves: Mapping[str, dict[str, Sequence[float]]]) -> F
             for (label, curve), colour in zip(curves.items(), colours, strict=False):
                 axes.plot(np.linspace(0, 1, len(curve[name])), curve[name], color=colour, label=label)
             verb = 'blurred' if name == 'deletion' else 'brought back'
-            axes.set(xlabel=f'Share of pixels {verb}, highest first', title=name.capitalize())
+            axes.set(xlabel=f'Share of pixels {verb}', title=name.capitalize())
         figure.axes[0].set_ylabel('Probability of the predicted class')
         figure.axes[1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
         return figure

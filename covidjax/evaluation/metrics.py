@@ -292,21 +292,23 @@ def compute_ranking(scores_N: np.ndarray, positive_N: np.ndarray, patients: Sequ
     return result
 
 
+def format_score(value: float | None, interval: Sequence[float] | None) -> str:
+    """Returns '0.865 [0.851, 0.879]', '0.865 [-]' without an interval and '-' without a value."""
+    if value is None:
+        return '-'
+    return f'{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]' if interval else f'{value:.3f} [-]'
+
+
 def format_table(metrics: dict, *, unit: str) -> str:
     """Returns the scores in the form of the paper's Tables III and IV, with intervals; `unit` heads the counts."""
 
-    def cell(value, interval):
-        if value is None:
-            return '-'
-        return f'{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]' if interval else f'{value:.3f} [-]'
-
     def line(name, scores, intervals):
-        cells = [cell(scores[s], intervals[s]) for s in ('precision', 'recall', 'f1')]
+        cells = [format_score(scores[s], intervals[s]) for s in ('precision', 'recall', 'f1')]
         return f'{name:<18}' + ''.join(f'{cell:<24}' for cell in cells) + f'{scores.get("support", "")}'
 
     intervals = metrics['intervals']
     lines = [f'{"Class":<18}{"Precision":<24}{"Recall":<24}{"F1":<24}{unit}']
     lines += [line(c, metrics['per_class'][c], intervals['per_class'][c]) for c in metrics['classes']]
     lines.append(line('weighted average', metrics['weighted_average'], intervals['weighted_average']))
-    lines.append(f'{"accuracy":<18}{cell(metrics["accuracy"], intervals["accuracy"])}')
+    lines.append(f'{"accuracy":<18}{format_score(metrics["accuracy"], intervals["accuracy"])}')
     return '\n'.join(line.rstrip() for line in lines)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from covidjax.data.lists import CLASSES
-from covidjax.evaluation.metrics import compute_ranking, compute_share_interval
+from covidjax.evaluation.metrics import compute_ranking, compute_share_interval, format_score
 
 PNEUMONIA, COVID19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
 
@@ -75,15 +75,12 @@ def compute_patient_level(
 
 def format_comparison(by_name: dict[str, dict]) -> str:
     """Returns a table of `compute_patient_level` results, a row per classifier."""
-
-    def cell(value, interval):
-        return '-' if value is None else f'{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]'
-
     first = next(iter(by_name.values()))
     lines = [
         f'Pneumonia ({first["num_pneumonia"]}) against COVID-19 ({first["num_covid19"]}), per patient',
         f'{"":<18}{"Accuracy":<24}AUC',
     ]
     for name, r in by_name.items():
-        lines.append(f'{name:<18}{cell(r["accuracy"], r["accuracy_interval"]):<24}{cell(r["auc"], r["auc_interval"])}')
+        accuracy, auc = (format_score(r[score], r[f'{score}_interval']) for score in ('accuracy', 'auc'))
+        lines.append(f'{name:<18}{accuracy:<24}{auc}')
     return '\n'.join(lines)

@@ -89,9 +89,11 @@ def render_panels(
     """
     with use_style():
         lines = max(-(-len(examples) // columns) for examples in panels.values())
-        titled = any(example.title for examples in panels.values() for example in examples)
         side = width / (columns * len(panels))
-        height = lines * (side + (0.2 if titled else 0)) + 0.35
+        fontsize = min(8, 8 * side)
+        titles = [example.title for examples in panels.values() for example in examples]
+        title_lines = max(title.count('\n') + bool(title) for title in titles)
+        height = lines * (side + title_lines * 1.4 * fontsize / 72) + (0.25 if any(panels) else 0)
         figure = Figure(figsize=(width + (0.7 if scale else 0), height), layout='constrained')
         ratios = [width / len(panels)] * len(panels) + ([0.7] if scale else [])
         parts = figure.subfigures(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
@@ -100,7 +102,7 @@ def render_panels(
             for axes in part.subplots(lines, columns, squeeze=False).ravel():
                 axes.axis('off')
             for axes, example in zip(part.axes, examples, strict=False):
-                _show(axes, example, fontsize=min(8, 8 * side))
+                _show(axes, example, fontsize=fontsize)
         if scale:
             figure.colorbar(_SCALE, cax=parts[-1].subplots(), label=scale, ticks=[0, 0.5, 1])
         return figure

@@ -32,14 +32,18 @@ class Section(NamedTuple):
 
 def write_report(path: Path, results: dict[str, Any], sections: Sequence[Section], *, unit: str) -> None:
     """Writes a self-contained page; `unit` names what was classified, 'slices' or 'scans'."""
-    low, high = results['intervals']['accuracy']
     beside = ', '.join(f'{name} {metrics["accuracy"]:.1%}' for name, metrics in results['baselines'].items())
     headline = (
         f'{results["accuracy"]:.1%} of {results["num_examples"]:,} test {unit} of {results["num_patients"]:,} patients '
-        f'are classified rightly (95 % interval {low:.1%} to {high:.1%}). Beside it: {beside}.'
+        f'are classified rightly ({describe_interval(results["intervals"]["accuracy"])}). Beside it: {beside}.'
     )
     title = f'{results["model"]} on {results["data"]}'
     write_page(path, 'run.html', title=title, notice=results['notice'], headline=headline, sections=sections)
+
+
+def describe_interval(interval: Sequence[float] | None) -> str:
+    """Returns e.g. '95 % interval 85.1% to 87.9%'; None, the interval of a single patient, is said to be missing."""
+    return f'95 % interval {interval[0]:.1%} to {interval[1]:.1%}' if interval else 'one patient, so no interval'
 
 
 def build_scores(

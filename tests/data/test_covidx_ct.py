@@ -6,6 +6,7 @@ import sys
 import time
 
 import filelock
+import joblib
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -247,7 +248,7 @@ def test_full_disk(run, tmp_path, monkeypatch):
         raise RuntimeError('write() failed: No space left on device;\n writing x')
 
     monkeypatch.setattr(tfds.core.ShardBasedBuilder, '_download_and_prepare', fail)
-    assert 'No space left on device; writing x: make room' in get_error(run)
+    assert '(write() failed: No space left on device; writing x): make room' in get_error(run)
     assert list_datasets(tmp_path) == list_leftovers(tmp_path) == []
 
 
@@ -324,6 +325,22 @@ def test_a_killed_run_leaves_nothing_that_passes_for_whole(run, raw, tmp_path, h
     assert list_datasets(tmp_path) == []
     assert len(run().sources['train']) == 18
     assert list_leftovers(tmp_path) == []
+
+
+def test_a_killed_worker_is_told_from_a_full_disk(run, tmp_path, monkeypatch):
+    main_pid = os.getpid()
+
+    def die(*_):
+        assert os.getpid() != main_pid
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(joblib, 'cpu_count', lambda: 2)
+    monkeypatch.setattr(covidx_ct, 'BATCH_SIZE', 1)  # or one batch is done in this process
+    monkeypatch.setattr(preprocess, 'encode_slices', die)
+    assert 'a worker process was killed, most likely for want of memory' in get_error(run)
+    assert list_datasets(tmp_path) == list_leftovers(tmp_path) == []
+    monkeypatch.undo()
+    assert len(run().sources['train']) == 18
 
 
 def test_a_second_process_waits_and_reuses(run, raw, tmp_path):

@@ -208,7 +208,7 @@ def test_an_existing_folder_of_other_options_is_refused(raw_dir, tmp_path):
     with pytest.raises(UserError, match='holds no phantoms'):
         phantom.write_phantoms(tmp_path, OPTIONS)
     (tmp_path / 'file').write_text('in the way')
-    with pytest.raises(UserError, match="can't write phantoms"):
+    with pytest.raises(UserError, match='cannot write phantoms'):
         phantom.write_phantoms(tmp_path / 'file' / 'raw', OPTIONS)
 
 

@@ -7,7 +7,6 @@ from covidjax.data.lists import CLASSES
 from covidjax.evaluation.conformal import (
     compute_conformal,
     compute_risk_coverage,
-    find_confident_mistakes,
     fit_thresholds,
     predict_sets,
 )
@@ -96,13 +95,3 @@ def test_risk_of_perfect_and_inverted_classifiers(shift, risk):
 
 def test_risk_of_nothing():
     assert compute_risk_coverage(np.zeros((0, 3)), np.zeros(0, int))['aurc'] is None
-
-
-def test_mistakes_are_the_surest_and_at_most_two_of_a_patient():
-    confidence = np.array([0.95, 0.9, 0.85, 0.8, 0.75, 0.99])
-    p = np.stack([confidence, 1 - confidence], 1)
-    labels = np.array([1, 1, 1, 1, 1, 0])  # the last is right
-    patients = ['a', 'a', 'a', 'b', 'c', 'd']
-    assert find_confident_mistakes(p, labels, 3, patients) == [0, 1, 3]
-    assert find_confident_mistakes(p, labels, 9, patients) == [0, 1, 3, 4]
-    assert find_confident_mistakes(p, p.argmax(1), 3, patients) == []

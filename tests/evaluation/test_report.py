@@ -78,3 +78,9 @@ def test_missing_classes_are_stated(tmp_path, labels):
     page = write(tmp_path / 'report.html', labels, None)
     assert 'No validation example is positive' in page
     assert 'nan' not in re.sub(r'data:[^"]*', '', page).lower()
+
+
+def test_a_single_patient_has_no_interval(tmp_path):
+    page = write(tmp_path / 'report.html', np.array([0, 1, 2, 0]), None)
+    assert '75.0% of 4 test slices' in page
+    assert 'one patient, so no interval' in page
