@@ -65,7 +65,7 @@ class Att2(nn.Module):
           images_BxHxWx1: float32 in [-1, 1] (see `normalise`); each stands for three equal channels, as ImageNet
             weights take them (see `resnet.StemConv`).
           train: True uses and updates batch statistics (collection 'batch_stats').
-          full: True also computes a tail that can not change the output.
+          full: True also computes a tail that cannot change the output.
         """
         if self.combination not in COMBINATIONS:
             raise ValueError(f'combination must be one of {COMBINATIONS}, got {self.combination!r}')

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 COMPATIBILITIES = ('additive', 'dot', 'tanh', 'uniform')
-NEED_GLOBAL_FEATURE = ('dot', 'tanh')  # of these; under the others it can not change the output
+NEED_GLOBAL_FEATURE = ('dot', 'tanh')  # of these; under the others it cannot change the output
 
 
 class ImageAttention(nn.Module):

@@ -120,7 +120,10 @@ class Checkpoints:
             _list_shapes(self._best.item_metadata(finished[-1])['variables'].tree), _list_shapes(template)
         )
         if differences:
-            raise UserError(f'the checkpoint in {self._best.directory} is of another model: {join_faults(differences)}')
+            raise UserError(
+                f'the checkpoint in {self._best.directory} is of another model ({join_faults(differences)}): train in '
+                'another --workdir'
+            )
         arguments = ocp.args.Composite(variables=ocp.args.StandardRestore(template))
         return self._best.restore(finished[-1], args=arguments)['variables']
 

@@ -39,7 +39,10 @@ def check_batch_size(batch_size: int, accumulation_steps: int) -> None:
     num_devices = jax.device_count()
     if batch_size % (num_devices * accumulation_steps):
         parts = f' in {accumulation_steps} parts' if accumulation_steps > 1 else ''
-        raise UserError(f'config.train.batch_size={batch_size} does not divide over {num_devices} devices{parts}')
+        raise UserError(
+            f'config.train.batch_size={batch_size} does not divide over {num_devices} devices{parts}: pass a multiple '
+            f'of {num_devices * accumulation_steps}'
+        )
 
 
 def pad_batch_size(batch_size: int) -> int:

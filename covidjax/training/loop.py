@@ -267,9 +267,13 @@ def read_history(workdir: Path) -> list[dict]:
     """Returns what `write_history` wrote.
 
     Raises:
-      UserError: the run has not finished its first epoch.
+      UserError: the run has not finished its first epoch, or the file is damaged.
     """
     try:
         return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     except FileNotFoundError as error:
         raise UserError(f'{workdir} has no finished epoch yet: train first') from error
+    except ValueError as error:
+        raise UserError(
+            f'{workdir / "metrics.jsonl"} is damaged ({error}): put a copy back, or train in another --workdir'
+        ) from error

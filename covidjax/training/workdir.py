@@ -9,7 +9,7 @@ import filelock
 from ml_collections import ConfigDict
 
 from covidjax.errors import UserError
-from covidjax.files import write_json
+from covidjax.files import report_write_errors, write_json
 from covidjax.training.config import flatten_config
 from covidjax.training.hosts import is_first
 
@@ -27,13 +27,12 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    try:
+    with report_write_errors(workdir, '--workdir'):
         workdir.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(workdir / '.lock').acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(f'another run is using {workdir}: wait for it, or choose another --workdir') from error
-    except OSError as error:
-        raise UserError(f'can not write to {workdir} ({error.strerror}): choose another --workdir') from error
+        try:
+            held = filelock.FileLock(workdir / '.lock').acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(f'another run is using {workdir}: wait for it, or choose another --workdir') from error
     with held:
         yield
 
@@ -69,7 +68,7 @@ def load_config(workdir: Path) -> ConfigDict:
     """Returns the config saved in a workdir.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is damaged.
     """
     path = workdir / 'config.json'
     try:
@@ -77,4 +76,4 @@ def load_config(workdir: Path) -> ConfigDict:
     except FileNotFoundError as error:
         raise UserError(f'{workdir} is not the workdir of a run (it has no config.json)') from error
     except (OSError, ValueError) as error:
-        raise UserError(f'{path} is unreadable: {error}') from error
+        raise UserError(f'{path} is unreadable ({error}): put a copy back, or choose another --workdir') from error

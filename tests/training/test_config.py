@@ -97,5 +97,5 @@ def test_second_run_in_a_workdir_is_refused(tmp_path):
 
 def test_workdir_that_is_a_file(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='can not write'), lock_workdir(tmp_path / 'file'):
+    with pytest.raises(UserError, match='cannot write'), lock_workdir(tmp_path / 'file'):
         pass

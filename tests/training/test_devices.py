@@ -29,7 +29,7 @@ def test_batch_that_does_not_divide(monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: 8)
     check_batch_size(32, 4)
     assert [pad_batch_size(n) for n in (1, 8, 12)] == [8, 8, 16]
-    with pytest.raises(UserError, match=r'batch_size=12 does not divide over 8 devices$'):
+    with pytest.raises(UserError, match=r'batch_size=12 does not divide over 8 devices: pass a multiple of 8$'):
         check_batch_size(12, 1)
     with pytest.raises(UserError, match='batch_size=32 does not divide over 8 devices in 8 parts'):
         check_batch_size(32, 8)

@@ -343,3 +343,9 @@ def test_no_epoch_yet(tmp_path):
         run(tmp_path, LOSSES, interrupt_at(1, send(signal.SIGTERM)))
     with pytest.raises(UserError, match='no finished epoch'):
         read_history(tmp_path)
+
+
+def test_a_damaged_history_is_named(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('{"epoch": 1, "val_l')
+    with pytest.raises(UserError, match=r'metrics.jsonl is damaged .*: put a copy back'):
+        read_history(tmp_path)
