@@ -117,7 +117,8 @@ def compute_embeddings(
     def apply(batch: dict[str, jax.Array]) -> list[jax.Array]:
         return [_embed(model, variables, batch, key, draw, dtype) for draw in range(num_draws)]
 
-    batches = scans.load_eval_scans(source, chosen, batch_size=batch_size, shard=get_shard())
+    load_slices = scans.load_images(source, chosen)
+    batches = scans.load_eval_scans(load_slices, chosen, batch_size=batch_size, shard=get_shard())
     found = run_pass(apply, batches, chosen, batch_size)
     for member, draws in tqdm(found, title, total=len(chosen), unit='scan', disable=not is_first()):
         for draw, embeddings_TxE in enumerate(draws):

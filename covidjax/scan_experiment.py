@@ -175,7 +175,8 @@ def create_predictor(
     def predict(variables, split):
         found = {}
         chosen = selections[split].scans
-        batches = scans.load_eval_scans(data.sources[split], chosen, batch_size=batch_size, shard=get_shard())
+        load_slices = scans.load_images(data.sources[split], chosen)
+        batches = scans.load_eval_scans(load_slices, chosen, batch_size=batch_size, shard=get_shard())
         apply = functools.partial(_apply, model, variables)
         for member, outputs in run_pass(apply, batches, chosen, batch_size):
             t = len(chosen[member].records)
@@ -206,9 +207,10 @@ def create_image_feed(
     predict = create_predictor(model, data, selections, config.train.batch_size)
 
     def load_batches(state):
+        chosen = selections['train'].scans
         return scans.load_train_scans(
-            data.sources['train'],
-            selections['train'].scans,
+            scans.load_images(data.sources['train'], chosen),
+            chosen,
             batch_size=config.train.batch_size,
             seed=config.seed,
             first_step=int(state.step),
@@ -252,9 +254,10 @@ def create_embedding_feed(
             dtype=config.train.dtype,
             title='embeddings of train',
         )
-        return scans.load_train_embeddings(
-            embeddings_DxNxE,
-            selections['train'].scans,
+        chosen = selections['train'].scans
+        return scans.load_train_scans(
+            scans.load_embeddings(embeddings_DxNxE, chosen),
+            chosen,
             batch_size=batch_size,
             seed=config.seed,
             first_step=int(state.step),
@@ -269,14 +272,15 @@ def create_embedding_feed(
     def classify(variables, batch):
         return replicate(forward(variables, batch['embedding'], batch)[0])
 
-    val_NxE = None
+    val_1xNxE = None
 
     def compute_val_logits(variables):
-        nonlocal val_NxE
+        nonlocal val_1xNxE
         chosen, padded = selections['val'].scans, pad_batch_size(batch_size)
-        if val_NxE is None:
-            (val_NxE,) = embed(variables, 'val', key=None, num_draws=1, dtype='float32', title='embeddings of val')
-        batches = scans.load_eval_embeddings(val_NxE, chosen, batch_size=padded, shard=get_shard())
+        if val_1xNxE is None:
+            val_1xNxE = embed(variables, 'val', key=None, num_draws=1, dtype='float32', title='embeddings of val')
+        load_slices = scans.load_embeddings(val_1xNxE, chosen)
+        batches = scans.load_eval_scans(load_slices, chosen, batch_size=padded, shard=get_shard())
         found = dict(run_pass(functools.partial(classify, variables), batches, chosen, padded))
         return np.stack([found[member] for member in range(len(chosen))])
 

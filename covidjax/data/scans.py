@@ -121,11 +121,13 @@ def locate_slices(scans: Sequence[Scan]) -> list[slice]:
     return [slice(end - len(scan.records), end) for scan, end in zip(scans, ends, strict=True)]
 
 
-# (number of the pass, scans of a batch, B, T) -> what is loaded of their slices, by name
-_LoadSlices = Callable[[int, np.ndarray, int, int], dict[str, np.ndarray]]
+# (number of the pass, numbers of a batch's scans, B, T) -> what is loaded of their slices, by name
+LoadSlices = Callable[[int, np.ndarray, int, int], dict[str, np.ndarray]]
 
 
-def _load_images(source: Sequence[dict], scans: Sequence[Scan]) -> _LoadSlices:
+def load_images(source: Sequence[dict], scans: Sequence[Scan]) -> LoadSlices:
+    """Returns what loads the slices of scans as 'image' uint8 [B, S, S, T] from the records of their split."""
+
     def load(_: int, members: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
         size = source[scans[0].records[0]]['image'].shape[0]
         images = np.zeros((batch_size, size, size, length), np.uint8)
@@ -137,7 +139,11 @@ def _load_images(source: Sequence[dict], scans: Sequence[Scan]) -> _LoadSlices:
     return load
 
 
-def _load_embeddings(embeddings_DxNxE: np.ndarray, scans: Sequence[Scan]) -> _LoadSlices:
+def load_embeddings(embeddings_DxNxE: np.ndarray, scans: Sequence[Scan]) -> LoadSlices:
+    """Returns what loads the slices of scans as 'embedding' float32 [B, T, E], in pass p (from 0) of draw p modulo D.
+
+    `locate_slices` says where the slices of a scan stand.
+    """
     places = locate_slices(scans)
 
     def load(number: int, members: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
@@ -150,11 +156,45 @@ def _load_embeddings(embeddings_DxNxE: np.ndarray, scans: Sequence[Scan]) -> _Lo
     return load
 
 
+def load_train_scans(
+    load_slices: LoadSlices,
+    scans: Sequence[Scan],
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[dict]:
+    """Yields batches of scans without end; every pass is a new permutation and takes `count_batches` steps.
+
+    Batch k depends on the arguments and k only; `batch_size` and `shard` are as in `loader.load_train_batches`.
+
+    A batch is a dict: what `load_slices` loads, 0 on padding, 'length' int32 [B] (of T), 'label' int32 [B], 'index'
+    int32 [B] (of the scan), 'mask' float32 [B] (0 marks scans that are padding).
+    """
+    plan = plan_steps(scans, batch_size, seed)
+
+    def load(step: int) -> dict:
+        return _load_batch(*plan(step), scans, load_slices, batch_size, shard)
+
+    stream = _stream(load, np.iinfo(np.int32).max)
+    stream.set_state({'next_index': first_step})
+    return stream
+
+
+def load_eval_scans(
+    load_slices: LoadSlices, scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict]:
+    """Yields every scan once, in batches as `load_train_scans` and in the order of `plan_pass` without `rng`."""
+    plan = plan_pass(scans, batch_size, None)
+    return _stream(lambda k: _load_batch(0, plan[k], scans, load_slices, batch_size, shard), len(plan))
+
+
 def _load_batch(
     number: int,
     members: np.ndarray,
     scans: Sequence[Scan],
-    load_slices: _LoadSlices,
+    load_slices: LoadSlices,
     batch_size: int,
     shard: tuple[int, int],
 ) -> dict:
@@ -181,77 +221,3 @@ def _stream(load: Callable[[int], dict], num_batches: int) -> Iterator[dict]:
     dataset = grain.MapDataset.range(num_batches).map(load)
     # A batch of long scans is hundreds of MB: few are read ahead.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-
-
-def load_train_scans(
-    source: Sequence[dict],
-    scans: Sequence[Scan],
-    *,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    shard: tuple[int, int] = (0, 1),
-) -> Iterator[dict]:
-    """Yields batches of scans without end; every pass is a new permutation and takes `count_batches` steps.
-
-    Batch k depends on the arguments and k only; `batch_size` and `shard` are as in `loader.load_train_batches`.
-
-    A batch is a dict: 'image' uint8 [B, S, S, T], 'length' int32 [B] (of T), 'label' int32 [B], 'index' int32 [B] (of
-    the scan), 'mask' float32 [B] (0 marks scans that are padding).
-    """
-    return _stream_train(_load_images(source, scans), scans, batch_size, seed, first_step, shard)
-
-
-def load_train_embeddings(
-    embeddings_DxNxE: np.ndarray,
-    scans: Sequence[Scan],
-    *,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    shard: tuple[int, int] = (0, 1),
-) -> Iterator[dict]:
-    """Yields the batches of `load_train_scans` with 'embedding' float32 [B, T, E], 0 on padding, in place of 'image'.
-
-    Pass p (from 0) takes draw p modulo D; `locate_slices` says where the slices of a scan stand.
-    """
-    return _stream_train(_load_embeddings(embeddings_DxNxE, scans), scans, batch_size, seed, first_step, shard)
-
-
-def _stream_train(
-    load_slices: _LoadSlices,
-    scans: Sequence[Scan],
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    shard: tuple[int, int],
-) -> Iterator[dict]:
-    plan = plan_steps(scans, batch_size, seed)
-
-    def load(step: int) -> dict:
-        return _load_batch(*plan(step), scans, load_slices, batch_size, shard)
-
-    stream = _stream(load, np.iinfo(np.int32).max)
-    stream.set_state({'next_index': first_step})
-    return stream
-
-
-def load_eval_scans(
-    source: Sequence[dict], scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
-) -> Iterator[dict]:
-    """Yields every scan once, in batches as `load_train_scans` and in the order of `plan_pass` without `rng`."""
-    return _stream_eval(_load_images(source, scans), scans, batch_size, shard)
-
-
-def load_eval_embeddings(
-    embeddings_NxE: np.ndarray, scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
-) -> Iterator[dict]:
-    """Yields the batches of `load_eval_scans` with 'embedding' in place of 'image', as `load_train_embeddings`."""
-    return _stream_eval(_load_embeddings(embeddings_NxE[None], scans), scans, batch_size, shard)
-
-
-def _stream_eval(
-    load_slices: _LoadSlices, scans: Sequence[Scan], batch_size: int, shard: tuple[int, int]
-) -> Iterator[dict]:
-    plan = plan_pass(scans, batch_size, None)
-    return _stream(lambda k: _load_batch(0, plan[k], scans, load_slices, batch_size, shard), len(plan))

@@ -86,7 +86,7 @@ def test_passes_visit_each_scan_once_in_batches_of_one_length():
 def test_batch_holds_slices_lengths_and_masks():
     rows, source = make_rows([3, 17, 2])
     whole = scans.group_scans(rows)
-    short, long = scans.load_eval_scans(source, whole, batch_size=3)
+    short, long = scans.load_eval_scans(scans.load_images(source, whole), whole, batch_size=3)
     assert short['image'].shape == (3, 4, 4, 16)
     assert long['image'].shape == (3, 4, 4, 32)
     assert short['index'][short['mask'] > 0].tolist() == [0, 2]
@@ -99,9 +99,10 @@ def test_batch_holds_slices_lengths_and_masks():
 def test_training_stream_goes_on_where_it_stopped():
     rows, source = make_rows([3, 17, 2, 5, 18])
     whole = scans.group_scans(rows)
+    load_images = scans.load_images(source, whole)
 
     def take(first_step, count):
-        stream = scans.load_train_scans(source, whole, batch_size=2, seed=4, first_step=first_step)
+        stream = scans.load_train_scans(load_images, whole, batch_size=2, seed=4, first_step=first_step)
         return [(b['index'].tolist(), b['mask'].tolist()) for b in itertools.islice(stream, count)]
 
     everything = take(0, 9)  # three batches a pass
@@ -115,10 +116,11 @@ def test_training_stream_goes_on_where_it_stopped():
 def test_processes_share_the_batches_of_one():
     rows, source = make_rows([3, 17, 2, 5, 18])
     whole = scans.group_scans(rows)
+    load_images = scans.load_images(source, whole)
 
     def load(shard):
-        train = scans.load_train_scans(source, whole, batch_size=4, seed=4, first_step=1, shard=shard)
-        return [*itertools.islice(train, 3), *scans.load_eval_scans(source, whole, batch_size=4, shard=shard)]
+        train = scans.load_train_scans(load_images, whole, batch_size=4, seed=4, first_step=1, shard=shard)
+        return [*itertools.islice(train, 3), *scans.load_eval_scans(load_images, whole, batch_size=4, shard=shard)]
 
     parts = [load((process, 2)) for process in range(2)]
     for one, *halves in zip(load((0, 1)), *parts, strict=True):
@@ -132,18 +134,19 @@ def test_embeddings_stand_where_the_images_of_their_scans_would():
     assert scans.locate_slices(whole) == [slice(0, 3), slice(3, 20), slice(20, 22)]
     embeddings = 100 * np.arange(1, 3)[:, None, None] + np.arange(22)[:, None] + np.array([0, 0.5])  # 2 draws, 22, 2
 
-    short, long = scans.load_eval_embeddings(embeddings[0], whole, batch_size=3)
+    short, long = scans.load_eval_scans(scans.load_embeddings(embeddings[:1], whole), whole, batch_size=3)
     assert short['embedding'].shape == (3, 16, 2)
     assert short['embedding'].dtype == np.float32
     assert short['embedding'][1, :, 0].tolist() == [120, 121] + [0] * 14
     assert long['embedding'][0, :17, 1].tolist() == [103.5 + i for i in range(17)]
 
-    def take(load, data, **options):
-        return list(itertools.islice(load(data, whole, batch_size=2, seed=4, first_step=1, **options), 4))
+    def take(load_slices, **options):
+        stream = scans.load_train_scans(load_slices, whole, batch_size=2, seed=4, first_step=1, **options)
+        return list(itertools.islice(stream, 4))
 
     # Two batches a pass: from step 1 on the passes are 0, 1, 1, 2, and take the draws 0, 1, 1, 0.
-    images = take(scans.load_train_scans, source)
-    batches = take(scans.load_train_embeddings, embeddings)
+    images = take(scans.load_images(source, whole))
+    batches = take(scans.load_embeddings(embeddings, whole))
     for image, batch, draw in zip(images, batches, (0, 1, 1, 0), strict=True):
         for name in ('length', 'label', 'index', 'mask'):
             np.testing.assert_array_equal(batch[name], image[name])
@@ -152,6 +155,6 @@ def test_embeddings_stand_where_the_images_of_their_scans_would():
         there &= batch['mask'][:, None] > 0
         expected = np.where(there, 100 * (draw + 1) + image['image'][:, 0, 0].astype(int), 0)
         np.testing.assert_array_equal(batch['embedding'][..., 0], expected)
-    halves = [take(scans.load_train_embeddings, embeddings, shard=(process, 2)) for process in range(2)]
+    halves = [take(scans.load_embeddings(embeddings, whole), shard=(process, 2)) for process in range(2)]
     for batch, *parts in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(np.concatenate([part['embedding'] for part in parts]), batch['embedding'])
