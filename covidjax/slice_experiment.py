@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from covidjax import experiment, slice_report
 from covidjax.data import covidx_ct, published
 from covidjax.data.lesions import LesionSlice, read_lesion_folder, read_phantom_lesions
-from covidjax.data.lists import CLASSES
+from covidjax.data.lists import CLASSES, find_version
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.scans import group_scans
 from covidjax.evaluation import baselines
@@ -51,6 +51,8 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
     """
 
     def execute() -> dict[str, Any]:
+        if config.data.raw_dir and data is None:
+            find_version(Path(config.data.raw_dir).expanduser())  # a mistyped one is told before a hub is asked
         # Looked for before the long work, and only as long as no trained weights have taken their place.
         if config.model.pretrained and not has_checkpoint(workdir):
             find_weights(config.model.pretrained)

@@ -10,6 +10,7 @@ from configs import att2
 from covidjax import experiment, slice_experiment
 from covidjax.data import covidx_ct
 from covidjax.data.phantom import PhantomOptions, write_phantoms
+from covidjax.errors import UserError
 from covidjax.models.torch_names import to_torch
 from covidjax.training.checkpoints import open_checkpoints
 from covidjax.training.devices import compile_step
@@ -34,6 +35,12 @@ def fit(config, data, workdir):
         slice_experiment.fit(config, data, checkpoints, workdir)
         variables = slice_experiment.restore_best(config, checkpoints)
     return [(entry['train_loss'], entry['val_loss']) for entry in read_history(workdir)], variables
+
+
+def test_a_mistyped_directory_is_told_before_weights_are_looked_for(tmp_path):
+    config = create_config(tmp_path / 'nowhere', tmp_path / 'no.safetensors')
+    with pytest.raises(UserError, match='there is no directory'):
+        slice_experiment.train(config, tmp_path / 'run')
 
 
 def test_pretrained_run_that_dies_in_its_first_epoch_ends_as_if_it_had_not(tmp_path, monkeypatch):

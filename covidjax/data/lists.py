@@ -80,7 +80,7 @@ def parse_patient(scan: str) -> str:
     return match[0] if match else name
 
 
-def find_version(raw_dir: str) -> str:
+def find_version(raw_dir: str | os.PathLike[str]) -> str:
     """Returns which version of COVIDx CT a raw directory holds: '1', '2A' or '3A'.
 
     Raises:
@@ -278,7 +278,7 @@ def _raise_faults(faults: Sequence[str], directory: str) -> None:
         raise UserError(f'bad lists in {directory}, mend them and run again: {join_faults(faults)}')
 
 
-def _list_directory(path: str) -> list[str]:
+def _list_directory(path: str | os.PathLike[str]) -> list[str]:
     try:
         return os.listdir(path)
     except FileNotFoundError as error:
