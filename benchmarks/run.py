@@ -1,6 +1,6 @@
 r"""Times this project, and beside it the same pipeline in PyTorch, and prints how much faster which one is.
 
-  python benchmarks/run.py --torch_python=/path/to/torch-venv/bin/python     every row; --rounds=3 takes 14 minutes
+  python benchmarks/run.py --torch_python=/path/to/torch-venv/bin/python     every row
   python benchmarks/run.py --only=train,inference --rounds=9                 our own figures of two rows
 
 The two sides are processes that take turns, round by round, so that what else happens on the machine slows both alike;
@@ -303,7 +303,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         '--only', type=lambda text: text.split(','), default=list(ROWS), help=f'rows, of {",".join(ROWS)}'
     )
-    parser.add_argument('--rounds', type=int, default=5, help='of every contender; epochs and compilations half of it')
+    parser.add_argument('--rounds', type=int, default=5, help='of every contender; epochs half of it')
     parser.add_argument('--image_size', type=int, default=224, help='pixels, even')
     parser.add_argument('--batch_size', type=int, default=16, help='of steps; augmentation gets four times as many')
     parser.add_argument('--num_slices', type=int, default=8000, help='training slices to prepare')
