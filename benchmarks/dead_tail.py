@@ -22,7 +22,7 @@ from benchmarks.jax_worker import (
     draw_images,
 )
 from covidjax.models.att2 import Att2, is_dead
-from covidjax.training import compilation, memory
+from covidjax.training import runtime
 from covidjax.training.devices import compile_step
 
 
@@ -58,8 +58,8 @@ def main():
     parser.add_argument('--rounds', type=int, default=7)
     options = parser.parse_args()
 
-    compilation.use_compilation_cache()
-    memory.keep_freed_memory()
+    runtime.use_compilation_cache()
+    runtime.keep_freed_memory()
     model, size = Att2(), options.image_size
     variables = create_variables(model, size)
     images = jnp.asarray(draw_images(options.batch_size, size))

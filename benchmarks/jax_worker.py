@@ -15,13 +15,13 @@ from PIL import Image
 import covidjax
 from benchmarks import workers
 from covidjax.data import covidx_ct, lists
-from covidjax.data.augment import AugmentOptions, augment
 from covidjax.data.loader import load_train_batches
-from covidjax.fast import compile_fast
 from covidjax.models.att2 import Att2, is_dead, normalise
-from covidjax.training import compilation, memory
+from covidjax.models.fast import compile_fast
+from covidjax.training import runtime
+from covidjax.training.augment import AugmentOptions, augment
 from covidjax.training.devices import compile_step, place_batch, place_state
-from covidjax.training.optim import create_optimizer
+from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
 
@@ -221,8 +221,8 @@ def describe():
 
 
 if __name__ == '__main__':
-    compilation.use_compilation_cache()
-    memory.keep_freed_memory()
+    runtime.use_compilation_cache()
+    runtime.keep_freed_memory()
     workers.serve(
         {
             'train': start_training,

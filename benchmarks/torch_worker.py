@@ -19,7 +19,7 @@ from tests.goldens.torch_models import ResNet50Att2
 NUM_WORKERS = 2
 CLASS_WEIGHTS = torch.ones(3)
 
-# As in covidjax.data.augment. On images of Pillow they are faster than on tensors.
+# As in covidjax.training.augment. On images of Pillow they are faster than on tensors.
 AUGMENTATION = (
     transforms.RandomHorizontalFlip(),
     transforms.RandomVerticalFlip(),

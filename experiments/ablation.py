@@ -18,9 +18,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from covidjax import ablation
-from covidjax.command_line import create_parser, refuse_arguments, set_up_log
+from covidjax.cli import create_parser, refuse_arguments, set_up_log
 from covidjax.errors import UserError
+from covidjax.experiment import ablation
 from covidjax.models.att2 import COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
 
@@ -67,4 +67,4 @@ def run_main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(run_main, flags_parser=create_parser(_CONFIG))
+    app.run(run_main, flags_parser=create_parser(flags.FLAGS))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from covidjax import command_line
+from covidjax import cli
 
 TINY_MODEL = {'stage_sizes': (1, 1), 'width': 4, 'block': 'basic', 'stem': 'small', 'tail_blocks': 1, 'pretrained': ''}
 
 
 def set_up_log() -> None:
     """Shows messages as main.py does, for which absl's `app.run` makes a handler; a notebook has none."""
-    command_line.set_up_log()
+    cli.set_up_log()
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
 
 

@@ -13,33 +13,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from covidjax import experiment, slice_experiment
 from covidjax.data.lesions import read_phantom_lesions
 from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError
-from covidjax.evaluation import explain, figures, pictures
-from covidjax.evaluation.explanation_scores import compute_maps
+from covidjax.experiment import common, slices
+from covidjax.experiment.workdir import load_config
+from covidjax.explain.maps import explain, segment
+from covidjax.explain.scores import compute_maps
+from covidjax.report import figures, pictures
 from covidjax.training.checkpoints import open_checkpoints
-from covidjax.training.workdir import load_config
 
 
 def draw(workdir: Path, output: Path) -> None:
     """Draws the middle slice of the middle test patient of each class."""
     config = load_config(workdir)
-    data = experiment.load_data(config.data, workdir)
+    data = common.load_data(config.data, workdir)
     with open_checkpoints(workdir) as checkpoints:
-        variables = slice_experiment.restore_best(config, checkpoints)
+        variables = slices.restore_best(config, checkpoints)
     numbers = [of_class[1] for of_class in pictures.choose_examples(data.rows['test'], 3).values()]
     rows, size = [data.rows['test'][i] for i in numbers], config.data.image_size
     images = np.stack([data.sources['test'][i]['image'] for i in numbers])
-    model = slice_experiment.create_model(config.model)
-    explained = explain.explain(model, variables, images, [row.label for row in rows])
+    model = slices.create_model(config.model)
+    explained = explain(model, variables, images, [row.label for row in rows])
     maps = compute_maps(explained, size)
     masks = {s.name: s.lesion for s in read_phantom_lesions(data.raw_dir, rows, size)}
     shown = {
         'lesion': np.stack([masks.get(row.file, np.zeros((size, size), bool)) for row in rows]),
         **{name: maps[name] for name in ('attention 1', 'attention 2', 'attention 1 x 2')},
-        'its region': explain.segment(maps['attention 1 x 2']),
+        'its region': segment(maps['attention 1 x 2']),
     }
     titles = [
         f'{CLASSES[row.label]}, called\n{CLASSES[p.argmax()]} {p.max():.2f}'

@@ -12,13 +12,10 @@ import signal
 import sys
 
 import covidjax.audit
-import covidjax.export
-import covidjax.predict
-import covidjax.scan_experiment
-import covidjax.slice_experiment
-import covidjax.training.compilation
+import covidjax.experiment.export
+import covidjax.predict.scan
 import covidjax.training.hosts
-import covidjax.training.memory  # noqa: F401
+import covidjax.training.runtime  # noqa: F401
 
 
 def main() -> None:

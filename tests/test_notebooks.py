@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import att2, seq
+from covidjax.configs import att2, seq
 from experiments.demo import shorten
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / 'experiments').glob('*.ipynb'))

@@ -17,7 +17,7 @@ from covidjax.audit import figures
 from covidjax.audit.check import LOOK, NOT_CHECKED, OK, Check, join_words
 from covidjax.audit.dataset import Dataset
 from covidjax.data.lists import CLASSES, Row
-from covidjax.data.scans import NUM_SLICES
+from covidjax.data.sequences import NUM_SLICES
 from covidjax.evaluation.baselines import compute_file_name_features, fit_file_names
 from covidjax.evaluation.metrics import (
     compute_interval,

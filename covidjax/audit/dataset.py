@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from covidjax.data import lists
-from covidjax.data.scans import Scan, group_scans
+from covidjax.data.sequences import Scan, group_scans
 from covidjax.errors import UserError
 
 

@@ -12,7 +12,7 @@ from covidjax.audit.dataset import Dataset
 from covidjax.audit.version_check import count_classes, find_candidates
 from covidjax.data.lists import CLASSES, SPLITS
 from covidjax.data.published import SEQUENCES
-from covidjax.data.scans import NUM_SLICES
+from covidjax.data.sequences import NUM_SLICES
 from covidjax.report.page import Table
 
 # Above this share of the scans of a class, what the 16-slice rule drops is worth a look.

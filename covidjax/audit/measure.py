@@ -10,11 +10,11 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from covidjax.data import preprocess
 from covidjax.data.lists import Row
 from covidjax.evaluation.baselines import THUMBNAIL_SIZE
+from covidjax.progress import open_progress
 
 _BATCH_SIZE = 32
 
@@ -57,7 +57,7 @@ def measure_images(rows: Sequence[Row], folder: Path, crop_files: set[str]) -> I
     faults, index, modes, digests, crops = {}, {}, [], [], {}
     sizes, ranges = np.zeros((len(rows), 2), np.int32), np.zeros((len(rows), 3), np.float32)
     thumbnails = np.zeros((len(rows), THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
-    with warnings.catch_warnings(), tqdm(total=len(rows), desc='images', unit='slice') as progress:
+    with warnings.catch_warnings(), open_progress('images', len(rows), 'slice') as progress:
         # Pillow warns of images that are refused just after.
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
         for batch, results in zip(

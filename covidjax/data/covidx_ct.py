@@ -29,10 +29,10 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from joblib.externals import loky
 from tensorflow_datasets.proto import tf_example_pb2
-from tqdm import tqdm
 
 from covidjax.data import lists, preprocess
 from covidjax.errors import WORKER_KILLED, UserError, join_faults
+from covidjax.progress import open_progress
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
         self._images = lists.find_images(raw_dir, lists.find_version(raw_dir))
         self._bad = _find_missing(self._rows, self._images)
         self._check_bad()  # a wrong image folder is found before anything is decoded
-        with tqdm(total=sum(map(len, self._rows.values())), desc='preparing', unit=' slices') as self._progress:
+        with open_progress('preparing', sum(map(len, self._rows.values())), 'slice') as self._progress:
             super()._download_and_prepare(dl_manager, download_config)
         self._check_bad()
         self.info.metadata['dropped'] = [[split, file, reason] for (split, file), reason in self._bad.items()]

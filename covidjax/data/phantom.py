@@ -31,11 +31,11 @@ from pathlib import Path
 import joblib
 import numpy as np
 import scipy.ndimage
-import tqdm
 from PIL import Image
 
 from covidjax.data.lists import SPLITS, get_list_name
 from covidjax.errors import WORKER_KILLED, UserError
+from covidjax.progress import track
 
 FINDINGS = ('Normal', 'Pneumonia', 'COVID-19')
 NORMAL, PNEUMONIA, COVID19 = range(3)
@@ -685,7 +685,7 @@ def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
         joblib.delayed(_write_patient)(folder, options, *patient) for patient in plan
     )
     with contextlib.closing(scans):  # stops the workers before the folder is removed, if this is interrupted
-        for split, scan_rows in tqdm.tqdm(scans, total=len(plan), desc='phantoms', unit='patient'):
+        for split, scan_rows in track(scans, 'phantoms', len(plan), 'patient'):
             rows[split] += scan_rows
     for split, lines in rows.items():
         (folder / get_list_name(split, VERSION)).write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import RidgeClassifier
-from tqdm import tqdm
 
 from covidjax.data.lists import CLASSES
-from covidjax.data.scans import Scan
+from covidjax.data.sequences import Scan
+from covidjax.progress import track
 
 THUMBNAIL_SIZE = 32
 RIDGE_ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -27,7 +27,7 @@ def compute_thumbnails(source: Sequence[dict], *, name: str) -> np.ndarray:
     # Threads, since reading, decoding and resizing run outside Python's lock.
     parallel = joblib.Parallel(n_jobs=-1, backend='threading', return_as='generator')
     thumbnails = parallel(joblib.delayed(compute)(i) for i in range(len(source)))
-    return np.stack(list(tqdm(thumbnails, f'thumbnails {name}', len(source), leave=False, unit='slice')))
+    return np.stack(list(track(thumbnails, f'thumbnails {name}', len(source), 'slice')))
 
 
 def compute_thumbnail_scores(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from covidjax.fast import compile_fast
 from covidjax.models.att2 import Att2, normalise
+from covidjax.models.fast import compile_fast
 
 BATCH_SIZE = 16
 

@@ -1,14 +1,14 @@
 """Logits of a whole split, each example once, and the table of them that a run leaves."""
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import scipy.special
 
-from covidjax.data.lists import CLASSES, Row
 from covidjax.files import replace_file
 
 
@@ -42,10 +42,10 @@ def softmax(logits_NxK: np.ndarray) -> np.ndarray:
     return scipy.special.softmax(logits_NxK.astype(np.float64), axis=1)
 
 
-def write_predictions(path: Path, rows: Sequence[Row], probabilities_NxK: np.ndarray) -> None:
-    """Writes a CSV with a row per slice: file, scan, patient, slice, label and p_<class> with nine digits."""
+def write_predictions(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes predictions.csv: a column per name, a row per example, floats with nine digits."""
     with replace_file(path) as temporary, temporary.open('w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(['file', 'scan', 'patient', 'slice', 'label', *(f'p_{name}' for name in CLASSES)])
-        for row, p in zip(rows, probabilities_NxK, strict=True):
-            writer.writerow([row.file, row.scan, row.patient, row.slice_index, row.label, *(f'{x:.9f}' for x in p)])
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([f'{value:.9f}' if isinstance(value, float) else value for value in row])

@@ -1,17 +1,22 @@
-"""From slices to scans: votes of a slice model, and their comparison with a sequence model on the same scans.
+"""From slices to scans: votes of a slice model, their calibration, and their comparison with a sequence model.
 
-Shapes: M scans, T slices of a scan, K classes. Slice probabilities of a scan are [T, K], T differing between scans.
+Shapes: M scans, T slices of a scan, N slices of all scans, K classes. T differs between scans.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
 
 from covidjax.data.lists import CLASSES
-from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
+from covidjax.data.sequences import NUM_SLICES, Scan
+from covidjax.evaluation.calibration import apply_temperature
+from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, group_by_patient
+from covidjax.evaluation.screening import fit_rules
 
 TOP_K = (2, 3, 5, 8)
+_TINY = 1e-12  # in place of a probability of 0, which has no logarithm
 RULES = ('mean', 'majority', 'max', *(f'top-{k}' for k in TOP_K))
 
 
@@ -80,3 +85,71 @@ def find_conflicts(slice_probabilities: Sequence[np.ndarray]) -> np.ndarray:
     pneumonia, covid19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
     calls = [set(p.argmax(1).tolist()) for p in slice_probabilities]
     return np.array([{pneumonia, covid19} <= called for called in calls])
+
+
+def compare_on_scans(
+    chosen: Sequence[Scan],
+    labels_M: np.ndarray,
+    probabilities_MxK: np.ndarray,
+    votes: dict[str, np.ndarray],
+    rule: str,
+    slice_probabilities: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """Compares the sequence model with the slice model's votes on the same scans.
+
+    Args:
+      chosen: the M scans.
+      labels_M: their classes.
+      probabilities_MxK: of the sequence model.
+      votes: scores [M, K] for every rule.
+      rule: the one chosen on validation scans.
+      slice_probabilities: per scan [T, K].
+
+    Returns:
+      'sequence' and 'vote' (`compute_metrics`, the vote with its 'rule'), 'sequence_minus_vote'
+      (`compare_paired`), 'test_accuracy_of_rules', 'conflicts' (scans with slices called pneumonia and slices
+      called COVID-19, and what each rule makes of them) and 'short_scans' (those of fewer than 16 slices).
+    """
+    patients = [scan.patient for scan in chosen]
+    predicted = {'sequence': probabilities_MxK.argmax(1), **{r: scores.argmax(1) for r, scores in votes.items()}}
+    conflicts = find_conflicts(slice_probabilities)
+    short = np.array([len(scan.records) < NUM_SLICES for scan in chosen])
+
+    def count_right(subset):
+        return {
+            'num_scans': int(subset.sum()),
+            'right': {name: int((p == labels_M)[subset].sum()) for name, p in predicted.items()},
+        }
+
+    return {
+        'sequence': compute_metrics(labels_M, predicted['sequence'], patients, CLASSES),
+        'vote': {'rule': rule, **compute_metrics(labels_M, predicted[rule], patients, CLASSES)},
+        'sequence_minus_vote': compare_paired(predicted['sequence'], predicted[rule], labels_M, patients),
+        'test_accuracy_of_rules': {r: float((predicted[r] == labels_M).mean()) for r in votes},
+        'conflicts': count_right(conflicts),
+        'short_scans': count_right(short),
+    }
+
+
+def fit_vote_rules(logits_NxK: np.ndarray, scans: Sequence[Scan], temperature: float) -> dict[str, Any]:
+    """Chooses how slices vote, and fits the rules of `screening.fit_rules` to the votes.
+
+    Args:
+      logits_NxK: of the slices of a split that the model was not trained on.
+      scans: of that split, whole.
+      temperature: of slices.
+
+    Returns:
+      The rules, with 'rule' and the 'validation_accuracy' of every rule.
+    """
+    slice_logits = [logits_NxK[list(scan.records)] for scan in scans]
+    labels = np.array([scan.label for scan in scans])
+    rule, accuracies = choose_rule([apply_temperature(x, temperature) for x in slice_logits], labels)
+    votes = np.stack([compute_vote_logits(x, temperature, rule) for x in slice_logits])
+    rules = fit_rules(votes, labels, [scan.patient for scan in scans], CLASSES)
+    return {'rule': rule, 'validation_accuracy': accuracies, **rules}
+
+
+def compute_vote_logits(logits_TxK: np.ndarray, temperature: float, rule: str) -> np.ndarray:
+    """Returns the logarithm of a scan's votes [K], which stands for logits of the scan."""
+    return np.log(np.maximum(vote(apply_temperature(logits_TxK, temperature), rule), _TINY))

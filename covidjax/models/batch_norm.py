@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covidjax.fast import materialise
+from covidjax.models.fast import materialise
 
 MOMENTUM = 0.9  # PyTorch's 0.1
 EPSILON = 1e-5

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 
-from covidjax import fast
+from covidjax.models import fast
 from covidjax.models.batch_norm import BatchNorm
 
 # He et al. 2015, eq. 10, as torchvision initialises every convolution of its ResNets.

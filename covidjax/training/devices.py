@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from covidjax.errors import UserError
-from covidjax.fast import compile_fast
+from covidjax.models.fast import compile_fast
 
 AXIS = 'data'
 PARALLELISMS = ('jit', 'pmap')

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from covidjax.errors import UserError
 from covidjax.files import replace_file
+from covidjax.progress import open_progress
 from covidjax.training.checkpoints import Checkpoints
-from covidjax.training.curves import open_curves
 from covidjax.training.hosts import is_first
+from covidjax.training.interrupts import Stopped, StopSignals, hold_stop_signals
 from covidjax.training.state import TrainState
-from covidjax.training.stop import Stopped, StopSignals, hold_stop_signals
+from covidjax.training.tensorboard import open_curves
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,28 @@ class Schedule(NamedTuple):
     examples_per_step: int
 
 
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      template: shapes and shardings of the state.
+      create_state: makes the initial state; called in a new run only.
+      step: compiled `train_step`.
+      validate: variables -> (mean weighted loss, accuracy) of the validation split.
+      load_batches: state -> the batches that it goes on with, placed on the devices.
+      describe_step: number of a step -> its learning rate and examples, for the error of a loss that is not finite.
+    """
+
+    template: TrainState
+    create_state: Callable[[], TrainState]
+    step: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    validate: Callable[[dict], tuple[float, float]]
+    load_batches: Callable[[TrainState], Iterator[dict]]
+    describe_step: Callable[[int], str]
+
+
 class Epoch(NamedTuple):
-    """What an unfinished epoch has come to: sums over its steps (see `train_step`) and the seconds they took.
+    """Running totals of an unfinished epoch: sums over its steps (see `train_step`) and their seconds.
 
     Sums are added in double precision in the order of the steps, so that an interruption changes none of them.
     """
@@ -71,30 +91,14 @@ def find_best_epoch(val_losses: Sequence[float], min_delta: float) -> int:
     return best_epoch
 
 
-def fit(
-    template: TrainState,
-    create_state: Callable[[], TrainState],
-    step: Callable[[TrainState, dict], tuple[TrainState, dict]],
-    validate: Callable[[dict], tuple[float, float]],
-    load_batches: Callable[[TrainState], Iterator[dict]],
-    describe_step: Callable[[int], str],
-    *,
-    schedule: Schedule,
-    checkpoints: Checkpoints,
-    workdir: Path,
-) -> list[dict]:
+def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path) -> list[dict]:
     """Trains until the last epoch or until patience ends, going on from the latest checkpoint if there is one.
 
     A checkpoint holds all that the rest of the run depends on: the state with its root key, the history, which decides
-    about stopping, and the sums of an unfinished epoch. The number of updates is also the position in the data.
+    about stopping, and the totals of an unfinished epoch. The number of updates is also the position in the data.
 
     Args:
-      template: shapes and shardings of the state.
-      create_state: makes the initial state; called in a new run only.
-      step: compiled `train_step`.
-      validate: variables -> (mean weighted loss, accuracy) of the validation split.
-      load_batches: state -> the batches that it goes on with, placed on the devices.
-      describe_step: number of a step -> its learning rate and examples, for the error of a loss that is not finite.
+      task: what is trained.
       schedule: when to validate, to save and to stop.
       checkpoints: the latest state is saved after every epoch, the model of the best epoch beside it.
       workdir: gets metrics.jsonl (a line per epoch) and tensorboard/.
@@ -107,9 +111,9 @@ def fit(
       UserError: a loss or gradient is not finite.
       Stopped: on SIGTERM or Ctrl-C, the state being saved.
     """
-    restored = checkpoints.restore_latest(template)
+    restored = checkpoints.restore_latest(task.template)
     if restored is None:
-        state, history, epoch = create_state(), [], Epoch()
+        state, history, epoch = task.create_state(), [], Epoch()
     else:
         state, history, epoch = restored[0], restored[1]['history'], Epoch(**restored[1]['epoch'])
         log.info('going on after epoch %d of at most %d, step %d', len(history), schedule.num_epochs, int(state.step))
@@ -121,17 +125,16 @@ def fit(
         progress = {'history': history, 'epoch': epoch._asdict()}
         checkpoints.save_latest(int(state.step) + len(history), state, progress)
 
-    batches = load_batches(state)
+    batches = task.load_batches(state)
     with open_curves(workdir / 'tensorboard', int(state.step) + 1) as add_point, hold_stop_signals() as signals:
         while not is_finished(history, schedule):
             state, epoch = _train_epoch(
                 state,
                 epoch,
-                step,
+                task,
+                schedule,
                 batches,
                 number=len(history) + 1,
-                schedule=schedule,
-                describe_step=describe_step,
                 save=save,
                 signals=signals,
                 add_point=add_point,
@@ -139,7 +142,7 @@ def fit(
             start = time.perf_counter()
             try:
                 with signals.let_through():
-                    val_loss, val_accuracy = validate(state.variables)
+                    val_loss, val_accuracy = task.validate(state.variables)
             except KeyboardInterrupt as interrupt:
                 save(state, epoch)
                 raise Stopped(f'saved before the validation of epoch {len(history) + 1}') from interrupt
@@ -191,12 +194,11 @@ def is_finished(history: Sequence[dict], schedule: Schedule) -> bool:
 def _train_epoch(
     state: TrainState,
     epoch: Epoch,
-    step: Callable[[TrainState, dict], tuple[TrainState, dict]],
+    task: Task,
+    schedule: Schedule,
     batches: Iterator[dict],
     *,
     number: int,
-    schedule: Schedule,
-    describe_step: Callable[[int], str],
     save: Callable[[TrainState, Epoch], None],
     signals: StopSignals,
     add_point: Callable[[str, float, int], None],
@@ -214,8 +216,8 @@ def _train_epoch(
             if not all(math.isfinite(value) for value in sums.values()):
                 raise UserError(
                     f'step {k} is not finite: loss {loss}, norm of the gradient {sums["gradient_norm"]}, '
-                    f'{describe_step(k)}: lower --config.train.learning_rate, or look at these; the checkpoints before '
-                    'are kept'
+                    f'{task.describe_step(k)}: lower --config.train.learning_rate, or look at these; earlier '
+                    'checkpoints are kept'
                 )
             epoch = epoch.add(sums)
             if (k + 1 - first) % LOG_EVERY_STEPS == 0:
@@ -225,15 +227,10 @@ def _train_epoch(
         del under_way[:num_steps]
         epoch = epoch._replace(seconds=seconds_before + time.perf_counter() - start)
 
-    with tqdm(
-        total=schedule.steps_per_epoch,
-        initial=done,
-        desc=f'epoch {number}/{schedule.num_epochs}',
-        unit='step',
-        disable=not is_first(),
-    ) as bar:
+    title = f'epoch {number}/{schedule.num_epochs}'
+    with open_progress(title, schedule.steps_per_epoch, 'step', initial=done, is_shown=is_first()) as bar:
         for k in range(first + done, first + schedule.steps_per_epoch):
-            state, sums = step(state, next(batches))
+            state, sums = task.step(state, next(batches))
             under_way.append((k, sums))
             # The device works on this step while those before are read.
             if len(under_way) > LOG_EVERY_STEPS:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from covidjax.data.augment import AugmentOptions, augment
 from covidjax.models.att2 import normalise
+from covidjax.training.augment import AugmentOptions, augment
 from covidjax.training.losses import weighted_cross_entropy
 from covidjax.training.state import TrainState
 

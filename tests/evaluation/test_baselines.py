@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from covidjax.data.scans import Scan
+from covidjax.data.sequences import Scan
 from covidjax.evaluation.baselines import (
     compute_file_name_features,
     compute_file_name_scores,

@@ -3,7 +3,6 @@ import csv
 import jax
 import numpy as np
 
-from covidjax.data.lists import Row
 from covidjax.data.loader import load_eval_batches
 from covidjax.evaluation.predictions import compute_logits, softmax, write_predictions
 from covidjax.training.devices import place_batch
@@ -22,8 +21,9 @@ def test_softmax_of_large_logits():
 
 
 def test_predictions_file(tmp_path):
-    rows = [Row('CP_1_2_0003.png', 1, (0, 0, 9, 9), 'CP_1_2', 'CP_1', 3)]
-    write_predictions(tmp_path / 'p.csv', rows, np.array([[0.25, 0.5, 0.25]]))
+    columns = {'file': ['CP_1_2_0003.png'], 'scan': ['CP_1_2'], 'patient': ['CP_1'], 'slice': [3], 'label': [1]}
+    shares = {'p_normal': 0.25, 'p_pneumonia': 0.5, 'p_covid19': 0.25}
+    write_predictions(tmp_path / 'p.csv', columns | {name: np.array([p]) for name, p in shares.items()})
     with (tmp_path / 'p.csv').open() as file:
         (row,) = csv.DictReader(file)
     assert row == {

@@ -29,11 +29,11 @@ import numpy as np
 import pydicom
 from PIL import Image
 
-from covidjax.data.body import find_body_box, find_doubts
 from covidjax.data.preprocess import apply_window
-from covidjax.data.volume import read_volume
+from covidjax.data.scan.body import find_body_box, find_doubts
+from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
-from covidjax.predict import prepare_slice
+from covidjax.predict.scan import prepare_slice
 from tests.scan_files import change_syntax, create_nifti, encode_dicom, make_chest, make_dicom
 
 HANG_SECONDS = 30

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from covidjax.data.augment import affine, gaussian_blur
 from covidjax.models.attention import NEED_GLOBAL_FEATURE, ImageAttention
 from covidjax.models.seq import SequenceClassifier
 from covidjax.models.torch_names import from_torch, to_torch
+from covidjax.training.augment import affine, gaussian_blur
 from covidjax.training.losses import weighted_cross_entropy
-from covidjax.training.optim import create_optimizer
+from covidjax.training.optimizer import create_optimizer
 from tests.goldens import cases
 
 

@@ -1,4 +1,4 @@
-"""Writes the values that tests/test_parity.py expects of PyTorch, and prints by how much this project differs.
+"""Writes the values that tests/models/test_parity.py expects of PyTorch, and prints by how much this project differs.
 
   pip install -r requirements.txt torch torchvision
   python -m tests.goldens.make_torch_goldens

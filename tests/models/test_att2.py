@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from covidjax.models.att2 import COMBINATIONS, Att2, is_dead, normalise
 from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
-from covidjax.training.optim import create_optimizer
+from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
 from tests.variables import draw_variables

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from covidjax.data.augment import AugmentOptions
-from covidjax.data.scans import pad_length
+from covidjax.data.sequences import pad_length
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import Seq, SequenceClassifier, is_extractor, masked_softmax
-from covidjax.training.optim import create_optimizer
+from covidjax.training.augment import AugmentOptions
+from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
 from tests.variables import draw_variables

@@ -35,12 +35,12 @@ def train(case, parallelism):
     import jax.numpy as jnp
     import optax
 
-    from covidjax import scan_experiment, slice_experiment
-    from covidjax.data.augment import AugmentOptions
     from covidjax.data.loader import load_eval_batches
     from covidjax.evaluation.predictions import compute_logits
+    from covidjax.experiment import scans, slices
     from covidjax.models.att2 import Att2, is_dead
     from covidjax.models.seq import Seq, is_extractor
+    from covidjax.training.augment import AugmentOptions
     from covidjax.training.devices import (
         compile_step,
         get_axis_name,
@@ -49,7 +49,7 @@ def train(case, parallelism):
         place_batch,
         place_state,
     )
-    from covidjax.training.optim import create_optimizer
+    from covidjax.training.optimizer import create_optimizer
     from covidjax.training.state import create_train_state
     from covidjax.training.step import train_step
     from tests.variables import draw_variables
@@ -112,12 +112,12 @@ def train(case, parallelism):
         state, sums = step(state, place_batch(batch, parallelism))
         results |= {f'sums {k} {name}': value for name, value in sums.items()}
     if is_seq:
-        outputs = scan_experiment._apply(model, state.variables, place_batch(batch))
+        outputs = scans._apply(model, state.variables, place_batch(batch))
         results |= {'logits': outputs.logits, 'attention': outputs.attention}
     else:
         source = [{'image': rng.integers(0, 256, (size, size, 1), dtype=np.uint8), 'label': 0}] * NUM_EVALUATED
         batches = load_eval_batches(source, batch_size=pad_batch_size(5), shard=get_shard())
-        apply = functools.partial(slice_experiment._apply, model)
+        apply = functools.partial(slices._apply, model)
         results['logits'] = compute_logits(apply, state.variables, map(place_batch, batches), NUM_EVALUATED)
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.batch_stats, state.opt_state)):
         results[jax.tree_util.keystr(path)] = leaf

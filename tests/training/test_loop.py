@@ -12,9 +12,9 @@ import pytest
 from covidjax.errors import UserError
 from covidjax.training.checkpoints import has_checkpoint, open_checkpoints
 from covidjax.training.digests import find_damage
-from covidjax.training.loop import Schedule, find_best_epoch, fit, is_finished, read_history
+from covidjax.training.interrupts import Stopped
+from covidjax.training.loop import Schedule, Task, find_best_epoch, fit, is_finished, read_history
 from covidjax.training.state import create_train_state
-from covidjax.training.stop import Stopped
 
 SCHEDULE = Schedule(steps_per_epoch=3, num_epochs=4, patience=2, min_delta=0.0, checkpoint_steps=0, examples_per_step=2)
 
@@ -51,17 +51,15 @@ def run(workdir, val_losses, load_batches=load_batches, **changes):
     losses = iter(val_losses)
     template = jax.tree.map(ocp_shape, create_state())
     with open_checkpoints(workdir) as checkpoints:
-        return fit(
+        task = Task(
             template,
             create_state,
             step,
             lambda variables: (next(losses), 0.5),
             load_batches,
             lambda k: f'files of step {k}',
-            schedule=SCHEDULE._replace(**changes),
-            checkpoints=checkpoints,
-            workdir=workdir,
         )
+        return fit(task, SCHEDULE._replace(**changes), checkpoints, workdir)
 
 
 def ocp_shape(leaf):

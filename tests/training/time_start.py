@@ -26,10 +26,9 @@ EVENTS = {
 def run_first_step(start):
     """Is the run, in a process that was started at `start`; prints where the time until its first step's end went."""
     import jax
-    from absl import app
 
-    import main
-    from covidjax import experiment, slice_experiment  # noqa: F401, a part of the imports
+    from covidjax import cli
+    from covidjax.experiment import common, slices  # noqa: F401, a part of the imports
     from covidjax.training import loop
 
     seconds = {'imports': time.time() - start}
@@ -45,21 +44,21 @@ def run_first_step(start):
         seconds['data'] = time.time() - begin
         return data
 
-    def fit(template, create_state, step, *arguments, **options):
+    def fit(task, *arguments):
         def first_step(state, batch):
-            jax.block_until_ready(step(state, batch))
+            jax.block_until_ready(task.step(state, batch))
             seconds.update({what: measure_union(spans[what]) for what in EVENTS.values()})
             end = time.time() - start
             seconds['the rest'] = end - sum(seconds.values())
             print(f'{end:.1f} s: ' + ', '.join(f'{what} {value:.1f}' for what, value in seconds.items()), flush=True)
             os._exit(0)
 
-        return original_fit(template, create_state, first_step, *arguments, **options)
+        return original_fit(task._replace(step=first_step), *arguments)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    original_load, original_fit = experiment.load_data, loop.fit
-    with mock.patch.object(experiment, 'load_data', load_data), mock.patch.object(loop, 'fit', fit):
-        app.run(main.run_main, flags_parser=main.create_parser(main._CONFIG))
+    original_load, original_fit = common.load_data, loop.fit
+    with mock.patch.object(common, 'load_data', load_data), mock.patch.object(loop, 'fit', fit):
+        cli.main(['covidjax', 'train', *sys.argv[1:]])
 
 
 def measure_union(spans):

@@ -1,0 +1,389 @@
+"""The command line: `covidjax <command> --flag=value ...`, or `python main.py --mode=<command> --flag=value ...`.
+
+A command defines its own flags and imports what it needs once they are parsed: help is immediate, and an audit does not
+load jax.
+"""
+
+import logging
+import shutil
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+import covidjax
+from covidjax.errors import UserError
+
+CONFIGS = Path(__file__).parent / 'configs'
+
+
+class Flag(NamedTuple):
+    """A flag of a command.
+
+    Attributes:
+      name: without the dashes.
+      value: what the value is, for the help; '' for a switch.
+      help: what it does.
+    """
+
+    name: str
+    value: str
+    help: str
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      summary: what it does, for the list of commands.
+      example: its usual flags.
+      flags: all of its flags.
+      run: parsed flags -> None; raises UserError for a mistake of the user.
+    """
+
+    summary: str
+    example: str
+    flags: Sequence[Flag]
+    run: Callable[[flags.FlagValues], None]
+
+
+def train(values: flags.FlagValues) -> None:
+    """Runs the experiment of --config, or resumes it."""
+    config = values.config
+    if config is None:
+        raise UserError(f'train needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
+    _start_jax(values)
+    from covidjax.experiment.runs import EXPERIMENTS
+
+    if config.name not in EXPERIMENTS:
+        raise UserError(f'config.name={config.name} is no experiment: {", ".join(EXPERIMENTS)}')
+    EXPERIMENTS[config.name].train(config, Path(values.workdir or f'runs/{config.name}'))
+
+
+def evaluate(values: flags.FlagValues) -> None:
+    """Tests the best model of --workdir again."""
+    workdir = _get_workdir(values, 'evaluate')
+    _start_jax(values)
+    from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import load_config
+
+    config = load_config(workdir)
+    if 'extractor' not in config:
+        lesions_dir = None if values.lesions is None else Path(values.lesions)
+        EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
+    elif values.lesions is not None or values.occlusion:
+        raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a scan run')
+    else:
+        EXPERIMENTS[config.name].evaluate(workdir)
+
+
+def predict(values: flags.FlagValues) -> None:
+    """Predicts every --input; exit status 1 if any is refused."""
+    workdir = _get_workdir(values, 'predict')
+    if not all(values.input or ['']):
+        raise UserError('predict needs --input=<DICOM folder or zip, NIfTI, image folder or image>')
+    _start_jax(values)
+    from covidjax.predict.scan import predict_all
+
+    output = None if values.output is None else Path(values.output)
+    inputs = [Path(path) for path in values.input]
+    if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+        sys.exit(1)
+
+
+def audit(values: flags.FlagValues) -> None:
+    """Audits --input; exit status 1 if anything is broken."""
+    from covidjax.audit import run_audit
+
+    if len(values.input) != 1:
+        raise UserError('audit needs one --input=<raw COVIDx-CT directory>')
+    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'))['verdict'] == 'broken':
+        sys.exit(1)
+
+
+def export(values: flags.FlagValues) -> None:
+    """Writes the best model of --workdir to --output."""
+    workdir = _get_workdir(values, 'export')
+    if values.output is None:
+        raise UserError('export needs --output=<file>.stablehlo or .safetensors')
+    from covidjax.experiment.export import export_run
+
+    export_run(workdir, Path(values.output))
+
+
+def _get_workdir(values: flags.FlagValues, command: str) -> Path:
+    if values.workdir is None:
+        raise UserError(f'{command} needs --workdir=<folder of a finished run>')
+    return Path(values.workdir)
+
+
+def _start_jax(values: flags.FlagValues) -> None:
+    """Sets up memory and the compilation cache and connects the processes of a run; before anything is computed."""
+    from covidjax.training import hosts, runtime
+
+    runtime.keep_freed_memory()
+    runtime.use_compilation_cache()
+    if _get(values, 'coordinator') is not None:
+        hosts.connect(values.coordinator, values.num_processes, values.process_id)
+
+
+def _get(values: flags.FlagValues, name: str) -> Any:
+    """Returns the value of a flag, None where the command has no such flag."""
+    return values[name].value if name in values else None
+
+
+_HOSTS = (
+    Flag('coordinator', 'HOST:PORT', "Of the first of several processes, or 'auto' under Slurm, Open MPI, TPU, GKE."),
+    Flag('num_processes', 'N', 'How many processes run; with --coordinator=HOST:PORT.'),
+    Flag('process_id', 'I', 'Which of them this one is, from 0.'),
+)
+COMMANDS = {
+    'train': Command(
+        'Train, test and report an experiment, or resume it.',
+        '--config=att2:/data/covidx-ct --workdir=/tmp/run',
+        (
+            Flag(
+                'config',
+                'NAME[:DIR]',
+                'A shipped config (att2, seq) or a file, and the raw COVIDx-CT directory; without one: phantoms. '
+                'Any field can be set: --config.train.batch_size=16.',
+            ),
+            Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),
+            *_HOSTS,
+        ),
+        train,
+    ),
+    'evaluate': Command(
+        'Test the best model of a run again.',
+        '--workdir=/tmp/run',
+        (
+            Flag('workdir', 'DIR', 'Folder of the run.'),
+            Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
+            Flag('occlusion', '', 'Score occlusion maps too, which is slow (slice runs only).'),
+            *_HOSTS,
+        ),
+        evaluate,
+    ),
+    'predict': Command(
+        'Classify chest CTs and write a report on each.',
+        '--workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz',
+        (
+            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
+            Flag('output', 'DIR', 'Folder of the reports; default: <workdir>/predictions/<input name>.'),
+            Flag('series', 'UID', 'The DICOM series to read, where there are several.'),
+            Flag('force', '', 'Predict in spite of doubts that the input is a chest CT; the report says so.'),
+        ),
+        predict,
+    ),
+    'audit': Command(
+        'Check whether a dataset can be trusted; lists alone will do.',
+        '--input=/data/covidx-ct',
+        (
+            Flag('input', 'DIR', 'A raw COVIDx-CT directory, or one of lists only.'),
+            Flag('workdir', 'DIR', 'Folder of the report; default: runs/audit.'),
+        ),
+        audit,
+    ),
+    'export': Command(
+        'Write the model of a run as one file, for jax alone or for PyTorch.',
+        '--workdir=/tmp/run --output=model.stablehlo',
+        (
+            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag('output', 'FILE', '*.stablehlo, a program that jax alone runs, or *.safetensors, for PyTorch.'),
+        ),
+        export,
+    ),
+}
+_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'process_id'), ('input',)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that `argv` names (by default that of the process): the entry point `covidjax`."""
+    program, *arguments = sys.argv if argv is None else argv
+    if not arguments or arguments[0] in ('help', '--help', '-h', '-help'):
+        print(format_help())
+        sys.exit(0 if arguments else 1)
+    name, *arguments = arguments
+    if name == '--version':
+        print(covidjax.__version__)
+        return
+    if name not in COMMANDS:
+        sys.exit(f'error: {name!r} is no command: {", ".join(COMMANDS)} (--help tells more)')
+    if any(argument.lstrip('-') in ('help', 'h') for argument in arguments if argument.startswith('-')):
+        print(format_command_help(name))
+        return
+    run_command(name, program, arguments)
+
+
+def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
+    """Parses the flags of a command and runs it; does not return."""
+    # ml_collections looks for overrides of fields there.
+    try:
+        sys.argv = [program, *resolve_config_names(arguments)]
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    values = flags.FLAGS
+    define_flags(COMMANDS[name].flags, values)
+    app.run(lambda argv: _run(COMMANDS[name], values, argv), sys.argv, flags_parser=create_parser(values))
+    sys.exit()
+
+
+def define_flags(wanted: Sequence[Flag], values: flags.FlagValues) -> None:
+    """Defines the flags of a command."""
+    for flag in wanted:
+        if flag.name == 'config':
+            from ml_collections import config_flags  # only here: it takes a third of a second
+
+            config_flags.DEFINE_config_file('config', None, flag.help, flag_values=values)
+        elif flag.name in _SWITCHES:
+            flags.DEFINE_bool(flag.name, False, flag.help, flag_values=values)
+        elif flag.name in _NUMBERS:
+            flags.DEFINE_integer(flag.name, None, flag.help, flag_values=values)
+        elif flag.name in _REPEATED:
+            flags.DEFINE_multi_string(flag.name, [], flag.help, flag_values=values)
+        else:
+            flags.DEFINE_string(flag.name, None, flag.help, flag_values=values)
+
+
+def resolve_config_names(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with the name of a shipped config, --config=att2:DIR, replaced by the path of its file."""
+    resolved = list(arguments)
+    for i, argument in enumerate(resolved):
+        flag, equals, value = argument.partition('=')
+        if flag not in ('--config', '-config'):
+            continue
+        if not equals and i + 1 < len(resolved):
+            resolved[i + 1] = _resolve(resolved[i + 1])
+        elif equals:
+            resolved[i] = f'{flag}={_resolve(value)}'
+    return resolved
+
+
+def _resolve(value: str) -> str:
+    name, colon, raw_dir = value.partition(':')
+    if name in list_configs():
+        return f'{CONFIGS / name}.py{colon}{raw_dir}'
+    if not Path(name).is_file():
+        raise UserError(f'--config={name} is neither a shipped config ({", ".join(list_configs())}) nor a file')
+    return value
+
+
+def list_configs() -> list[str]:
+    """Returns the names of the shipped configs."""
+    return sorted(path.stem for path in CONFIGS.glob('[!_]*.py'))
+
+
+def create_parser(values: flags.FlagValues) -> Callable[[list[str]], list[str]]:
+    """Returns a parser of flags for `app.run` that ends the process at a misspelt one, config fields included."""
+
+    def parse_flags(argv: list[str]) -> list[str]:
+        try:
+            rest = values(argv)
+            config = _get(values, 'config')
+            if config is not None:
+                config.name  # noqa: B018, a file that could not be loaded raises only now
+            return rest
+        except Exception as error:  # Config overrides raise many kinds; all come from the command line.
+            sys.exit(f'error: {_describe(error)} (--help tells more)')
+
+    return parse_flags
+
+
+def _describe(error: Exception) -> str:
+    """Returns the message of an error of parsing on one line; ml_collections wraps a KeyError for an absent field."""
+    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    if isinstance(cause, KeyError):
+        return f'the config has no field {" ".join(str(cause.args[0]).split())}'
+    return ' '.join(str(error).split())
+
+
+def _run(command: Command, values: flags.FlagValues, argv: list[str]) -> None:
+    """Runs a command; a user's mistake is one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is a Ctrl-C
+    is_distributed = _get(values, 'coordinator') is not None
+
+    def end(message: str) -> NoReturn:
+        if not is_distributed:
+            sys.exit(message)
+        from covidjax.training.hosts import end_process
+
+        end_process(message)
+
+    try:
+        refuse_arguments(argv)
+        set_up_log()
+        command.run(values)
+    except UserError as error:
+        end(f'error: {error}')
+    except KeyboardInterrupt as interrupt:
+        saved = str(interrupt)  # said by the training loop, where all processes stop together
+        message = f'interrupted: {saved or "nothing new was saved"}; the same command goes on from there'
+        sys.exit(message) if saved else end(message)
+    except Exception as error:
+        if not is_distributed:
+            raise
+        from covidjax.training.hosts import LOST_PEER, is_lost_peer
+
+        end(LOST_PEER if is_lost_peer(error) else traceback.format_exc())
+
+
+def refuse_arguments(argv: list[str]) -> None:
+    """Checks that nothing but flags was given.
+
+    Raises:
+      UserError: something was.
+    """
+    if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
+
+
+def set_up_log() -> None:
+    """Shows the project's messages, and of the libraries' only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+    logging.getLogger('covidjax').setLevel(logging.INFO)
+
+
+def format_help() -> str:
+    """Returns the list of commands."""
+    lines = ['Models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.', '', 'Commands:']
+    for name, command in COMMANDS.items():
+        lines += [f'  {name:<10}{command.summary}', f'{"":<12}covidjax {name} {command.example}']
+    lines += [
+        '',
+        'covidjax train --config=att2 runs on generated phantoms and needs no data.',
+        'covidjax COMMAND --help lists the flags of a command.',
+        '',
+        'Research use only: not a medical device.',
+    ]
+    return '\n'.join(lines)
+
+
+def format_command_help(name: str) -> str:
+    """Returns what a command does and its flags."""
+    command = COMMANDS[name]
+    return '\n'.join([command.summary, '', f'  covidjax {name} {command.example}', '', *_format_flags(command.flags)])
+
+
+def _format_flags(wanted: Sequence[Flag]) -> list[str]:
+    lines, width = [], min(shutil.get_terminal_size().columns, 100)
+    for flag in wanted:
+        spelt = f'  --{flag.name}' + (f'={flag.value}' if flag.value else '')
+        first, *rest = textwrap.wrap(flag.help, width - 28)
+        lines += [f'{spelt:<27} {first}', *(f'{"":<28}{line}' for line in rest)]
+    return lines
+
+
+def format_all_flags() -> str:
+    """Returns the flags of every command."""
+    lines = []
+    for name, command in COMMANDS.items():
+        lines += [f'{name}: {command.summary}', *_format_flags(command.flags), '']
+    return '\n'.join(lines)

@@ -1,0 +1,507 @@
+"""What every experiment is, and how one is trained and tested.
+
+Shapes: N examples of a split, K classes.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+import covidjax
+from covidjax.data import covidx_ct, phantom
+from covidjax.data.lists import CLASSES
+from covidjax.errors import UserError, join_faults
+from covidjax.evaluation.curves import compute_curves
+from covidjax.evaluation.metrics import compute_metrics, format_score
+from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
+from covidjax.evaluation.outputs import compute_outputs
+from covidjax.evaluation.predictions import softmax, write_predictions
+from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.experiment.config import check_config, flatten_config
+from covidjax.experiment.workdir import check_workdir, load_config, lock_workdir, save_config
+from covidjax.files import report_full_disk, write_json
+from covidjax.models.att2 import Att2
+from covidjax.report import figures, sections
+from covidjax.training import loop
+from covidjax.training.augment import AugmentOptions
+from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.devices import check_batch_size, compile_step, create_shardings, place_batch, place_state
+from covidjax.training.hosts import is_first
+from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
+from covidjax.training.optimizer import create_optimizer, create_schedule
+from covidjax.training.state import TrainState, create_train_state
+from covidjax.training.step import Forward, train_step
+
+log = logging.getLogger(__name__)
+
+PHANTOM_NOTICE = 'generated phantoms, not patients: these figures say that the code works, nothing about disease'
+
+
+class Example(Protocol):
+    """What is classified: a row of a list (`lists.Row`) or a scan (`sequences.Scan`)."""
+
+    label: int
+    patient: str
+
+
+class Predictions(NamedTuple):
+    """Outputs of a slice model for a split, in its order.
+
+    Attributes:
+      logits: float32 [N, K].
+    """
+
+    logits: np.ndarray
+
+
+class PaperTable(NamedTuple):
+    """A table of results in the paper.
+
+    Attributes:
+      name: e.g. 'Table III'.
+      test_counts: test examples per class that it was made on.
+      scores: precision, recall and F1 of each class and of their weighted average.
+    """
+
+    name: str
+    test_counts: tuple[int, ...]
+    scores: Sequence[Sequence[float]]
+
+
+class Findings(NamedTuple):
+    """What a test finds besides the scores of the model.
+
+    Attributes:
+      baselines: probabilities or scores [N, K] of each trivial classifier on the test examples.
+      comparisons: parts of results.json that compare the model with them.
+      results: further parts of results.json.
+      rules: further parts of calibration.json.
+      others: further classifiers for the report, `compute_metrics` by name.
+      columns: of predictions.csv, a value per test example by name.
+      figures: to save as PNG, by file name.
+      sections: of the report.
+    """
+
+    baselines: dict[str, np.ndarray]
+    comparisons: dict[str, Any]
+    results: dict[str, Any]
+    rules: dict[str, Any]
+    others: dict[str, dict]
+    columns: dict[str, Sequence[Any]]
+    figures: dict[str, Figure]
+    sections: list[sections.Section]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment on loaded data: everything that `fit` and `test` need to know.
+
+    Attributes:
+      config: of the run.
+      data: prepared slices.
+      title: name of the model in results and pages.
+      unit: what is classified, 'slices' or 'scans'.
+      paper: the paper's results.
+      examples: what is classified, by split.
+      slice_model: the model of single slices; under a scan model, its frozen extractor.
+      get_slice_variables: variables -> those of the slice model.
+      create_variables: key -> initial variables; jitted by `fit`.
+      load_weights: initial variables -> the same with stored weights in their places; called in a new run only.
+      forward: see `step.Forward`.
+      is_frozen: path of a parameter -> whether training leaves it alone.
+      load_batches: state -> the batches that it goes on with, this process's rows, on the host.
+      name_batch: number of a step -> names of the examples in its batch.
+      steps_per_epoch: updates between two validations.
+      compute_val_logits: variables -> logits [N, K] of the validation examples.
+      predict: (variables, split) -> outputs with `.logits` [N, K], in evaluation mode.
+      examine: (variables, {split: outputs of `predict`}, rules of `screening.fit_rules`) -> findings on the test split.
+    """
+
+    config: ConfigDict
+    data: covidx_ct.Prepared
+    title: str
+    unit: str
+    paper: PaperTable
+    examples: dict[str, Sequence[Example]]
+    slice_model: Att2
+    get_slice_variables: Callable[[dict[str, Any]], dict[str, Any]]
+    create_variables: Callable[[jax.Array], dict[str, Any]]
+    load_weights: Callable[[dict[str, Any]], dict[str, Any]]
+    forward: Forward
+    is_frozen: Callable[[str], bool]
+    load_batches: Callable[[TrainState], Iterator[dict]]
+    name_batch: Callable[[int], list[str]]
+    steps_per_epoch: int
+    compute_val_logits: Callable[[dict[str, Any]], np.ndarray]
+    predict: Callable[[dict[str, Any], str], Any]
+    examine: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Findings]
+
+    def get_labels(self, split: str) -> np.ndarray:
+        """Returns the classes of a split's examples, int [N]."""
+        return np.array([example.label for example in self.examples[split]])
+
+    def get_patients(self, split: str) -> list[str]:
+        """Returns the patients of a split's examples."""
+        return [example.patient for example in self.examples[split]]
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    create_experiment: Callable[[ConfigDict, covidx_ct.Prepared], Experiment],
+    format_summary: Callable[[dict[str, Any], Path], str],
+    data: covidx_ct.Prepared | None = None,
+) -> dict[str, Any]:
+    """Trains and tests in a workdir, resuming what it holds, prints the summary and returns the results.
+
+    Args:
+      config: of the run.
+      workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
+        results.json, predictions.csv, calibration.json, novelty.npz, report.html and figures; with phantoms also
+        phantoms/.
+      create_experiment: (config, data) -> the experiment; not called if the run is finished.
+      format_summary: (results, workdir) -> text.
+      data: those of `config.data`, if they are loaded already.
+
+    Raises:
+      UserError: bad config or data; the workdir can't be written, is in use, or was made by another config; the batch
+        does not divide over the devices.
+    """
+    check_config(config)
+    with lock_workdir(workdir), report_full_disk(workdir):
+        check_workdir(workdir, config)
+        if (workdir / 'results.json').exists():
+            log.info('%s holds a finished run; its summary again:', workdir)
+            results = load_output(workdir, 'results.json')
+        else:
+            check_batch_size(config.train.batch_size, config.train.accumulation_steps)
+            data = data or load_data(config.data, workdir)
+            save_config(workdir, config)
+            experiment = create_experiment(config, data)
+            with open_checkpoints(workdir) as checkpoints:
+                history = fit(experiment, checkpoints, workdir)
+                results = test(experiment, checkpoints, history, workdir)
+    if is_first():
+        print(format_summary(results, workdir))
+    return results
+
+
+def evaluate(
+    workdir: Path,
+    create_experiment: Callable[[ConfigDict, covidx_ct.Prepared], Experiment],
+    format_summary: Callable[[dict[str, Any], Path], str],
+) -> dict[str, Any]:
+    """Tests the best model of a run again, prints the summary and returns the results.
+
+    Raises:
+      UserError: the folder is not the workdir of a run with a finished epoch, or its data are gone.
+    """
+    config = load_config(workdir)
+    with lock_workdir(workdir), report_full_disk(workdir):
+        history = loop.read_history(workdir)
+        experiment = create_experiment(config, load_data(config.data, workdir))
+        with open_checkpoints(workdir) as checkpoints:
+            results = test(experiment, checkpoints, history, workdir)
+    if is_first():
+        print(format_summary(results, workdir))
+    return results
+
+
+def load_output(workdir: Path, name: str) -> dict[str, Any]:
+    """Returns the content of a JSON file that the test of a run writes: results.json or calibration.json.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    try:
+        return json.loads((workdir / name).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f'{workdir} has no {name}: run its training command again, or --mode=evaluate') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{workdir / name} is unreadable: --mode=evaluate writes it again') from error
+
+
+def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
+    """Prepares the slices of the raw directory, or of phantoms written to the workdir where none is named."""
+    raw_dir = Path(config.raw_dir).expanduser()  # no shell expands a ~ after a colon
+    if not config.raw_dir:
+        log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
+        raw_dir = workdir / 'phantoms'
+        if is_first():
+            phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
+        multihost_utils.sync_global_devices('phantoms')
+    data = covidx_ct.prepare(
+        raw_dir, image_size=config.image_size, prepared_dir=config.prepared_dir, skip_bad=config.skip_bad
+    )
+    if data.dropped and is_first():
+        log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
+        write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    for split, rows in data.rows.items():
+        log.info('%s: %s', split, format_counts([row.label for row in rows]))
+    return data
+
+
+def count_classes(labels: Sequence[int]) -> dict[str, int]:
+    """Returns the number of examples of every class."""
+    return dict(zip(CLASSES, np.bincount(labels, minlength=len(CLASSES)).tolist(), strict=True))
+
+
+def format_counts(labels: Sequence[int]) -> str:
+    """Returns e.g. '35,996 normal, 25,496 pneumonia, 82,286 covid19'."""
+    return ', '.join(f'{count:,} {name}' for name, count in count_classes(labels).items())
+
+
+def create_template(create: Callable[[jax.Array], Any]) -> Any:
+    """Returns the shapes, dtypes and (replicated) shardings of `create(key)` without computing it."""
+    _, replicated = create_shardings()
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(create, jax.random.key(0)),
+    )
+
+
+def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list[dict]:
+    """Trains with the options of `config.train`; returns the history of `loop.fit`.
+
+    Raises:
+      UserError: see `loop.fit`.
+    """
+    config = experiment.config.train
+    class_weights = compute_class_weights(list(count_classes(experiment.get_labels('train')).values()))
+    learning_rate = create_schedule(
+        config.schedule,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.num_epochs * experiment.steps_per_epoch,
+    )
+    optimizer = create_optimizer(
+        learning_rate, weight_decay=config.weight_decay, decay=config.decay, is_frozen=experiment.is_frozen
+    )
+    init_key, train_key = jax.random.split(jax.random.key(experiment.config.seed))
+
+    def create_state() -> TrainState:
+        # This runs once: optimising the program would take longer than running it unoptimised.
+        initialise = jax.jit(experiment.create_variables, compiler_options={'xla_backend_optimization_level': 0})
+        variables = experiment.load_weights(initialise(init_key))
+        return place_state(create_train_state(variables, optimizer, train_key))
+
+    def load_batches(state: TrainState) -> Iterator[dict]:
+        batches = experiment.load_batches(state)  # now: the first step donates the state
+        return (place_batch(batch, config.parallelism) for batch in batches)
+
+    def describe_step(step: int) -> str:
+        names = join_faults(experiment.name_batch(step))
+        return f'learning rate {float(learning_rate(step)):g}, batch of {names}'
+
+    def validate(variables: dict[str, Any]) -> tuple[float, float]:
+        logits, labels = experiment.compute_val_logits(variables), experiment.get_labels('val')
+        losses, weights = weighted_cross_entropy(logits, labels, class_weights)
+        return float(losses.sum() / weights.sum()), float((logits.argmax(-1) == labels).mean())
+
+    step = functools.partial(
+        train_step,
+        forward=experiment.forward,
+        optimizer=optimizer,
+        class_weights=class_weights,
+        augmentation=AugmentOptions() if config.augment else None,
+        dtype=config.dtype,
+        accumulation_steps=config.accumulation_steps,
+    )
+    task = loop.Task(
+        template=create_template(
+            lambda key: create_train_state(experiment.create_variables(key), optimizer, key),
+        ),
+        create_state=create_state,
+        step=compile_step(step, config.parallelism),
+        validate=validate,
+        load_batches=load_batches,
+        describe_step=describe_step,
+    )
+    schedule = loop.Schedule(
+        steps_per_epoch=experiment.steps_per_epoch,
+        num_epochs=config.num_epochs,
+        patience=config.patience,
+        min_delta=config.min_delta,
+        checkpoint_steps=config.checkpoint_steps,
+        examples_per_step=config.batch_size,
+    )
+    return loop.fit(task, schedule, checkpoints, workdir)
+
+
+def restore_best(create_variables: Callable[[jax.Array], dict[str, Any]], checkpoints: Checkpoints) -> dict[str, Any]:
+    """Returns the variables of the best epoch (see `Checkpoints.restore_best`)."""
+    return checkpoints.restore_best(create_template(create_variables))
+
+
+def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path) -> dict[str, Any]:
+    """Tests the model of the best epoch and writes the files that `train` names, results.json last.
+
+    Temperature, thresholds and conformal sets are chosen on validation and kept in calibration.json; predictions.csv
+    has the probabilities of the model itself.
+
+    Returns:
+      The content of results.json. Of several processes only the first writes and returns it.
+    """
+    start = time.perf_counter()
+    config, data, unit = experiment.config, experiment.data, experiment.unit
+    variables = restore_best(experiment.create_variables, checkpoints)
+    predictions = {split: experiment.predict(variables, split) for split in ('val', 'test')}
+    if not is_first():
+        return {}
+    variables = jax.device_get(variables)  # only this process goes on
+    val_labels, labels = experiment.get_labels('val'), experiment.get_labels('test')
+    patients = experiment.get_patients('test')
+    log.info('statistics, baselines and explanations of %d test %s', len(labels), unit)
+
+    logits = predictions['test'].logits
+    probabilities = softmax(logits)
+    rules = fit_rules(predictions['val'].logits, val_labels, experiment.get_patients('val'), CLASSES)
+    findings = experiment.examine(variables, predictions, rules)
+    rules |= findings.rules
+    train_labels = experiment.get_labels('train')
+    results = {
+        **describe_data(config.data, data),
+        'model': experiment.title,
+        'split': 'test',
+        **compute_metrics(labels, probabilities.argmax(1), patients, CLASSES),
+        'baselines': {
+            name: compute_metrics(labels, scores.argmax(1), patients, CLASSES)
+            for name, scores in findings.baselines.items()
+        },
+        **findings.comparisons,
+        'curves': compute_curves(labels, probabilities, patients, CLASSES),
+        'screening': evaluate_rules(
+            rules,
+            logits,
+            labels,
+            patients,
+            CLASSES,
+            train_shares_K=np.bincount(train_labels, minlength=len(CLASSES)) / len(train_labels),
+        ),
+        **findings.results,
+        'training': describe_training(experiment, history),
+        'environment': describe_environment(),
+    }
+    write_predictions(workdir / 'predictions.csv', findings.columns)
+    of_slices = experiment.get_slice_variables(variables)
+    save_usual(workdir / 'novelty.npz', experiment.slice_model, of_slices, data)
+    write_json(workdir / 'calibration.json', rules)
+    drawn = {
+        'training_curves.png': figures.render_training_curves(history, results['training']['best_epoch']),
+        'confusion_matrix.png': figures.render_confusion_matrix(
+            results['confusion_matrix'], CLASSES, title=f'Test {unit}, {results["data"]}'
+        ),
+        **findings.figures,
+    }
+    for name, figure in drawn.items():
+        figures.save_figure(figure, workdir / name)
+    is_the_papers = tuple(count_classes(labels).values()) == experiment.paper.test_counts
+    published = experiment.paper.scores if is_the_papers else None
+    parts = [
+        *sections.build_scores(results, published, table=experiment.paper.name, unit=unit, others=findings.others),
+        *sections.build_statistics(results, rules, unit=unit),
+        *findings.sections,
+        sections.build_training(results, flatten_config(config), history),
+        sections.build_limits(results),
+    ]
+    sections.write_report(workdir / 'report.html', results, parts, unit=unit)
+    results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
+    write_json(workdir / 'results.json', results)
+    return results
+
+
+def save_usual(path: Path, slice_model: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
+    """Writes novelty.npz: which features are usual among validation slices, so that predictions can tell what is not.
+
+    At most `MAX_EXAMPLES` slices, spread evenly over the split, are used.
+    """
+    rows, source = data.rows['val'], data.sources['val']
+    chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
+    images = np.stack([source[i]['image'] for i in chosen])
+    novelty = fit_novelty(compute_outputs(slice_model, variables, images).statistics, [rows[i].patient for i in chosen])
+    if novelty is None:
+        path.unlink(missing_ok=True)  # of an earlier test
+    else:
+        save_novelty(path, novelty)
+
+
+def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
+    """Returns e.g. 'COVIDx CT-2A layout', or 'phantoms'."""
+    return f'COVIDx CT-{data.version} layout' if config.raw_dir else 'phantoms'
+
+
+def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:
+    """Returns the parts of results.json that say what the run was made on."""
+    return {
+        'data': name_data(config, data),
+        'notice': PHANTOM_NOTICE if not config.raw_dir else '',
+        'dataset': {
+            'raw_dir': config.raw_dir,
+            'version': data.version,
+            'fingerprint': data.fingerprint,
+            'image_size': config.image_size,
+            'slices': {split: count_classes([row.label for row in rows]) for split, rows in data.rows.items()},
+            'num_dropped': len(data.dropped),
+        },
+    }
+
+
+def describe_training(experiment: Experiment, history: Sequence[dict]) -> dict[str, Any]:
+    """Returns the part `training` of results.json."""
+    config = experiment.config
+    pretrained = (config.model if 'pretrained' in config.model else config.att2.model).pretrained
+    best_epoch = loop.find_best_epoch([entry['val_loss'] for entry in history], config.train.min_delta)
+    return {
+        'pretrained': pretrained or 'none (from scratch)',
+        'num_epochs': len(history),
+        'best_epoch': best_epoch,
+        'best_val_loss': history[best_epoch - 1]['val_loss'],
+        'num_steps': history[-1]['step'],
+        'seconds': round(sum(entry['seconds'] + entry['val_seconds'] for entry in history), 1),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns versions and devices of this process."""
+    return {
+        'covidjax': covidjax.__version__,
+        'python': platform.python_version(),
+        **{name: metadata.version(name) for name in ('jax', 'flax', 'optax')},
+        'devices': [device.device_kind for device in jax.devices()],
+        'cpu_cores': os.cpu_count(),
+    }
+
+
+def format_baselines(results: dict[str, Any]) -> list[str]:
+    """Returns the accuracy of every baseline, a line each."""
+    return [
+        f'{name:<18}{format_score(metrics["accuracy"], metrics["intervals"]["accuracy"])} accuracy'
+        for name, metrics in results['baselines'].items()
+    ]
+
+
+def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[str]:
+    """Returns the last lines of a summary: what the brackets are, which data, what was tested, where things are."""
+    intervals, training = results['intervals'], results['training']
+    return [
+        f'Brackets: {intervals["level"]:.0%} intervals, {intervals["method"]}.',
+        *([f'Data: {results["notice"]}.'] if results['notice'] else []),
+        f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
+        f'{results["num_examples"]:,} {unit} of {results["num_patients"]} patients.',
+        f'Report: {workdir / "report.html"}',
+        f'Results, predictions and figures: {workdir}',
+    ]

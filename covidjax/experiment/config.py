@@ -1,0 +1,77 @@
+"""What a config must satisfy."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from covidjax.data.sequences import NUM_SLICES
+from covidjax.errors import UserError
+from covidjax.models.att2 import COMBINATIONS
+from covidjax.models.attention import COMPATIBILITIES
+from covidjax.models.resnet import BLOCKS
+from covidjax.training.devices import PARALLELISMS
+from covidjax.training.optimizer import DECAYS, SCHEDULES
+
+_AT_LEAST = {
+    'seed': 0,
+    'data.image_size': 32,
+    'data.phantom_seed': 0,
+    'data.min_slices': 1,
+    'data.cached_draws': 0,
+    'model.hidden': 1,
+    'model.width': 1,
+    'model.tail_blocks': 1,
+    'train.batch_size': 1,
+    'train.steps_per_epoch': 1,
+    'train.num_epochs': 1,
+    'train.patience': 1,
+    'train.min_delta': 0,
+    'train.warmup_steps': 0,
+    'train.checkpoint_steps': 0,
+    'train.accumulation_steps': 1,
+    'train.weight_decay': 0,
+}
+_ONE_OF = {
+    'model.block': tuple(BLOCKS),
+    'model.stem': ('imagenet', 'small'),
+    'model.compatibility': COMPATIBILITIES,
+    'model.combination': COMBINATIONS,
+    'train.schedule': SCHEDULES,
+    'train.decay': DECAYS,
+    'train.dtype': ('float32', 'bfloat16'),
+    'train.parallelism': PARALLELISMS,
+}
+
+
+def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+    """Returns {'data.image_size': 64, ...} with JSON-able values."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten_config(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks the range of every field; those under 'att2' have the rules of the slice experiment.
+
+    Raises:
+      UserError: values out of range; all of them are listed.
+    """
+    problems = []
+    for name, value in flatten_config(config).items():
+        rule = name.removeprefix('att2.')
+        if rule in _AT_LEAST and value < _AT_LEAST[rule]:
+            problems.append(f'{name}={value} must be at least {_AT_LEAST[rule]}')
+        if rule in _ONE_OF and value not in _ONE_OF[rule]:
+            problems.append(f'{name}={value!r} must be one of {", ".join(_ONE_OF[rule])}')
+        if rule == 'train.learning_rate' and not value > 0:
+            problems.append(f'{name}={value} must be above 0')
+        if rule == 'model.stage_sizes' and (len(value) < 2 or min(value) < 1):
+            problems.append(f'{name}={value} must be two or more positive numbers')
+        if rule == 'data.min_slices' and value > NUM_SLICES:
+            problems.append(f'{name}={value} must be at most {NUM_SLICES}')
+    if problems:
+        raise UserError('config: ' + '; '.join(problems))

@@ -1,0 +1,149 @@
+"""A trained run as one file: for PyTorch (safetensors, torchvision's names), or as a program for jax alone (StableHLO).
+
+Shapes: B slices or scans, T slices of a scan, N slices, S side of a slice, E embedding, K classes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import safetensors
+import safetensors.numpy
+
+import covidjax
+from covidjax.data.lists import CLASSES
+from covidjax.data.sequences import NUM_SLICES
+from covidjax.errors import UserError
+from covidjax.experiment.runs import Run, load_run
+from covidjax.files import replace_file
+from covidjax.models.att2 import Att2, normalise
+from covidjax.models.seq import SequenceClassifier
+from covidjax.models.torch_names import to_torch
+
+NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+_AT_ONCE = 16  # slices through the extractor: bounds its memory whatever the length of a scan
+
+
+def export_run(workdir: Path, output: Path) -> None:
+    """Writes the best model of a finished run, whole or not at all, and prints what was written.
+
+    Args:
+      workdir: of the run.
+      output: path of the file; its ending, one of `WRITERS`, says what is written. One that exists is replaced.
+
+    Raises:
+      UserError: another kind of file is asked for; the folder is not the workdir of a finished run; the file can't be
+        written.
+    """
+    if output.suffix not in WRITERS:
+        raise UserError(f'--output={output} must end in {" or ".join(WRITERS)}')
+    run = load_run(workdir)
+    try:
+        with replace_file(output) as temporary:
+            what = WRITERS[output.suffix](temporary, run)
+            size = temporary.stat().st_size
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f'cannot write --output={output} ({error}): choose another file') from error
+    print(f'{output}: {run.results["model"]}, {what}, {size / 1e6:.1f} MB')
+    if run.results['notice']:
+        print(f'Trained on {run.results["notice"]}.')
+
+
+def write_safetensors(path: Path, run: Run) -> str:
+    """Writes all variables under PyTorch's names and returns how many there are.
+
+    The file's metadata are strings, of which 'classes', 'normalisation', 'temperature' and 'config' are JSON: the names
+    of the outputs; what makes an input of a grey slice, (x - mean) / std in that many equal channels; what logits are
+    divided by for calibrated probabilities; and the run's config. 'notice' is not empty for a run of phantoms.
+    """
+    tensors = to_torch(run.variables)
+    metadata = {
+        'format': 'pt',
+        'covidjax': covidjax.__version__,
+        'model': run.results['model'],
+        'data': run.results['data'],
+        'notice': run.results['notice'],
+        'classes': json.dumps(CLASSES),
+        'normalisation': json.dumps(NORMALISATION),
+        'temperature': json.dumps(run.rules['temperature']),
+        'config': json.dumps(run.config.to_dict()),
+    }
+    safetensors.numpy.save_file(tensors, path, metadata)
+    return f'{len(tensors)} arrays'
+
+
+def write_stablehlo(path: Path, run: Run) -> str:
+    """Writes the model as a program for every platform of `PLATFORMS`, weights inside; returns its inputs and outputs.
+
+    A slice run takes uint8 [B, S, S], grey slices that are cropped to the body and resized; a scan run uint8
+    [B, T, S, S], slices from head to feet, and a bool mask [B, T], True somewhere in every row, of the slices that
+    exist. B is free, T too if the run takes scans whole, else 16. Out come 'logits' [B, K], as the run's own
+    predictions.csv has their softmax, and 'probabilities' [B, K], calibrated: softmax(logits / temperature); of scans
+    also 'attention' [B, T]. The name of the program tells the model, the order of the classes and phantoms.
+    """
+    size, temperature = run.config.data.image_size, run.rules['temperature']
+    if run.sequence is None:
+        function = create_slice_function(run.slice_model, run.slice_variables, temperature)
+        images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f'b, {size}, {size}'), jnp.uint8)
+        inputs = (images,)
+    else:
+        function = create_scan_function(run)
+        length = NUM_SLICES if run.min_slices == NUM_SLICES else 't'  # see `scans.thin_scans`
+        shape = jax.export.symbolic_shape(f'b, {length}, {size}, {size}')
+        inputs = jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct(shape[:2], jnp.bool)
+    words = [run.results['model'].split()[0], *CLASSES, *(['trained_on_phantoms'] if run.results['notice'] else [])]
+    function.__name__ = '_'.join(words).replace('-', '_')
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
+    path.write_bytes(exported.serialize())
+    shown = ', '.join(aval.str_short() for aval in exported.in_avals)
+    return f'{exported.fun_name}({shown}) for {", ".join(exported.platforms)}'
+
+
+def create_slice_function(model: Att2, variables: dict[str, Any], temperature: float) -> Callable[..., dict]:
+    """Returns uint8 [B, S, S] -> 'logits' and 'probabilities' [B, K]."""
+
+    def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
+        logits = model.apply(variables, normalise(images_BxSxS)[..., None], train=False).logits
+        return {'logits': logits, 'probabilities': jax.nn.softmax(logits / temperature)}
+
+    return predict
+
+
+def create_scan_function(run: Run) -> Callable[..., dict]:
+    """Returns (uint8 [B, T, S, S], mask [B, T]) -> 'logits' and 'probabilities' [B, K] and 'attention' [B, T].
+
+    B and T may be symbols, which `models.seq.Seq` cannot take: it divides its slices into batches.
+    """
+
+    def embed(images_NxSxS: jax.Array) -> jax.Array:
+        n, s = images_NxSxS.shape[:2]
+        parts = -(-n // _AT_ONCE)
+        filled = images_NxSxS[jnp.arange(parts * _AT_ONCE).clip(max=n - 1)].reshape(parts, _AT_ONCE, s, s, 1)
+
+        def apply(images: jax.Array) -> jax.Array:
+            return run.slice_model.apply(run.slice_variables, normalise(images), train=False).embedding
+
+        embeddings = jax.lax.map(apply, filled)
+        return embeddings.reshape(parts * _AT_ONCE, -1)[jnp.arange(n)]
+
+    def predict(images_BxTxSxS: jax.Array, mask_BxT: jax.Array) -> dict[str, jax.Array]:
+        b, t, s, _ = images_BxTxSxS.shape
+        embeddings = embed(images_BxTxSxS.reshape(b * t, s, s)).reshape(b, t, -1)
+        # The sequence model wants padding behind the slices, a mask may have it anywhere.
+        order_BxT = jnp.argsort(~mask_BxT, axis=1, stable=True)
+        ordered = jnp.take_along_axis(embeddings, order_BxT[..., None], axis=1)
+        model = SequenceClassifier(run.config.model.hidden, len(CLASSES))
+        logits, attention_BxT = model.apply({'params': run.sequence}, ordered, mask_BxT.sum(1, dtype=jnp.int32))
+        attention_BxT = jnp.take_along_axis(attention_BxT, jnp.argsort(order_BxT, axis=1), axis=1)
+        probabilities = jax.nn.softmax(logits / run.rules['temperature'])
+        return {'logits': logits, 'probabilities': probabilities, 'attention': attention_BxT}
+
+    return predict
+
+
+WRITERS = {'.safetensors': write_safetensors, '.stablehlo': write_stablehlo}

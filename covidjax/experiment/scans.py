@@ -1,0 +1,447 @@
+"""The paper's second experiment: a sequence model on scans (section V), beside votes of the slice model."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from covidjax.data import covidx_ct, published, sequences
+from covidjax.data.lists import CLASSES, SPLITS
+from covidjax.data.sequences import Scan
+from covidjax.errors import UserError
+from covidjax.evaluation import baselines, voting
+from covidjax.evaluation.metrics import format_table
+from covidjax.evaluation.predictions import softmax
+from covidjax.experiment import common, slices
+from covidjax.experiment.common import Experiment, Findings, PaperTable
+from covidjax.experiment.embeddings import compute_embeddings, run_pass
+from covidjax.experiment.workdir import load_config
+from covidjax.models.att2 import normalise
+from covidjax.models.fast import compile_fast
+from covidjax.models.seq import Seq, SeqOutputs, is_extractor
+from covidjax.report import figures
+from covidjax.report.scans import build_scan_sections, score_slice_attention
+from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.devices import get_shard, pad_batch_size, replicate
+from covidjax.training.state import TrainState
+from covidjax.training.step import Forward
+
+log = logging.getLogger(__name__)
+
+PAPER = PaperTable('Table IV', published.SEQUENCES[2], published.SCAN_SCORES)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs the experiment, or resumes it, prints its summary and returns its results (see `common.train`).
+
+    Args:
+      config: see configs/seq.py.
+      workdir: of the run; where no extractor is named, it also gets the slice experiment under extractor/.
+
+    Raises:
+      UserError: bad config, data, extractor or workdir.
+    """
+    extractor_dir = _get_extractor_dir(config, workdir)
+    if config.extractor:
+        config = adopt_extractor(config, extractor_dir)
+
+    def create(config: ConfigDict, data: covidx_ct.Prepared) -> Experiment:
+        if not config.extractor:
+            log.info('no config.extractor: training the slice model into %s', extractor_dir)
+            slices.train(get_slice_config(config), extractor_dir, data)
+        return create_experiment(config, data, extractor_dir)
+
+    return common.train(config, workdir, create, format_summary)
+
+
+def evaluate(workdir: Path) -> dict[str, Any]:
+    """Tests the best model of a run again and writes the same files as the end of `train`."""
+    extractor_dir = _get_extractor_dir(load_config(workdir), workdir)
+    create = functools.partial(create_experiment, extractor_dir=extractor_dir)
+    return common.evaluate(workdir, create, format_summary)
+
+
+def _get_extractor_dir(config: ConfigDict, workdir: Path) -> Path:
+    return Path(config.extractor) if config.extractor else workdir / 'extractor'
+
+
+def get_slice_config(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the slice experiment that a config with nested `att2` asks for."""
+    data = config.data.copy_and_resolve_references().unlock()
+    del data.min_slices, data.cached_draws
+    return ConfigDict({'name': 'att2', 'data': data, **config.att2}).lock()
+
+
+def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:
+    """Returns the config with the slice model of a finished att2 run.
+
+    Raises:
+      UserError: the folder is not such a run, or it was trained on slices of another size.
+    """
+    extractor = load_config(extractor_dir)
+    if extractor.name != 'att2':
+        raise UserError(
+            f'config.extractor={extractor_dir} is the workdir of a {extractor.name!r} run; it must be one of att2'
+        )
+    if not (extractor_dir / 'results.json').exists():
+        raise UserError(f'config.extractor={extractor_dir} has not finished: run its training command again first')
+    if extractor.data.image_size != config.data.image_size:
+        raise UserError(
+            f'config.extractor={extractor_dir} was trained on slices of {extractor.data.image_size} pixels: pass '
+            f'--config.data.image_size={extractor.data.image_size} (now {config.data.image_size})'
+        )
+    config = config.copy_and_resolve_references().unlock()
+    config.att2.model = extractor.model
+    return config.lock()
+
+
+def create_model(config: ConfigDict) -> Seq:
+    """Returns the sequence model with its extractor."""
+    return Seq(extractor=slices.create_model(config.att2.model), hidden=config.model.hidden)
+
+
+def create_variables(model: Seq, image_size: int, key: jax.Array) -> dict[str, Any]:
+    """Returns initial parameters and batch statistics, the extractor's included."""
+    return model.init(key, jnp.zeros((1, image_size, image_size, 1)), jnp.ones(1, jnp.int32))
+
+
+def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Returns the variables of the best epoch (see `Checkpoints.restore_best`)."""
+    create = functools.partial(create_variables, create_model(config), config.data.image_size)
+    return common.restore_best(create, checkpoints)
+
+
+class Selection(NamedTuple):
+    """The scans of one split that take part.
+
+    Attributes:
+      scans: with the slices that are used.
+      whole: the same scans with all their slices.
+      left_out: number of scans with too few slices, per class.
+    """
+
+    scans: list[Scan]
+    whole: list[Scan]
+    left_out: dict[str, int]
+
+
+def select_scans(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Selection]:
+    """Returns the scans of each split that take part under `config.data.min_slices`.
+
+    Raises:
+      UserError: a split has none.
+    """
+    selections = {}
+    for split in SPLITS:
+        every = sequences.group_scans(data.rows[split])
+        whole = [scan for scan in every if len(scan.records) >= config.min_slices]
+        left_out = [scan.label for scan in every if len(scan.records) < config.min_slices]
+        if not whole:
+            raise UserError(
+                f'no scan of {split} has {config.min_slices} slices: lower --config.data.min_slices (1 takes all)'
+            )
+        selections[split] = Selection(
+            sequences.thin_scans(whole, config.min_slices), whole, common.count_classes(left_out)
+        )
+    return selections
+
+
+class ScanPredictions(NamedTuple):
+    """Predictions of M scans in the order of the split.
+
+    Attributes:
+      logits: [M, K] of the sequence model.
+      attention: per scan [T].
+      slice_probabilities: per scan [T, K], of the slice model alone.
+    """
+
+    logits: np.ndarray
+    attention: list[np.ndarray]
+    slice_probabilities: list[np.ndarray]
+
+
+# Of the module, so that validation and test share their compilations.
+@functools.partial(compile_fast, static_argnums=0)
+def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -> SeqOutputs:
+    return replicate(model.apply(variables, normalise(batch['image']), batch['length']))
+
+
+def create_predictor(
+    model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection], batch_size: int
+) -> Callable[[dict[str, Any], str], ScanPredictions]:
+    """Returns (variables, split) -> predictions in evaluation mode."""
+    batch_size = pad_batch_size(batch_size)
+
+    def predict(variables, split):
+        found = {}
+        chosen = selections[split].scans
+        load_slices = sequences.load_images(data.sources[split], chosen)
+        batches = sequences.load_eval_scans(load_slices, chosen, batch_size=batch_size, shard=get_shard())
+        apply = functools.partial(_apply, model, variables)
+        for member, outputs in run_pass(apply, batches, chosen, batch_size):
+            t = len(chosen[member].records)
+            found[member] = (outputs.logits, outputs.attention[:t], softmax(outputs.slice_logits[:t]))
+        logits, attention, slice_probabilities = zip(*(found[m] for m in range(len(found))), strict=True)
+        return ScanPredictions(np.stack(logits), list(attention), list(slice_probabilities))
+
+    return predict
+
+
+class Feed(NamedTuple):
+    """What training sees of scans.
+
+    Attributes:
+      load_batches, forward, compute_val_logits: see `common.Experiment`.
+    """
+
+    load_batches: Callable[[TrainState], Iterator[dict]]
+    forward: Forward
+    compute_val_logits: Callable[[dict[str, Any]], np.ndarray]
+
+
+def create_image_feed(
+    config: ConfigDict, model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection]
+) -> Feed:
+    """Returns a feed of images, which go through the extractor in every step and every validation."""
+    predict = create_predictor(model, data, selections, config.train.batch_size)
+
+    def load_batches(state):
+        chosen = selections['train'].scans
+        return sequences.load_train_scans(
+            sequences.load_images(data.sources['train'], chosen),
+            chosen,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=int(state.step),
+            shard=get_shard(),
+        )
+
+    def forward(variables, images, batch):
+        return model.apply(variables, images, batch['length']).logits, variables['batch_stats']
+
+    return Feed(load_batches, forward, lambda variables: predict(variables, 'val').logits)
+
+
+def create_embedding_feed(
+    config: ConfigDict, model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection]
+) -> Feed:
+    """Returns a feed of embeddings, computed anew by every run that starts or goes on, and then held in memory.
+
+    They are those of the extractor in the state, so that they never are another one's.
+    """
+    batch_size = config.train.batch_size
+    # More draws than epochs are never looked at; without augmentation one is all there are.
+    num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment else 1
+    classifier = model.create_classifier()
+
+    def embed(variables, split, **options):
+        return compute_embeddings(
+            model.extractor,
+            get_extractor(variables),
+            data.sources[split],
+            selections[split].scans,
+            batch_size=batch_size,
+            **options,
+        )
+
+    def load_batches(state):
+        embeddings_DxNxE = embed(
+            state.variables,
+            'train',
+            key=state.key if config.train.augment else None,
+            num_draws=num_draws,
+            dtype=config.train.dtype,
+            title='embeddings of train',
+        )
+        chosen = selections['train'].scans
+        return sequences.load_train_scans(
+            sequences.load_embeddings(embeddings_DxNxE, chosen),
+            chosen,
+            batch_size=batch_size,
+            seed=config.seed,
+            first_step=int(state.step),
+            shard=get_shard(),
+        )
+
+    def forward(variables, embeddings, batch):
+        logits, _ = classifier.apply({'params': variables['params']['sequence']}, embeddings, batch['length'])
+        return logits, variables['batch_stats']
+
+    @jax.jit
+    def classify(variables, batch):
+        return replicate(forward(variables, batch['embedding'], batch)[0])
+
+    val_1xNxE = None
+
+    def compute_val_logits(variables):
+        nonlocal val_1xNxE
+        chosen, padded = selections['val'].scans, pad_batch_size(batch_size)
+        if val_1xNxE is None:
+            val_1xNxE = embed(variables, 'val', key=None, num_draws=1, dtype='float32', title='embeddings of val')
+        load_slices = sequences.load_embeddings(val_1xNxE, chosen)
+        batches = sequences.load_eval_scans(load_slices, chosen, batch_size=padded, shard=get_shard())
+        found = dict(run_pass(functools.partial(classify, variables), batches, chosen, padded))
+        return np.stack([found[member] for member in range(len(chosen))])
+
+    return Feed(load_batches, forward, compute_val_logits)
+
+
+def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Experiment:
+    """Returns the experiment of a config on its data; a new run takes its slice model from `extractor_dir`."""
+    model = create_model(config)
+    selections = select_scans(config.data, data)
+    chosen = {split: selection.scans for split, selection in selections.items()}
+    for split in SPLITS:
+        log.info('%s scans: %s', split, common.format_counts([scan.label for scan in chosen[split]]))
+    feed = (create_embedding_feed if config.data.cached_draws else create_image_feed)(config, model, data, selections)
+
+    def load_weights(variables: dict[str, Any]) -> dict[str, Any]:
+        with open_checkpoints(extractor_dir) as source:
+            extractor = slices.restore_best(get_slice_config(config), source)
+        return {kind: {**variables[kind], 'extractor': extractor[kind]} for kind in ('params', 'batch_stats')}
+
+    def name_batch(step: int) -> list[str]:
+        _, members = sequences.plan_steps(chosen['train'], config.train.batch_size, config.seed)(step)
+        return [chosen['train'][i].scan for i in members]
+
+    def examine(variables: dict[str, Any], predictions: dict[str, ScanPredictions], _: dict[str, Any]) -> Findings:
+        probabilities, attention = softmax(predictions['test'].logits), predictions['test'].attention
+        slice_attention = score_slice_attention(chosen['test'], data, attention)
+        found = _compare(config, data, selections, predictions, probabilities)
+        shown = build_scan_sections(
+            model.extractor,
+            get_extractor(variables),
+            data,
+            chosen['test'],
+            probabilities,
+            attention,
+            slice_attention,
+        )
+        return found._replace(results={'slice_attention': slice_attention, **found.results}, sections=shown)
+
+    return Experiment(
+        config=config,
+        data=data,
+        title='ResNet50-LSTM-ATT2 (scans)',
+        unit='scans',
+        paper=PAPER,
+        examples=chosen,
+        slice_model=model.extractor,
+        get_slice_variables=get_extractor,
+        create_variables=functools.partial(create_variables, model, config.data.image_size),
+        load_weights=load_weights,
+        forward=feed.forward,
+        is_frozen=is_extractor,
+        load_batches=feed.load_batches,
+        name_batch=name_batch,
+        steps_per_epoch=sequences.count_batches(chosen['train'], config.train.batch_size),
+        compute_val_logits=feed.compute_val_logits,
+        predict=create_predictor(model, data, selections, config.train.batch_size),
+        examine=examine,
+    )
+
+
+def get_extractor(variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns the extractor's part of the variables of a scan model."""
+    return {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
+
+
+def _compare(
+    config: ConfigDict,
+    data: covidx_ct.Prepared,
+    selections: dict[str, Selection],
+    predictions: dict[str, ScanPredictions],
+    probabilities_MxK: np.ndarray,
+) -> Findings:
+    """Returns the findings that need no map: votes on the same slices, baselines, the table of predictions."""
+    chosen = {split: selection.scans for split, selection in selections.items()}
+    whole = {split: selection.whole for split, selection in selections.items()}
+    labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
+    test, slice_probabilities = chosen['test'], predictions['test'].slice_probabilities
+
+    rule, val_accuracies = voting.choose_rule(predictions['val'].slice_probabilities, labels['val'])
+    votes = {r: voting.vote_all(slice_probabilities, r) for r in voting.RULES}
+    scan_level = voting.compare_on_scans(test, labels['test'], probabilities_MxK, votes, rule, slice_probabilities)
+    scan_level['vote']['validation_accuracy'] = val_accuracies
+    slice_labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    thumbnail_scores, _ = baselines.compute_thumbnail_scores(data.sources, slice_labels)
+    return Findings(
+        baselines={
+            'majority class': baselines.compute_majority_scores(labels['train'], len(test), len(CLASSES)),
+            'file names only': baselines.compute_file_name_scores(whole['train'], whole['test'], per_slice=False),
+            'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in test]),
+        },
+        comparisons={},
+        results={
+            'scan_level': scan_level,
+            'scans': {
+                'min_slices': config.data.min_slices,
+                'taking_part': {split: common.count_classes(y) for split, y in labels.items()},
+                'left_out': {split: selection.left_out for split, selection in selections.items()},
+            },
+        },
+        rules={},
+        others={f'slice votes ({rule})': scan_level['vote']},
+        columns={
+            'scan': [scan.scan for scan in test],
+            'patient': [scan.patient for scan in test],
+            'label': [scan.label for scan in test],
+            **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_MxK.T, strict=True)},
+            **{f'vote_{name}': p for name, p in zip(CLASSES, votes[rule].T, strict=True)},
+            'slices': [' '.join(map(str, scan.slices)) for scan in test],
+            'attention': [' '.join(f'{x:.6f}' for x in a) for a in predictions['test'].attention],
+        },
+        figures={
+            'confusion_matrix_vote.png': figures.render_confusion_matrix(
+                scan_level['vote']['confusion_matrix'],
+                CLASSES,
+                title=f'Slice votes ({rule}), test scans, {common.name_data(config.data, data)}',
+            )
+        },
+        sections=[],
+    )
+
+
+def format_summary(results: dict[str, Any], workdir: Path) -> str:
+    """Returns what a run prints at its end: Table IV, the votes beside it and where things are."""
+    level = results['scan_level']
+    vote, paired, conflicts, short = (level[k] for k in ('vote', 'sequence_minus_vote', 'conflicts', 'short_scans'))
+    lines = ['', 'Sequence model (Table IV)', format_table(level['sequence'], unit='Scans'), '']
+    lines += [
+        f'Votes of the slice model on the same slices (rule {vote["rule"]!r}, chosen on validation)',
+        format_table(vote, unit='Scans'),
+        '',
+    ]
+    lines += common.format_baselines(results)
+    low, high = paired['interval']
+    verdict = 'a tie' if low <= 0 <= high else 'the sequence model' if low > 0 else 'the vote'
+    lines += [
+        '',
+        f'Sequence less vote: {paired["difference"]:+.3f} [{low:+.3f}, {high:+.3f}] accuracy, only sequence right '
+        f'{paired["only_first"]}, only vote right {paired["only_second"]}, McNemar exact p = '
+        f'{paired["mcnemar_p"]:.3f}: {verdict}.',
+        f'Scans with slices called pneumonia and slices called COVID-19: {conflicts["num_scans"]} of '
+        f'{results["num_examples"]}; right: {_show_right(conflicts, vote["rule"])}.',
+    ]
+    if short['num_scans']:
+        lines.append(
+            f'Scans of fewer than {sequences.NUM_SLICES} slices, which the paper drops: {short["num_scans"]}; right: '
+            f'{_show_right(short, vote["rule"])}.'
+        )
+    for split in SPLITS:
+        taking_part, left_out = (
+            ', '.join(f'{count:,} {name}' for name, count in results['scans'][key][split].items())
+            for key in ('taking_part', 'left_out')
+        )
+        lines.append(f'{split:<6}{taking_part}; left out: {left_out}')
+    return '\n'.join(lines + common.format_ending(results, workdir, unit='scans'))
+
+
+def _show_right(counts: dict[str, Any], rule: str) -> str:
+    return f'sequence {counts["right"]["sequence"]}, vote {counts["right"][rule]}'

@@ -1,0 +1,234 @@
+"""The paper's first experiment: ResNet50-ATT2 on single slices (section IV)."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from covidjax.data import covidx_ct, published
+from covidjax.data.lesions import read_lesion_folder, read_phantom_lesions
+from covidjax.data.lists import CLASSES, find_version
+from covidjax.data.loader import load_eval_batches, load_train_batches
+from covidjax.data.sequences import group_scans
+from covidjax.evaluation import baselines
+from covidjax.evaluation.metrics import format_table
+from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
+from covidjax.evaluation.predictions import compute_logits, softmax
+from covidjax.evaluation.voting import fit_vote_rules
+from covidjax.experiment import common
+from covidjax.experiment.common import Experiment, Findings, PaperTable, Predictions
+from covidjax.models.att2 import Att2, is_dead, normalise
+from covidjax.models.fast import compile_fast
+from covidjax.models.pretrained import find_weights, load_pretrained
+from covidjax.report.slices import build_slice_sections, score_explanations
+from covidjax.training.checkpoints import Checkpoints, has_checkpoint
+from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.state import TrainState
+
+PAPER = PaperTable('Table III', published.SLICES['CT-2A'][2], published.SLICE_SCORES)
+
+
+def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = None) -> dict[str, Any]:
+    """Runs the experiment, or resumes it, prints its summary and returns its results (see `common.train`).
+
+    Args:
+      config: see configs/att2.py.
+      workdir: of the run.
+      data: those of `config.data`, if they are loaded already.
+
+    Raises:
+      UserError: bad config, data or workdir.
+    """
+    if not has_checkpoint(workdir):  # a run with a checkpoint needs no other weights
+        if config.data.raw_dir and data is None:
+            # Check the directory first: asking a hub for weights takes half a minute without a network.
+            find_version(Path(config.data.raw_dir).expanduser())
+        if config.model.pretrained:
+            find_weights(config.model.pretrained)
+    return common.train(config, workdir, create_experiment, format_summary, data)
+
+
+def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool = False) -> dict[str, Any]:
+    """Tests the best model of a run again and writes the same files as the end of `train`.
+
+    Args:
+      workdir: of the run.
+      lesions_dir: slices with outlined lesions to score maps on (see `lesions.read_lesion_folder`).
+      occlusion: also scores occlusion maps, which is slow.
+    """
+    create = functools.partial(create_experiment, lesions_dir=lesions_dir, occlusion=occlusion)
+    return common.evaluate(workdir, create, format_summary)
+
+
+def create_model(config: ConfigDict) -> Att2:
+    """Returns the model of the section `model`."""
+    return Att2(
+        stage_sizes=tuple(config.stage_sizes),
+        width=config.width,
+        block=config.block,
+        stem=config.stem,
+        tail_blocks=config.tail_blocks,
+        num_classes=len(CLASSES),
+        compatibility=config.compatibility,
+        combination=config.combination,
+    )
+
+
+def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, Any]:
+    """Returns initial parameters and batch statistics, the tail's included."""
+    return model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True)
+
+
+def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Returns the variables of the best epoch (see `Checkpoints.restore_best`)."""
+    create = functools.partial(create_variables, create_model(config.model), config.data.image_size)
+    return common.restore_best(create, checkpoints)
+
+
+# Defined here, not in `create_predictor`, so that validation and test share one compilation.
+@functools.partial(compile_fast, static_argnums=0)
+def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+    return replicate(model.apply(variables, normalise(batch['image']), train=False).logits)
+
+
+def create_predictor(
+    model: Att2, data: covidx_ct.Prepared, batch_size: int
+) -> Callable[[dict[str, Any], str], np.ndarray]:
+    """Returns (variables, split) -> logits of the split's slices [N, K] in evaluation mode."""
+    apply = functools.partial(_apply, model)
+    batch_size = pad_batch_size(batch_size)
+
+    def predict(variables: dict[str, Any], split: str) -> np.ndarray:
+        batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
+        return compute_logits(apply, variables, map(place_batch, batches), len(data.sources[split]))
+
+    return predict
+
+
+def create_experiment(
+    config: ConfigDict, data: covidx_ct.Prepared, *, lesions_dir: Path | None = None, occlusion: bool = False
+) -> Experiment:
+    """Returns the experiment of a config on its data; `lesions_dir` and `occlusion` are as in `evaluate`.
+
+    Raises:
+      UserError: the folder of lesions can't be read.
+    """
+    model = create_model(config.model)
+    trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
+    predict = create_predictor(model, data, config.train.batch_size)
+    outlined = None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size)
+
+    def load_weights(variables: dict[str, Any]) -> dict[str, Any]:
+        pretrained = config.model.pretrained
+        return load_pretrained(variables, find_weights(pretrained)) if pretrained else variables
+
+    def forward(variables: dict[str, Any], images: jax.Array, _: dict) -> tuple[jax.Array, Any]:
+        outputs, updates = trained.apply(variables, images, train=True, mutable=['batch_stats'])
+        return outputs.logits, updates['batch_stats']
+
+    def load_batches(first_step: int, shard: tuple[int, int]) -> Iterator[dict]:
+        return load_train_batches(
+            data.sources['train'],
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            first_step=first_step,
+            shard=shard,
+        )
+
+    def load_host_batches(state: TrainState) -> Iterator[dict]:
+        return load_batches(int(state.step), get_shard())
+
+    def name_batch(step: int) -> list[str]:
+        return [data.rows['train'][i].file for i in next(load_batches(step, (0, 1)))['index']]
+
+    def examine(variables: dict[str, Any], predictions: dict[str, Predictions], rules: dict[str, Any]) -> Findings:
+        lesions = outlined
+        if lesions is None:
+            lesions = read_phantom_lesions(data.raw_dir, data.rows['test'], config.data.image_size)
+        explanations = score_explanations(model, variables, data, lesions, occlusion=occlusion)
+        probabilities = softmax(predictions['test'].logits)
+        return _compare(data, predictions, probabilities, rules)._replace(
+            results={'explanations': explanations},
+            sections=build_slice_sections(model, variables, data, probabilities, lesions, explanations),
+        )
+
+    return Experiment(
+        config=config,
+        data=data,
+        title='ResNet50-ATT2 (slices)',
+        unit='slices',
+        paper=PAPER,
+        examples=data.rows,
+        slice_model=model,
+        get_slice_variables=lambda variables: variables,
+        create_variables=functools.partial(create_variables, model, config.data.image_size),
+        load_weights=load_weights,
+        forward=forward,
+        is_frozen=functools.partial(is_dead, compatibility=config.model.compatibility),
+        load_batches=load_host_batches,
+        name_batch=name_batch,
+        steps_per_epoch=config.train.steps_per_epoch,
+        compute_val_logits=lambda variables: predict(variables, 'val'),
+        predict=lambda variables, split: Predictions(predict(variables, split)),
+        examine=examine,
+    )
+
+
+def _compare(
+    data: covidx_ct.Prepared, predictions: dict[str, Predictions], probabilities_NxK: np.ndarray, rules: dict[str, Any]
+) -> Findings:
+    """Returns the findings that need no map: baselines, patients, votes on scans and the table of predictions."""
+    rows = data.rows['test']
+    labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    patients = [row.patient for row in rows]
+    thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
+    scores = {
+        'majority class': baselines.compute_majority_scores(labels['train'], len(rows), len(CLASSES)),
+        'file names only': score_file_names(data),
+        'thumbnail ridge': thumbnail_scores,
+    }
+    return Findings(
+        baselines=scores,
+        comparisons={
+            'thumbnail_ridge_alpha': alpha,
+            'covid19_against_pneumonia_per_patient': {
+                name: compute_patient_level(s, labels['test'], patients)
+                for name, s in {'model': probabilities_NxK, **scores}.items()
+            },
+        },
+        results={},
+        rules={'scans': fit_vote_rules(predictions['val'].logits, group_scans(data.rows['val']), rules['temperature'])},
+        others={},
+        columns={
+            'file': [row.file for row in rows],
+            'scan': [row.scan for row in rows],
+            'patient': patients,
+            'slice': [row.slice_index for row in rows],
+            'label': [row.label for row in rows],
+            **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_NxK.T, strict=True)},
+        },
+        figures={},
+        sections=[],
+    )
+
+
+def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:
+    """Returns what the file names of whole scans predict of their slices: probabilities [N, K] of the test split."""
+    train, test = (group_scans(data.rows[split]) for split in ('train', 'test'))
+    scores = np.empty((len(data.rows['test']), len(CLASSES)))
+    for scan, of_scan in zip(test, baselines.compute_file_name_scores(train, test, per_slice=True), strict=True):
+        scores[list(scan.records)] = of_scan
+    return scores
+
+
+def format_summary(results: dict[str, Any], workdir: Path) -> str:
+    """Returns what a run prints at its end: Table III, the baselines and where things are."""
+    lines = ['', format_table(results, unit='Slices')]
+    lines += common.format_baselines(results)
+    lines += ['', format_comparison(results['covid19_against_pneumonia_per_patient']), '']
+    return '\n'.join(lines + common.format_ending(results, workdir, unit='slices'))

@@ -1,0 +1,254 @@
+"""Where a slice model looks: attention maps, Grad-CAM, occlusion, and checks of what such maps are worth.
+
+Attention is class-agnostic: one map whatever the class. Grad-CAM and occlusion are of one class.
+
+Shapes: N slices, S their side, K classes, h and w the sides of a feature map.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+import scipy.stats
+
+from covidjax.data.lesions import compute_otsu_threshold
+from covidjax.evaluation.outputs import apply_in_batches
+from covidjax.models.att2 import Att2, normalise
+from covidjax.models.fast import compile_fast
+from covidjax.models.resnet import ResNet
+from covidjax.progress import track
+
+BATCH_SIZE = 32
+NUM_STEPS = 8  # of an erasure curve
+
+
+class Explanations(NamedTuple):
+    """What a model says of slices, and where it looks.
+
+    Attributes:
+      probabilities: [N, K].
+      attention: per module [N, h, w], each map sums to 1.
+      grad_cam: of the class asked for, [N, h, w] at the last stage, at least 0.
+    """
+
+    probabilities: np.ndarray
+    attention: tuple[np.ndarray, np.ndarray]
+    grad_cam: np.ndarray
+
+
+@functools.partial(compile_fast, static_argnums=(0, 1))
+def _explain(model: Att2, full: bool, variables: Any, images: jax.Array, classes_N: jax.Array) -> Explanations:
+    features = None
+
+    def add_to_last_stage(change, next_method, args, kwargs, context):
+        nonlocal features
+        outputs = next_method(*args, **kwargs)
+        if not isinstance(context.module, ResNet):
+            return outputs
+        features = outputs[-1]
+        return [*outputs[:-1], features if change is None else features + change]
+
+    def apply(change):
+        with nn.intercept_methods(functools.partial(add_to_last_stage, change)):
+            return model.apply(variables, normalise(images), train=False, full=full)
+
+    def score(change):
+        outputs = apply(change)
+        return jnp.take_along_axis(outputs.logits, classes_N[:, None], axis=1).sum(), (outputs, features)
+
+    # The gradient by the features is that by what is added to them.
+    jax.eval_shape(apply, None)
+    gradients, (outputs, found) = jax.grad(score, has_aux=True)(jnp.zeros(features.shape, features.dtype))
+    weights_NxC = gradients.mean((1, 2))
+    grad_cam = nn.relu(jnp.einsum('nhwc,nc->nhw', found, weights_NxC))
+    return Explanations(nn.softmax(outputs.logits), outputs.attention, grad_cam)
+
+
+def explain(
+    model: Att2, variables: Any, images: np.ndarray, classes_N: Sequence[int], *, full: bool = False
+) -> Explanations:
+    """Classifies slices and maps where the model looks.
+
+    Grad-CAM (Selvaraju et al. 2017): the features of the last stage (the paper's convolution 49) weighted by the mean
+    gradient of the class's logit, summed over channels, negative sums cut off.
+
+    Args:
+      model: the slice model.
+      variables: its parameters and batch statistics.
+      images: uint8 [N, S, S, 1], N at least 1.
+      classes_N: the class of each slice's Grad-CAM.
+      full: computes the tail also where it cannot change the output.
+    """
+    apply = functools.partial(_explain, model, full, variables)
+    return apply_in_batches(apply, BATCH_SIZE, images, np.asarray(classes_N, np.int32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maps
+
+
+def upsample(maps: np.ndarray, size: int) -> np.ndarray:
+    """Returns maps [N, h, w] as float32 [N, size, size]: bilinear with half-pixel centres."""
+    return np.asarray(jax.image.resize(jnp.asarray(maps, jnp.float32), (len(maps), size, size), 'bilinear'))
+
+
+def scale_to_unit(maps: np.ndarray) -> np.ndarray:
+    """Returns maps [N, S, S] scaled to [0, 1] each; a flat one becomes 0."""
+    low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
+    return np.where(high > low, (maps - low) / np.where(high > low, high - low, 1), 0)
+
+
+def combine_attention(attention: tuple[np.ndarray, np.ndarray], size: int) -> np.ndarray:
+    """Returns sqrt(a1 * a2) of both modules' upsampled maps, scaled to [0, 1] each: [N, size, size] (as for Fig. 7)."""
+    first, second = (upsample(maps, size) for maps in attention)
+    return scale_to_unit(np.sqrt(first * second))
+
+
+def segment(maps: np.ndarray) -> np.ndarray:
+    """Returns bool [N, S, S]: each map from its Otsu threshold on; empty for a flat map."""
+    return np.stack([m >= compute_otsu_threshold(m) if m.max() > m.min() else np.zeros(m.shape, bool) for m in maps])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What maps are worth
+
+
+def compute_occlusion(
+    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, classes_N: Sequence[int], *, num_cells: int = 8
+) -> np.ndarray:
+    """Measures how the probability of a class falls when a cell of the slice is blurred: slow, but assumes nothing.
+
+    Args:
+      predict: uint8 [M, S, S, 1] -> probabilities [M, K].
+      images: uint8 [N, S, S, 1].
+      classes_N: the class of each slice.
+      num_cells: along each side; a slice is classified num_cells^2 + 1 times.
+
+    Returns:
+      Falls of the probability [N, num_cells, num_cells], cut off at 0.
+    """
+    classes_N = np.asarray(classes_N)
+    blurred, edges = _blur(images), np.linspace(0, images.shape[1], num_cells + 1).round().astype(int)
+    whole = predict(images)[np.arange(len(images)), classes_N]
+    falls = np.zeros((len(images), num_cells, num_cells))
+    for i in track(range(num_cells), 'occlusion', num_cells, 'row'):
+        for j in range(num_cells):
+            cell = (slice(None), slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1]))
+            changed = images.copy()
+            changed[cell] = blurred[cell]
+            falls[:, i, j] = whole - predict(changed)[np.arange(len(images)), classes_N]
+    return falls.clip(min=0)
+
+
+def _blur(images: np.ndarray) -> np.ndarray:
+    """Returns slices without detail: blurred with a standard deviation of a tenth of their side."""
+    sigma = images.shape[1] / 10
+    return np.stack([scipy.ndimage.gaussian_filter(image, (sigma, sigma, 0), mode='nearest') for image in images])
+
+
+def compute_erasure_curves(
+    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, maps: np.ndarray, classes_N: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Follows the probability of a class while a map's highest pixels are blurred away, or brought back (Petsiuk 2018).
+
+    Args:
+      predict: uint8 [M, S, S, 1] -> probabilities [M, K].
+      images: uint8 [N, S, S, 1].
+      maps: [N, S, S]; equal values are taken in reading order.
+      classes_N: the class of each slice.
+
+    Returns:
+      'deletion' and 'insertion', float [N, NUM_STEPS + 1]: the probability with 0, 1/NUM_STEPS ... 1 of the pixels
+      blurred, or brought back into the blurred slice. A good map falls early and rises early.
+    """
+    classes_N = np.asarray(classes_N)
+    blurred = _blur(images)
+    n, size = len(images), images.shape[1]
+    ranks = np.empty((n, size * size), int)
+    np.put_along_axis(ranks, np.argsort(-maps.reshape(n, -1), axis=1, kind='stable'), np.arange(size * size)[None], 1)
+    curves = {'deletion': np.empty((n, NUM_STEPS + 1)), 'insertion': np.empty((n, NUM_STEPS + 1))}
+    for step in range(NUM_STEPS + 1):
+        highest = (ranks < step / NUM_STEPS * size * size).reshape(n, size, size, 1)
+        for name, changed in (
+            ('deletion', np.where(highest, blurred, images)),
+            ('insertion', np.where(highest, images, blurred)),
+        ):
+            curves[name][:, step] = predict(changed)[np.arange(n), classes_N]
+    return curves
+
+
+def draw_random_maps(count: int, size: int, *, seed: int = 0) -> np.ndarray:
+    """Returns maps without meaning, as coarse as those of a last stage: float32 [count, size, size]."""
+    return upsample(np.random.default_rng(seed).random((count, 4, 4)), size)
+
+
+def randomise(variables: Any, chosen: Callable[[str], bool], *, seed: int = 0) -> Any:
+    """Returns variables with the values of every chosen parameter shuffled within its array.
+
+    Args:
+      variables: of a model.
+      chosen: path of a parameter ('backbone/layer1_0/conv1/kernel') -> whether it is shuffled.
+      seed: of the shuffling.
+    """
+    rng = np.random.default_rng(seed)
+
+    def shuffle(path, value):
+        name = '/'.join(key.key for key in path)
+        return rng.permutation(np.ravel(value)).reshape(np.shape(value)) if chosen(name) else value
+
+    return {**variables, 'params': jax.tree_util.tree_map_with_path(shuffle, variables['params'])}
+
+
+def list_parts(params: Any) -> list[str]:
+    """Returns the parts of a slice model but its tail, from output to input, as prefixes of parameter paths."""
+    layers = sorted({name.split('_')[0] for name in params['backbone'] if name.startswith('layer')}, reverse=True)
+    return ['classifier', 'attention', *(f'backbone/{layer}' for layer in layers), 'backbone/']
+
+
+def compute_randomisation(
+    model: Att2, variables: Any, images: np.ndarray, classes_N: Sequence[int], *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Shuffles parameters from the output on and compares the maps with those of the intact model (Adebayo 2018).
+
+    Maps that hardly change do not show what was learnt. Of the full model, so that under 'additive' compatibility the
+    tail, shuffled alone, is a control: it must change nothing.
+
+    Returns:
+      A dict per row, the first being the control: 'shuffled' (what), 'attention' and 'grad_cam' (Spearman's rank
+      correlation with the intact model's maps, mean over the slices that have one, None if none has) and 'changed',
+      the largest difference of a probability.
+    """
+    intact = explain(model, variables, images, classes_N, full=True)
+    parts = list_parts(variables['params'])
+    rows = [('tail only', lambda path: path.startswith('tail_'))]
+    for end in range(1, len(parts) + 1):
+        prefixes = tuple(parts[:end])
+        name = f'{"classifier" if end == 1 else "all down to " + (parts[end - 1].removeprefix("backbone/") or "stem")}'
+        rows.append((name, lambda path, prefixes=prefixes: path.startswith(prefixes)))
+    results = []
+    for name, chosen in rows:
+        changed = explain(model, randomise(variables, chosen, seed=seed), images, classes_N, full=True)
+        results.append(
+            {
+                'shuffled': name,
+                'attention': _correlate(*(combine_attention(x.attention, 32) for x in (intact, changed))),
+                'grad_cam': _correlate(intact.grad_cam, changed.grad_cam),
+                'changed': float(np.abs(intact.probabilities - changed.probabilities).max()),
+            }
+        )
+    return results
+
+
+def _correlate(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Returns the mean rank correlation of pairs of maps, leaving out pairs with a flat one."""
+    found = [
+        scipy.stats.spearmanr(a.ravel(), b.ravel()).statistic
+        for a, b in zip(first, second, strict=True)
+        if a.min() < a.max() and b.min() < b.max()
+    ]
+    return float(np.mean(found)) if found else None

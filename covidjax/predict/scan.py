@@ -1,0 +1,245 @@
+"""One scan in, one report out: what a trained run says of a chest CT that belongs to no dataset."""
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from covidjax.data import sequences
+from covidjax.data.lists import CLASSES
+from covidjax.data.preprocess import Box, crop_grey_resize
+from covidjax.data.scan.body import find_body_box, find_doubts
+from covidjax.data.scan.volume import Volume, read_volume
+from covidjax.errors import UserError
+from covidjax.evaluation.calibration import apply_temperature
+from covidjax.evaluation.conformal import predict_sets
+from covidjax.evaluation.novelty import compute_novelty
+from covidjax.evaluation.outputs import compute_outputs
+from covidjax.evaluation.screening import TARGETS, compute_target_scores
+from covidjax.evaluation.voting import compute_vote_logits
+from covidjax.experiment.runs import Run, load_run
+from covidjax.files import report_full_disk, report_write_errors, write_json
+from covidjax.models.seq import SequenceClassifier
+from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
+
+log = logging.getLogger(__name__)
+
+NUM_TOP = 5
+FALLBACK_RULE = 'mean'
+
+
+def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool) -> bool:
+    """Writes prediction.json and prediction.html of every input and prints a line for each; says whether all went well.
+
+    Args:
+      workdir: of a finished run.
+      inputs: see `volume.read_volume`.
+      output: folder of the results of a single input, or of a folder for each of several; None is predictions/ of the
+        workdir, with a folder for each.
+      series: see `volume.read_volume`.
+      force: goes on in spite of doubts, and says so on the report.
+
+    Raises:
+      UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
+    """
+    names = [path.resolve().name for path in inputs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f'several inputs are called {", ".join(twice)}: pass them one at a time, with an --output each')
+    run = load_run(workdir)
+    parent = output or workdir / 'predictions'
+    all_well = True
+    for path, name in zip(inputs, names, strict=True):
+        folder = output if output is not None and len(inputs) == 1 else parent / name
+        try:
+            print(predict_one(run, path, folder, series=series, force=force), flush=True)
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr, flush=True)
+            all_well = False
+    return all_well
+
+
+def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool) -> str:
+    """Reads a scan, classifies it, writes prediction.json and prediction.html, and returns a line that says it.
+
+    Raises:
+      UserError: the scan is refused, or the folder can't be written.
+    """
+    start = time.perf_counter()
+    volume = read_volume(path, series)
+    seconds = {'reading': time.perf_counter() - start}
+    prediction = predict_scan(run, volume, seconds, force=force, path=path)
+    start = time.perf_counter()
+    with report_write_errors(folder, '--output'), report_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_prediction_page(folder / 'prediction.html', volume, prediction, run.results)
+        seconds['report'] = time.perf_counter() - start
+        summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
+        write_json(folder / 'prediction.json', summary)
+    return format_line(summary, folder)
+
+
+def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path) -> Prediction:
+    """Prepares the slices of a scan as for training and classifies them.
+
+    Args:
+      run: the model.
+      volume: the scan.
+      seconds: gets 'preparing' and 'model'.
+      force: goes on in spite of doubts.
+      path: of the scan, for messages.
+
+    Raises:
+      UserError: too few slices, or doubts.
+    """
+    start = time.perf_counter()
+    count = len(volume.slices)
+    if count < run.min_slices:
+        raise UserError(
+            f'{path}: {count} slices, and this model needs {run.min_slices}: pass a whole scan, or use a slice run'
+        )
+    boxes = [find_body_box(grey) for grey in volume.slices]
+    size = run.config.data.image_size
+    prepared = np.stack([prepare_slice(grey, box, size) for grey, box in zip(volume.slices, boxes, strict=True)])
+    doubts = volume.doubts + find_doubts(prepared)
+    if doubts and not force:
+        raise UserError(f'{path}: {"; ".join(doubts)} (--force goes on, and says so on the report)')
+    every = tuple(range(count))
+    whole = sequences.Scan('', '', 0, every, every)
+    used = np.array(every if run.sequence is None else sequences.thin_scans([whole], run.min_slices)[0].records)
+    images = prepared[used]
+    seconds['preparing'] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    outputs = compute_outputs(run.slice_model, run.slice_variables, images[..., np.newaxis])
+    if run.sequence is None:
+        stored = run.rules.get('scans')
+        rule = stored['rule'] if stored else FALLBACK_RULE
+        attention, temperature = None, run.rules['temperature']
+        scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
+    else:
+        stored, rule, temperature = run.rules, None, 1.0
+        scan_logits, attention = apply_sequence(run.config.model.hidden, run.sequence, outputs.embedding)
+    # Slices of a slice run are calibrated; votes of them need a calibration of their own.
+    probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
+    of_slices = apply_temperature(outputs.logits, temperature)
+    novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.statistics)
+    seconds['model'] = time.perf_counter() - start
+
+    called = int(probabilities[0].argmax())
+    weight = of_slices[:, called] if attention is None else attention
+    top = np.argsort(-weight, kind='stable')[:NUM_TOP]
+    summary = {
+        'input': {'name': volume.name, 'sha256': volume.sha256, 'kind': volume.kind, 'num_slices': count},
+        'reading': {**dict(volume.facts), 'notes': volume.notes},
+        'forced': doubts,
+        'model': run.results['model'],
+        'trained_on': run.results['data'],
+        'notice': run.results['notice'],
+        'verdict': 'uncertain',
+        'class': CLASSES[called],
+        'probabilities': dict(zip(CLASSES, probabilities[0].tolist(), strict=True)),
+        **_describe_rules(stored, probabilities),
+        'vote': rule and {'rule': rule, 'is_chosen_on_validation': stored is not None},
+        'rests_on': sorted((used[top] + 1).tolist()),
+        'slices_called': dict(zip(CLASSES, np.bincount(of_slices.argmax(1), minlength=3).tolist(), strict=True)),
+        'novelty': None
+        if novelty is None
+        else {'median': float(np.median(novelty)), 'share_unusual': float((novelty > 1).mean())},
+        'slices': [
+            {
+                'number': int(place) + 1,
+                'depth_mm': None if volume.depths_mm is None else float(volume.depths_mm[place]),
+                'box': [int(side) for side in boxes[place]],
+                'probabilities': of_slices[i].tolist(),
+                'attention': None if attention is None else float(attention[i]),
+                'novelty': None if novelty is None else float(novelty[i]),
+            }
+            for i, place in enumerate(used.tolist())
+        ],
+        'seconds': {stage: round(s, 2) for stage, s in seconds.items()},
+    }
+    summary['verdict'] = _find_verdict(summary)
+    return Prediction(summary, used, boxes, images, of_slices, attention, outputs.attention, novelty)
+
+
+def prepare_slice(grey: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """Returns uint8 [size, size] of a slice uint8 [H, W]: what `covidx_ct` prepares of an image file with this box."""
+    return crop_grey_resize(Image.fromarray(grey), box, size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_sequence(hidden, params, embeddings_1xTxE, lengths):
+    return SequenceClassifier(hidden, len(CLASSES)).apply({'params': params}, embeddings_1xTxE, lengths)
+
+
+def apply_sequence(hidden: int, params: dict[str, Any], embeddings_TxE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits [K] and attention [T] of the sequence model, whose extractor gave the embeddings."""
+    count = len(embeddings_TxE)
+    padded = np.zeros((1, sequences.pad_length(count), embeddings_TxE.shape[1]), np.float32)
+    padded[0, :count] = embeddings_TxE
+    logits, attention = jax.device_get(_apply_sequence(hidden, params, padded, np.array([count], np.int32)))
+    return logits[0], attention[0, :count]
+
+
+def _describe_rules(rules: dict[str, Any] | None, probabilities_1xK: np.ndarray) -> dict[str, Any]:
+    """Returns what the rules of scans say: the conformal set and the answers at the thresholds, None without rules."""
+    if rules is None:
+        return {'conformal': None, 'screening': None}
+    conformal, answers = rules['conformal'], {}
+    held = predict_sets(probabilities_1xK, [conformal['thresholds'][name] for name in CLASSES])[0]
+    for target in TARGETS:
+        threshold = rules['thresholds'][target]['threshold']
+        score = float(compute_target_scores(probabilities_1xK, CLASSES, target)[0])
+        answers[target] = {
+            'score': score,
+            'threshold': threshold,
+            'is_finding': None if threshold is None else score >= threshold,
+        }
+    return {
+        'conformal': {
+            'coverage': conformal['coverage'],
+            'notes': conformal['notes'],
+            'set': [name for name, is_held in zip(CLASSES, held, strict=True) if is_held],
+        },
+        'screening': answers,
+    }
+
+
+def _find_verdict(summary: dict[str, Any]) -> str:
+    """Returns the class that is called, or 'uncertain': another class can't be ruled out, or the scan is unusual."""
+    conformal = summary['conformal']
+    is_open = conformal is not None and conformal['set'] != [summary['class']]
+    return 'uncertain' if is_open or is_unusual(summary) else summary['class']
+
+
+def format_verdict(summary: dict[str, Any]) -> str:
+    """Returns e.g. 'covid19 (normal 0.010, pneumonia 0.090, covid19 0.900; 90% set: covid19)'."""
+    shown = [', '.join(f'{name} {p:.3f}' for name, p in summary['probabilities'].items())]
+    conformal = summary['conformal']
+    if conformal is None:
+        shown.append('not calibrated for scans, no conformal set')
+    else:
+        shown.append(f'{conformal["coverage"]:.0%} set: {" or ".join(conformal["set"]) or "none of the classes"}')
+    if is_unusual(summary):
+        shown.append('unlike the training data')
+    return f'{summary["verdict"]} ({"; ".join(shown)})'
+
+
+def format_line(summary: dict[str, Any], folder: Path) -> str:
+    """Returns what is printed of an input."""
+    seconds = summary['seconds']
+    stages = ', '.join(f'{stage} {s:.1f}' for stage, s in seconds.items())
+    rests = ', '.join(map(str, summary['rests_on']))
+    marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
+    return (
+        f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
+        f'{summary["input"]["num_slices"]}; {sum(seconds.values()):.1f} s ({stages}); {folder / "prediction.html"}'
+    )

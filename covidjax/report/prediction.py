@@ -1,0 +1,292 @@
+"""prediction.html: the verdict on one scan, what it rests on, how it was read, and what it is not good for."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+import covidjax
+from covidjax.data.lists import CLASSES
+from covidjax.data.preprocess import Box
+from covidjax.data.scan.volume import Volume
+from covidjax.evaluation.novelty import QUANTILE
+from covidjax.explain.maps import combine_attention, scale_to_unit, segment, upsample
+from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
+from covidjax.report.page import Table, write_page
+from covidjax.report.pictures import Example, render_maps, render_panels
+from covidjax.report.sections import TARGETS, Section, describe_interval
+
+_NUM_MONTAGE, _COLUMNS = 16, 4
+
+
+class Prediction(NamedTuple):
+    """What is said of a scan, T slices of which the model saw.
+
+    Attributes:
+      summary: the content of prediction.json.
+      used: numbers of the slices, from 0 [T].
+      boxes: of all slices of the scan.
+      images: the slices as the model saw them, uint8 [T, S, S].
+      probabilities: of each slice by itself [T, K].
+      attention: of the sequence model to the slices [T], None for a slice model.
+      maps: both attention maps of each slice.
+      novelty: of each slice [T], None if the run does not tell.
+    """
+
+    summary: dict[str, Any]
+    used: np.ndarray
+    boxes: list[Box]
+    images: np.ndarray
+    probabilities: np.ndarray
+    attention: np.ndarray | None
+    maps: tuple[np.ndarray, np.ndarray]
+    novelty: np.ndarray | None
+
+
+def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, results: dict[str, Any]) -> None:
+    """Writes a self-contained page.
+
+    Args:
+      path: of the page.
+      volume: the scan.
+      prediction: what is said of it.
+      results: results.json of the run.
+    """
+    summary = prediction.summary
+    warnings = [f'Forced in spite of: {doubt}' for doubt in summary['forced']]
+    if is_unusual(summary):
+        warnings.append('Do not trust the numbers below: the model has seen nothing like this scan.')
+    write_page(
+        path,
+        'prediction.html',
+        title=f'{summary["input"]["name"]}: {summary["verdict"]}',
+        notice=summary['notice'] and f'the model was trained on {summary["notice"]}',
+        warnings=warnings,
+        headline=_build_headline(summary),
+        bars=[
+            {'name': name, 'share': share, 'colour': COLOURS[name]} for name, share in summary['probabilities'].items()
+        ],
+        sections=[
+            _build_verdict(summary),
+            _build_course(prediction),
+            _build_top(prediction),
+            _build_montage(prediction),
+            _build_novelty(prediction),
+            _build_reading(volume, prediction),
+            _build_limits(summary, results),
+        ],
+    )
+
+
+def is_unusual(summary: dict[str, Any]) -> bool:
+    """Says whether most slices of a scan lie farther from the training data than usual ones."""
+    return summary['novelty'] is not None and summary['novelty']['median'] > 1
+
+
+def _build_headline(summary: dict[str, Any]) -> str:
+    share = summary['probabilities'][summary['class']]
+    conformal = summary['conformal']
+    text = f'The likeliest class is {summary["class"]}, with a probability of {share:.1%}.'
+    if is_unusual(summary):
+        return f'Uncertain: the scan is unlike those that the model was made with. {text}'
+    if conformal is None:
+        return f'{text} The run has no calibration for scans: neither a conformal set nor a threshold can be given.'
+    held = ', '.join(conformal['set'])
+    if len(conformal['set']) == 1:
+        return f'{text} It is the only one in the {conformal["coverage"]:.0%} conformal set.'
+    if held:
+        return f'Uncertain: the {conformal["coverage"]:.0%} conformal set holds {held}. {text}'
+    return f'Uncertain: no class is in the {conformal["coverage"]:.0%} conformal set. {text}'
+
+
+def _build_verdict(summary: dict[str, Any]) -> Section:
+    conformal, screening, vote = summary['conformal'], summary['screening'], summary['vote']
+    rows = [
+        (name, share, None if conformal is None else 'yes' if name in conformal['set'] else 'no')
+        for name, share in summary['probabilities'].items()
+    ]
+    parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
+    if vote is None:
+        parts.append('The sequence model weighs the slices; its temperature was fitted on validation scans.')
+    elif vote['is_chosen_on_validation']:
+        parts.append(
+            f'Slices vote by the rule {vote["rule"]!r}, the best on validation scans, where the temperature of the '
+            'votes was fitted too.'
+        )
+    else:
+        parts.append(
+            f'Slices vote by the rule {vote["rule"]!r}: this run stores none. --mode=evaluate chooses one on its '
+            'validation scans, with a calibration for scans.'
+        )
+    if conformal is not None:
+        parts += conformal['notes']
+    if screening is not None:
+        answers = [
+            (
+                TARGETS[target],
+                answer['score'],
+                answer['threshold'],
+                None if answer['is_finding'] is None else 'finding' if answer['is_finding'] else 'no finding',
+            )
+            for target, answer in screening.items()
+        ]
+        parts.append(
+            Table('At the thresholds chosen on validation', ('screened for', 'score', 'threshold', 'answer'), answers)
+        )
+    return Section('verdict', 'Verdict', parts)
+
+
+def _build_course(prediction: Prediction) -> Section:
+    summary = prediction.summary
+    counts = summary['slices_called']
+    total = sum(counts.values())
+    others = total - counts[summary['class']]
+    called = ', '.join(f'{count:,} {name}' for name, count in counts.items())
+    text = f'Slices by themselves are called: {called}. {others:,} of {total:,} disagree with the scan.'
+    if counts['pneumonia'] and counts['covid19']:
+        text += ' Both pneumonia and COVID-19 are called: look at the slices.'
+    if total < summary['input']['num_slices']:
+        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices, spread evenly.'
+    picture = create_picture(_render_course(prediction), 'Probability of each class, slice by slice, from head to feet')
+    return Section('course', 'Along the scan', [picture, text])
+
+
+def _render_course(prediction: Prediction) -> Figure:
+    numbers, attention = prediction.used + 1, prediction.attention
+    style = {'marker': 'o', 'markersize': 3} if len(numbers) <= 40 else {}
+    with use_style():
+        figure = Figure(figsize=(7.5, 3 if attention is None else 4.2), layout='constrained')
+        lines = figure.subplots(1 if attention is None else 2, 1, sharex=True, squeeze=False)[:, 0]
+        for label, name in enumerate(CLASSES):
+            lines[0].plot(numbers, prediction.probabilities[:, label], color=COLOURS[name], label=name, **style)
+        for number in prediction.summary['rests_on']:
+            lines[0].axvline(number, color=GREY, linewidth=0.8, linestyle=':')
+        lines[0].set(ylabel='Probability of the slice', ylim=(-0.03, 1.03))
+        figure.legend(*lines[0].get_legend_handles_labels(), loc='outside upper right', ncols=3)
+        if attention is not None:
+            lines[1].bar(numbers, attention, width=max(0.6, np.ptp(numbers) / len(numbers) / 2), color=FIRST)
+            lines[1].set(ylabel='Attention to it')
+        lines[-1].set_xlabel('Slice, from head to feet; dotted: what the verdict rests on')
+        return figure
+
+
+def _build_top(prediction: Prediction) -> Section:
+    places = np.searchsorted(prediction.used, np.array(prediction.summary['rests_on']) - 1)
+    images, size = prediction.images[places], prediction.images.shape[1]
+    attention = tuple(maps[places] for maps in prediction.maps)
+    first, second = (scale_to_unit(upsample(maps, size)) for maps in attention)
+    both = combine_attention(attention, size)
+    rows = []
+    for i, place in enumerate(places):
+        best = prediction.probabilities[place].argmax()
+        title = f'{prediction.used[place] + 1}: {CLASSES[best]}\n{prediction.probabilities[place, best]:.2f}'
+        kinds = (('slice', None), ('attention 1', first[i]), ('attention 2', second[i]), ('both', both[i]))
+        region = Example('region', images[i], segment(both[i : i + 1])[0])
+        rows.append((title, [*(Example(kind, images[i], overlay) for kind, overlay in kinds), region]))
+    why = (
+        'the highest probability of the class that is called'
+        if prediction.attention is None
+        else 'the highest attention of the sequence model'
+    )
+    return Section(
+        'slices',
+        'What the verdict rests on',
+        [
+            f'The slices with {why}, as the model sees them: the attention of its two modules, both together, and the '
+            'region from its Otsu threshold on. Attention shows what was weighed, not a lesion.',
+            create_picture(
+                render_maps(rows, scale='scaled to 0..1'), 'The slices that count most, with maps of attention'
+            ),
+        ],
+    )
+
+
+def _build_montage(prediction: Prediction) -> Section:
+    chosen = np.unique(np.linspace(0, len(prediction.used) - 1, _NUM_MONTAGE).round().astype(int))
+    examples = [Example(str(prediction.used[i] + 1), prediction.images[i]) for i in chosen]
+    figure = render_panels({'': examples}, min(_COLUMNS, len(examples)), width=7.5 if len(examples) > 1 else 3)
+    return Section(
+        'montage',
+        'The scan',
+        ['Slices as the model sees them, with their numbers from the head on.', create_picture(figure, 'Montage')],
+    )
+
+
+def _build_novelty(prediction: Prediction) -> Section:
+    title, found = 'Distance from the training data', prediction.summary['novelty']
+    if found is None:
+        return Section('novelty', title, ['Not available: this run does not tell what is usual (see the README).'])
+    with use_style():
+        figure = Figure(figsize=(7.5, 2.2), layout='constrained')
+        axes = figure.subplots()
+        axes.plot(prediction.used + 1, prediction.novelty, color=SECOND, marker='o', markersize=2.5, linewidth=1)
+        axes.axhline(1, color=GREY, linestyle='--', linewidth=1)
+        axes.set(xlabel='Slice, from head to feet', ylabel='Distance / threshold')
+        axes.set_ylim(bottom=0)
+    return Section(
+        'novelty',
+        title,
+        [
+            'Mahalanobis distance of the means and deviations of the features of all stages, divided by the one within '
+            f'which {QUANTILE:.0%} of held-out validation slices lie. Median {found["median"]:.2f}; '
+            f'{found["share_unusual"]:.0%} of the slices lie beyond. A small distance does not make an answer right.',
+            create_picture(figure, 'Distance of each slice from the training data'),
+        ],
+    )
+
+
+def _build_reading(volume: Volume, prediction: Prediction) -> Section:
+    middle = len(volume.slices) // 2
+    facts = [
+        ('input', volume.name),
+        ('sha256', volume.sha256),
+        ('kind', volume.kind),
+        ('slices', f'{len(volume.slices):,}'),
+        *volume.facts,
+        ('cropped', "each slice to the body: the largest region above Otsu's threshold"),
+        ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
+        ('seconds', ', '.join(f'{stage} {s:.1f}' for stage, s in prediction.summary['seconds'].items())),
+    ]
+    left, top, right, bottom = prediction.boxes[middle]
+    with use_style():
+        figure = Figure(figsize=(3.2, 3.2), layout='constrained')
+        axes = figure.subplots()
+        axes.imshow(volume.slices[middle], cmap='gray', vmin=0, vmax=255)
+        corner, *sides = (left - 0.5, top - 0.5), right - left, bottom - top
+        axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor='#ff5a4d', linewidth=1.2))
+        axes.axis('off')
+    return Section(
+        'reading',
+        'How it was read',
+        [
+            *(f'{note[0].upper()}{note[1:]}.' for note in volume.notes),
+            Table('Facts', ('what', 'value'), facts),
+            'The middle slice and the box that it is cropped to:',
+            create_picture(figure, 'The middle slice, whole, with the box around the body'),
+        ],
+    )
+
+
+def _build_limits(summary: dict[str, Any], results: dict[str, Any]) -> Section:
+    interval = describe_interval(results['intervals']['accuracy'])
+    card: Sequence[tuple[str, str]] = [
+        ('model', results['model']),
+        ('trained on', results['data']),
+        ('its test accuracy', f'{results["accuracy"]:.1%} ({interval})'),
+        ('code', f'covidjax {covidjax.__version__}'),
+    ]
+    return Section(
+        'limits',
+        'Limits of use',
+        [
+            'The model knows three classes. Any other disease, a tumour say, is called one of them.',
+            'Probabilities and conformal sets hold for scans like those of the validation list, at its share of the '
+            'sick; another hospital, scanner or protocol may change them.',
+            'Slices are read by a rule that can be wrong: look at the montage and at the box before the numbers.',
+            Table('Model', ('what', 'value'), card),
+        ],
+    )

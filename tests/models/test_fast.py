@@ -1,0 +1,106 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covidjax.models.fast import compile_fast, conv3x3, dot_general, materialise, max_pool
+
+
+def pool_plainly(x):
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize('shape', [(2, 8, 6, 3), (2, 7, 9, 3), (1, 1, 1, 1)])
+def test_max_pool_and_its_gradient_are_the_plain_ones(shape):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 3, shape).astype(np.float32)  # with many ties: the first maximum gets the gradient
+    expected, pull_plainly = jax.vjp(pool_plainly, x)
+    actual, pull = jax.vjp(max_pool, x)
+    np.testing.assert_array_equal(actual, expected)
+    g = rng.normal(size=expected.shape).astype(np.float32)
+    np.testing.assert_allclose(pull(g)[0], pull_plainly(g)[0], rtol=1e-6)
+
+
+def test_gradient_of_a_tie_goes_to_the_first_by_hand():
+    # Windows of a constant 2x2 image: one, whose first pixel is the top left.
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: max_pool(x).sum())(jnp.ones((1, 2, 2, 1)))[0, ..., 0], [[1, 0], [0, 0]]
+    )
+
+
+def test_materialise_changes_neither_value_nor_gradient():
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+
+    def compute(keep):
+        return compile_fast(jax.value_and_grad(lambda x: (jnp.tanh(keep(x * 2)) * x).sum()))(x)
+
+    # Fused otherwise, so that a product and a sum may be rounded once or twice.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), compute(materialise), compute(lambda x: x))
+
+
+def test_on_a_cpu_what_is_materialised_is_not_fused_into_what_uses_it():
+    if jax.default_backend() != 'cpu':
+        pytest.skip('the barrier is for CPUs')
+
+    def compute(x):
+        return jnp.sin(materialise(jnp.tanh(x))) + 1
+
+    text = compile_fast(compute).lower(jnp.ones((64, 64))).compile().as_text()
+    assert 'opt-barrier' in text
+
+
+def test_options_of_compilation_are_passed_on():
+    add = compile_fast(lambda n, x: x + n, static_argnums=0)
+    assert add(2, jnp.float32(1)) == 3
+
+
+def pull_in(function, x, kernel, g):
+    value, pull = jax.vjp(function, x, kernel)
+    return [np.asarray(array, np.float32) for array in (value, *pull(g))]
+
+
+def multiply(x, kernel):
+    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def convolve(x, kernel, stride):
+    padding = ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def strided(function, stride):
+    return functools.partial(function, stride=stride)
+
+
+@pytest.mark.parametrize(
+    ('function', 'plain', 'x_shape', 'kernel_shape', 'g_shape'),
+    [
+        (multiply, jnp.dot, (2, 6, 7, 4), (4, 5), (2, 6, 7, 5)),
+        (strided(conv3x3, 1), strided(convolve, 1), (2, 6, 7, 4), (3, 3, 4, 5), (2, 6, 7, 5)),
+        (strided(conv3x3, 2), strided(convolve, 2), (2, 6, 7, 4), (3, 3, 4, 5), (2, 3, 4, 5)),
+        (strided(conv3x3, 1), strided(convolve, 1), (2, 2, 1, 4), (3, 3, 4, 5), (2, 2, 1, 5)),  # smaller than a kernel
+        (strided(conv3x3, 2), strided(convolve, 2), (2, 2, 4, 4), (3, 3, 4, 5), (2, 1, 2, 5)),
+    ],
+)
+def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(
+    function, plain, x_shape, kernel_shape, g_shape
+):
+    rng = np.random.default_rng(0)
+    # Whole numbers, exact in bfloat16: so are their float32 sums, which are rounded to bfloat16 once.
+    x, kernel, g = (rng.integers(-9, 9, shape).astype(np.float32) for shape in (x_shape, kernel_shape, g_shape))
+    expected = pull_in(plain, x, kernel, g)
+    for actual, wanted in zip(pull_in(function, x, kernel, g), expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+    narrow = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel, g)]
+    for actual, wanted in zip(pull_in(function, *narrow), expected, strict=True):
+        np.testing.assert_array_equal(actual, jnp.asarray(wanted, jnp.bfloat16).astype(np.float32))
+
+
+def test_max_pool_of_bfloat16_stays_so():
+    x = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 4, 4, 1)
+    y, pull = jax.vjp(max_pool, x)
+    assert (y.dtype, pull(y)[0].dtype) == (jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_array_equal(y[0, ..., 0].astype(np.float32), [[5, 7], [13, 15]])

@@ -1,0 +1,199 @@
+import base64
+import json
+import os
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from covidjax.configs import att2, seq
+from covidjax.data import preprocess
+from covidjax.data.preprocess import apply_window
+from covidjax.data.scan.body import find_body_box, find_doubts
+from covidjax.errors import UserError
+from covidjax.evaluation.novelty import fit_novelty
+from covidjax.evaluation.outputs import compute_outputs
+from covidjax.experiment import common, slices
+from covidjax.models.att2 import Att2, normalise
+from covidjax.models.seq import Seq
+from covidjax.predict import scan
+from tests.scan_files import IDENTITY, make_chest, write_images, write_series
+from tests.variables import draw_variables
+
+HU = make_chest()
+GREY = apply_window(HU)
+RESULTS = {
+    'model': 'ResNet50-ATT2 (slices)',
+    'data': 'phantoms',
+    'notice': 'not patients',
+    'accuracy': 0.5,
+    'intervals': {'accuracy': [0.4, 0.6]},
+}
+RULES = {
+    'temperature': 1.0,
+    'conformal': {
+        'coverage': 0.9,
+        'thresholds': {'normal': 1.0, 'pneumonia': 1.0, 'covid19': 1.0},
+        'notes': ['too few'],
+    },
+    'thresholds': {target: {'threshold': 0.5} for target in ('covid19', 'disease')},
+}
+
+
+@pytest.fixture(scope='module')
+def run():
+    config = att2.get_config()
+    model = slices.create_model(config.model)
+    variables = draw_variables(model, np.zeros((1, 64, 64, 1), np.float32), train=False, full=True)
+    return scan.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, model, variables, None)
+
+
+def test_a_slice_is_prepared_as_for_training(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (90, 70), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / 'a.png')
+    for box in ((3, 5, 60, 80), (-4, 0, 70, 95)):
+        [(png, _)] = preprocess.encode_slices([(str(tmp_path / 'a.png'), box)], 64, os.getpid())
+        np.testing.assert_array_equal(scan.prepare_slice(grey, box, 64), preprocess.decode_png(png)[..., 0])
+
+
+def test_the_box_is_that_of_the_body():
+    for hu, grey in zip(HU, GREY, strict=True):
+        rows, columns = np.nonzero(hu > -950)
+        expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        assert np.abs(np.subtract(find_body_box(grey), expected)).max() <= 2
+    assert find_body_box(np.zeros((40, 50), np.uint8)) == (0, 0, 50, 40)
+
+
+def test_doubts():
+    def prepare(grey):
+        return [scan.prepare_slice(g, find_body_box(g), 64) for g in grey]
+
+    assert find_doubts(prepare(GREY)) == []
+    assert find_doubts(list(GREY[:, 20:45, 10:56])) == []  # cropped to the lungs, which touch its sides
+    solid = np.where(HU < -950, GREY, 237).astype(np.uint8)
+    assert 'air the size of lungs' in find_doubts(prepare(solid))[0]
+    solid[:, 52:55] = 237  # a table: the air above it does not reach the corners
+    assert 'in 0 of 20 slices' in find_doubts(prepare(solid))[0]
+    assert 'in 0 of 20 slices' in find_doubts(prepare(np.maximum(GREY, 200)))[0]  # fat and muscle
+    smooth = np.stack([np.outer(np.hanning(64), np.hanning(64)) * 255 for _ in range(3)])
+    rows, columns = np.mgrid[:64, :64]
+    smooth[:, np.hypot(rows - 32, columns - 32) < 10] = 90  # dark inside bright, and every grey around
+    assert find_doubts(list(smooth.astype(np.uint8))) != []
+
+
+def test_report_of_a_scan_names_no_patient(run, tmp_path, capfd, caplog):
+    line = scan.predict_one(run, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    page = (tmp_path / 'out' / 'prediction.html').read_text()
+    assert summary['verdict'] == 'uncertain'  # the set holds all classes
+    assert summary['vote'] == {'rule': 'top-3', 'is_chosen_on_validation': True}
+    assert sum(summary['probabilities'].values()) == pytest.approx(1)
+    assert [s['number'] for s in summary['slices']] == list(range(1, 21))
+    assert len(summary['rests_on']) == 5
+    assert 'scan: uncertain (normal ' in line
+    for word in ('not patients', 'Not available', 'too few', summary['input']['sha256'], 'series 4: 20 slices'):
+        assert word in page
+    everything = ' '.join([line, page, json.dumps(summary), caplog.text, *capfd.readouterr()]).lower()
+    assert not any(word.lower() in everything for word in (*IDENTITY.values(), 'secret'))
+
+
+def test_votes_are_means_of_slices_where_a_run_stores_no_rule(run, tmp_path):
+    old = run._replace(rules=RULES)
+    line = scan.predict_one(old, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    assert summary['conformal'] is None
+    assert 'no conformal set' in line
+    expected = np.mean([s['probabilities'] for s in summary['slices']], axis=0)
+    np.testing.assert_allclose(list(summary['probabilities'].values()), expected, atol=1e-9)
+
+
+def test_doubts_stop_unless_forced_and_one_refusal_does_not_stop_the_others(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scan, 'load_run', lambda workdir: run)
+    flat = write_images(tmp_path / 'flat', np.where(HU < -950, GREY, 237).astype(np.uint8)[:3])
+    good = write_images(tmp_path / 'good', GREY[:3])
+    assert not scan.predict_all(tmp_path, [flat, good], None, series=None, force=False)
+    printed = capsys.readouterr()
+    assert 'error: ' in printed.err
+    assert '--force' in printed.err
+    assert printed.out.startswith('good: ')
+    assert not (tmp_path / 'predictions' / 'flat').exists()
+    assert scan.predict_all(tmp_path, [flat], tmp_path / 'out', series=None, force=True)
+    assert 'FORCED' in capsys.readouterr().out
+    assert 'Forced in spite of' in (tmp_path / 'out' / 'prediction.html').read_text()
+
+
+EXTRACTOR = Att2((1, 1), width=4, block='basic', stem='small', tail_blocks=1)
+
+
+def draw_sequence_model():
+    model = Seq(EXTRACTOR, hidden=8)
+    return model, draw_variables(model, np.zeros((1, 32, 32, 20), np.float32), np.array([20], np.int32))
+
+
+def test_sequence_on_embeddings_is_the_sequence_model():
+    model, variables = draw_sequence_model()
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 20), dtype=np.uint8)
+    lengths = np.array([20], np.int32)
+    whole = jax.jit(model.apply)(variables, normalise(images), lengths)
+    of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
+    outputs = compute_outputs(EXTRACTOR, of_extractor, np.moveaxis(images, -1, 0).reshape(20, 32, 32, 1))
+    logits, attention = scan.apply_sequence(8, variables['params']['sequence'], outputs.embedding)
+    np.testing.assert_allclose(logits, whole.logits[0], atol=1e-5)
+    np.testing.assert_allclose(attention, whole.attention[0], atol=1e-5)
+    np.testing.assert_allclose(outputs.logits, whole.slice_logits[0], atol=1e-5)
+    assert jax.tree.leaves(outputs)[0].shape == (20, 3)
+
+
+@pytest.mark.parametrize('min_slices', [1, 16])
+def test_a_sequence_model_sees_sixteen_slices_or_all(tmp_path, min_slices):
+    _, variables = draw_sequence_model()
+    config = seq.get_config()
+    config.data.image_size, config.data.min_slices, config.model.hidden = 32, min_slices, 8
+    of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
+    run = scan.Run(config, RESULTS, RULES, None, EXTRACTOR, of_extractor, variables['params']['sequence'])
+    scan.predict_one(run, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
+    slices = json.loads((tmp_path / 'out' / 'prediction.json').read_text())['slices']
+    spread = np.linspace(1, 20, 16).round() if min_slices == 16 else np.arange(1, 21)
+    assert [s['number'] for s in slices] == spread.tolist()
+    assert sum(s['attention'] for s in slices) == pytest.approx(1, abs=1e-5)
+    assert 'Attention to it' in decode_pictures(tmp_path / 'out' / 'prediction.html')
+    short = write_series(tmp_path / 'short', HU[:15])
+    if min_slices == 16:
+        with pytest.raises(UserError, match='15 slices, and this model needs 16'):
+            scan.predict_one(run, short, tmp_path / 'none', series=None, force=True)
+        assert not (tmp_path / 'none').exists()
+
+
+def decode_pictures(page):
+    pictures = re.findall(r'data:image/svg\+xml;base64,([^"]+)', page.read_text())
+    return ' '.join(base64.b64decode(picture).decode() for picture in pictures)
+
+
+def test_an_evaluation_that_can_not_tell_what_is_usual_keeps_nothing_older(tmp_path):
+    _, variables = draw_sequence_model()
+    of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
+    rows, records = [types.SimpleNamespace(patient='one')] * 4, [{'image': np.zeros((32, 32, 1), np.uint8)}] * 4
+    (tmp_path / 'novelty.npz').write_bytes(b'old')
+    data = types.SimpleNamespace(rows={'val': rows}, sources={'val': records})
+    common.save_usual(tmp_path / 'novelty.npz', EXTRACTOR, of_extractor, data)
+    assert not (tmp_path / 'novelty.npz').exists()
+
+
+def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
+    sure = json.loads(json.dumps(RULES))
+    sure['conformal']['thresholds'] = dict.fromkeys(('normal', 'pneumonia', 'covid19'), 0.5)
+    sure['temperature'] = 1e-3  # one class gets it all
+    usual = np.random.default_rng(0).normal(size=(100, 240))
+    novelty = fit_novelty(usual, [f'p{i % 10}' for i in range(100)])
+    verdicts = []
+    for found in (None, novelty):
+        series = write_series(tmp_path / 'scan', HU[:3])
+        changed = run._replace(novelty=found, rules=RULES | {'scans': {'rule': 'mean', **sure}})
+        verdicts.append(scan.predict_one(changed, series, tmp_path / 'out', series=None, force=False))
+    assert 'scan: uncertain' not in verdicts[0]
+    assert 'scan: uncertain' in verdicts[1]
+    assert 'unlike the training data) [model trained on phantoms]' in verdicts[1]
+    assert 'Uncertain: the scan is unlike' in (tmp_path / 'out' / 'prediction.html').read_text()

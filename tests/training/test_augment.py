@@ -1,0 +1,138 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from covidjax.training import augment as augmentation
+from covidjax.training.augment import AugmentOptions, gaussian_blur
+
+# Compiled once, not operation by operation.
+affine = jax.jit(augmentation.affine)
+augment = jax.jit(augmentation.augment, static_argnames='options')
+
+STILL = AugmentOptions(
+    flip_probability=0.0, blur_sigma=(0.01, 0.01), rotation_degrees=0, scale=(1, 1), translation=0, shear_degrees=0
+)
+
+
+@pytest.fixture(scope='module')
+def image():
+    return np.random.default_rng(0).uniform(size=(20, 28, 1)).astype(np.float32)
+
+
+def call_affine(image, *, rotation=0.0, translation=(0.0, 0.0), scale=1.0, shear=0.0):
+    return np.asarray(
+        affine(
+            jnp.asarray(image),
+            rotation_degrees=rotation,
+            translation_xy=jnp.array(translation),
+            scale=scale,
+            shear_degrees=shear,
+        )
+    )
+
+
+@pytest.mark.parametrize('sigma', [0.3, 1.0, 2.0])
+def test_blur_equals_scipy(image, sigma):
+    expected = scipy.ndimage.gaussian_filter(image[..., 0].astype(np.float64), sigma, mode='mirror', radius=3)
+    np.testing.assert_allclose(gaussian_blur(image, sigma)[..., 0], expected, atol=1e-5)
+
+
+def test_blur_by_hand():
+    # An impulse far from the borders becomes the outer product of the normalised kernel.
+    impulse = np.zeros((15, 15, 1), np.float32)
+    impulse[7, 7] = 1
+    kernel = np.exp(-0.5 * np.arange(-3, 4) ** 2 / 1.5**2)
+    kernel /= kernel.sum()
+    blurred = np.asarray(gaussian_blur(impulse, 1.5))[..., 0]
+    np.testing.assert_allclose(blurred[4:11, 4:11], np.outer(kernel, kernel), atol=1e-6)
+    assert blurred[3].max() == 0
+
+
+def test_tiny_sigma_does_not_blur(image):
+    np.testing.assert_allclose(gaussian_blur(image, 0.05), image, atol=1e-6)
+
+
+def test_translation_moves_right_and_down(image):
+    moved = call_affine(image, translation=(3, 2))
+    np.testing.assert_allclose(moved[2:, 3:], image[:-2, :-3], atol=1e-5)
+    assert (moved[:2] == 0).all()
+    assert (moved[:, :3] == 0).all()
+
+
+def test_positive_rotation_is_clockwise():
+    square = np.zeros((9, 9, 1), np.float32)
+    square[4, 8] = 1  # right of the centre
+    turned = call_affine(square, rotation=90.0)
+    assert turned[8, 4, 0] == pytest.approx(1, abs=1e-4)  # now below it
+    np.testing.assert_allclose(turned, np.rot90(square, k=-1), atol=1e-4)
+
+
+def test_scale_enlarges_about_the_centre():
+    line = np.zeros((9, 9, 1), np.float32)
+    line[4, 6] = 1  # two pixels right of the centre
+    assert call_affine(line, scale=2.0)[4, 8, 0] == pytest.approx(1, abs=1e-5)
+
+
+def test_shear_moves_rows_by_their_height():
+    # tan(45 degrees) = 1: a row one below the centre moves by one pixel to the left, one above to the right.
+    column = np.zeros((9, 9, 1), np.float32)
+    column[:, 4] = 1
+    sheared = call_affine(column, shear=45.0)[..., 0]
+    np.testing.assert_allclose(sheared, np.fliplr(np.eye(9)), atol=1e-5)
+
+
+@pytest.mark.parametrize('angles', [(30.0, 20.0), (-17.0, 5.0), (12.5, -20.0)])
+def test_affine_equals_scipy(image, angles):
+    rotation, shear = angles
+    translation, scale = np.array([2.0, -1.0]), 1.1
+    angle, tan = np.deg2rad(rotation), np.tan(np.deg2rad(shear))
+    rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    forward = scale * rotate @ np.array([[1, -tan], [0, 1]])  # rotation * shear * scale, on (x, y)
+    backward = np.linalg.inv(forward)[::-1, ::-1]  # on (row, column)
+    centre = (np.array(image.shape[:2]) - 1) / 2
+    offset = centre - backward @ (centre + translation[::-1])
+    # scipy's 'constant' drops taps beyond the border; 'grid-constant' interpolates with black, as torchvision does.
+    expected = scipy.ndimage.affine_transform(
+        image[..., 0].astype(np.float64), backward, offset, order=1, mode='grid-constant'
+    )
+    actual = call_affine(image, rotation=rotation, translation=translation, scale=scale, shear=shear)
+    np.testing.assert_allclose(actual[..., 0], expected, atol=1e-4)
+
+
+def test_nothing_drawn_changes_nothing(image):
+    np.testing.assert_allclose(augment(jax.random.key(0), image, options=STILL), image, atol=1e-5)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_flips_are_flips(image, seed):
+    options = dataclasses.replace(STILL, flip_probability=1.0)
+    flipped = augment(jax.random.key(seed), image, options=options)
+    np.testing.assert_allclose(flipped, image[::-1, ::-1], atol=1e-5)
+
+
+def test_flips_happen_half_of_the_time(image):
+    options = dataclasses.replace(STILL, flip_probability=0.5)
+    keys = jax.random.split(jax.random.key(0), 400)
+    flipped = np.asarray(jax.jit(jax.vmap(lambda key: augment(key, image, options=options)))(keys))
+    variants = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
+    counts = [int((np.abs(flipped - v).max((1, 2, 3)) < 1e-4).sum()) for v in variants]
+    assert sum(counts) == 400
+    assert min(counts) > 70  # 100 expected, standard deviation 9
+
+
+def test_channels_share_the_draw(image):
+    scan = np.repeat(image, 3, axis=-1)
+    augmented = np.asarray(augment(jax.random.key(5), scan, options=AugmentOptions()))
+    np.testing.assert_array_equal(augmented[..., 0], augmented[..., 2])
+
+
+def test_range_is_kept_and_draws_differ(image):
+    keys = jax.random.split(jax.random.key(1), 16)
+    augmented = np.asarray(jax.jit(jax.vmap(lambda key: augment(key, image, options=AugmentOptions())))(keys))
+    assert augmented.min() >= 0
+    assert augmented.max() <= image.max() + 1e-5
+    assert len(np.unique(augmented.reshape(16, -1).sum(1))) == 16
