@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and how its message lists many."""
+"""The exception for user mistakes, and helpers that list several faults in one message."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,15 +7,15 @@ WORKER_KILLED = 'a worker process was killed, most likely for want of memory: fr
 
 
 class UserError(ValueError):
-    """A mistake in the input, the flags or the files that the user can mend.
+    """A mistake in the input, the flags or the files that the user can fix.
 
-    The message is one line: what was wrong, the offending value, and the way out. `main.py` prints it on stderr and
-    exits with status 1; every other exception is a defect of this project and keeps its traceback.
+    The message is one line: what is wrong, the offending value and how to fix it. `main.py` prints it on stderr and
+    exits with status 1. Every other exception is a bug in this project and keeps its traceback.
     """
 
 
 def join_faults(faults: Sequence[str]) -> str:
-    """Returns faults on one line: the first 20, and how many there are in all."""
+    """Returns the first 20 faults on one line, and the total count if there are several."""
     shown = '; '.join(faults[:MAX_FAULTS_SHOWN])
     if len(faults) == 1:
         return shown
@@ -24,7 +24,7 @@ def join_faults(faults: Sequence[str]) -> str:
 
 
 def compare_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Returns how stored arrays differ from those that a model needs, by name; empty if they fit."""
+    """Returns the differences between stored and required array shapes, by array name; empty if they match."""
     faults = [f'missing {name}' for name in sorted(wanted.keys() - stored.keys())]
     faults += [f'left over {name}' for name in sorted(stored.keys() - wanted.keys())]
     return faults + [

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and what is said when they cannot be written."""
+"""Atomic file writes, and clear errors when a write fails."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` to write to, and renames it into place if the block ends well."""
+    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds, deletes it otherwise."""
     path = Path(path)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
     os.close(descriptor)
@@ -30,14 +30,14 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON; NaN and infinities are errors, since JSON has none."""
+    """Writes indented JSON atomically. NaN and infinities raise ValueError because JSON has none."""
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
 @contextlib.contextmanager
 def report_write_errors(folder: Path, option: str) -> Iterator[None]:
-    """Turns an OSError into a UserError that names `folder` and the option that chooses another."""
+    """Turns an OSError into a UserError that names `folder` and the option to change."""
     try:
         yield
     except OSError as error:
@@ -46,15 +46,15 @@ def report_write_errors(folder: Path, option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_full_disk(folder: Path) -> Iterator[None]:
-    """Turns the errors of a disk without room, or a quota without, into a UserError that names `folder`."""
+    """Turns the errors of a full disk or an exhausted quota into a UserError that names `folder`."""
     try:
         yield
     except (OSError, ValueError) as error:
-        # The array writer of checkpoints reports one as a ValueError.
+        # The checkpoint array writer reports a full disk as a ValueError.
         codes = [f"os_error_code='{code}'" for code in FULL]
         if getattr(error, 'errno', None) not in FULL and not any(code in str(error) for code in codes):
             raise
         raise UserError(
-            f'no room is left to write to {folder} ({error}): make room and run the same command again; what was saved '
-            'before is kept'
+            f'no room is left to write to {folder} ({error}): make room and run the same command again; files '
+            'saved earlier are kept'
         ) from error

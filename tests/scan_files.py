@@ -1,4 +1,4 @@
-"""A small chest in Hounsfield units, and files of it as scanners write them."""
+"""A small synthetic chest in Hounsfield units, and writers of DICOM, NIfTI and image files of it."""
 
 import io
 
@@ -22,7 +22,7 @@ IDENTITY = {
 
 
 def make_chest(num_slices=20, size=64):
-    """Returns int16 [T, H, W] from head to feet: a body in air with two lungs, the left one smaller; whole numbers."""
+    """Returns int16 HU [T, H, W] from head to feet: a body in air with two lungs, the left one smaller."""
     rows, columns = np.mgrid[:size, :size] / size
     hu = np.full((num_slices, size, size), -1000, np.int16)
     for t in range(num_slices):
@@ -35,7 +35,7 @@ def make_chest(num_slices=20, size=64):
 
 
 def make_dicom(hu_HxW, z, *, study='1.2.3', series='1.2.3.4', number=4, slope=1, intercept=-1024, flip=False, **tags):
-    """Returns the dataset of one slice at height `z` mm (to the head); flipped: the patient lies face down."""
+    """Returns the dataset of one slice at `z` mm, positive towards the head. `flip` puts the patient face down."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = CTImageStorage
@@ -74,14 +74,14 @@ def make_dicom(hu_HxW, z, *, study='1.2.3', series='1.2.3.4', number=4, slope=1,
 
 
 def encode_dicom(dataset: Dataset) -> bytes:
-    """Returns the bytes of a file."""
+    """Returns the bytes of a DICOM file."""
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
     return buffer.getvalue()
 
 
 def write_series(folder, hu, *, heights=None, **options):
-    """Writes a slice per file, named against their order; by default 5 mm apart."""
+    """Writes one file per slice under shuffled names; by default the slices are 5 mm apart."""
     folder.mkdir(parents=True, exist_ok=True)
     heights = -5.0 * np.arange(len(hu)) if heights is None else heights
     names = np.random.default_rng(0).permutation(len(hu))
@@ -91,7 +91,7 @@ def write_series(folder, hu, *, heights=None, **options):
 
 
 def create_nifti(hu, codes=('L', 'A', 'S')):
-    """Returns a chest as NIfTI whose axes run to these sides."""
+    """Returns a chest as NIfTI with axes in the directions `codes`."""
     affine = np.diag([-1.0, -1.0, -5.0, 1.0])  # columns to the left, rows to the back, slices to the feet
     start = nibabel.orientations.axcodes2ornt(('L', 'P', 'I'))
     turn = nibabel.orientations.ornt_transform(start, nibabel.orientations.axcodes2ornt(codes))
@@ -101,7 +101,7 @@ def create_nifti(hu, codes=('L', 'A', 'S')):
 
 
 def write_images(folder, slices, *, template='slice{}.png'):
-    """Writes an image per slice, numbers not padded."""
+    """Writes one image per slice; the numbers in the names are not zero-padded."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(slices):
         Image.fromarray(pixels).save(folder / template.format(number))
@@ -109,7 +109,7 @@ def write_images(folder, slices, *, template='slice{}.png'):
 
 
 def change_syntax(path, name):
-    """Writes a DICOM file again in the transfer syntax of that name in gdcm.TransferSyntax."""
+    """Rewrites a DICOM file in the transfer syntax `name` of gdcm.TransferSyntax."""
     reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
     reader.SetFileName(str(path))
     assert reader.Read()

@@ -1,4 +1,4 @@
-"""Can this dataset be trusted, before a model is trained on it: `run_audit` checks lists, metadata and images."""
+"""Audit of a raw dataset before training: `run_audit` checks lists, metadata and images."""
 
 from covidjax.audit.run import run_audit
 

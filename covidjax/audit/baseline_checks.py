@@ -1,4 +1,4 @@
-"""What a classifier scores that can't see the lungs: from file names alone, and from thumbnails of 32x32.
+"""Baseline checks: how well file names alone, or 32x32 thumbnails, predict the class.
 
 Shapes: N examples, K classes, P patients, R resamples, D features.
 """
@@ -28,13 +28,13 @@ from covidjax.evaluation.metrics import (
 )
 from covidjax.report.page import Table
 
-MAX_THUMBNAILS = 10_000  # per list, evenly drawn: more would change little and fill the memory
+MAX_THUMBNAILS = 10_000  # per list, evenly spaced: more would change little and fill the memory
 _NUM_FOLDS = 5
-_MIN_GAIN = 0.1  # balanced accuracy above chance, lower end of its interval, that is worth a look
-_PENALTY = 100.0  # of ridge regression on 1,024 pixels in 0..1; from 10 to 1000 the scores hardly change
-_SEPARABLE = 0.9  # area under the curve over slices, by convention outstanding, from which classes stand apart
-_MIN_PATIENTS = 5  # of a class, for an interval
-_MIN_JUDGED = 20  # patients, below which an accuracy has no interval and is not judged: resampling so few misleads
+_MIN_GAIN = 0.1  # 'look' if the lower end of the interval of balanced accuracy exceeds chance by more
+_PENALTY = 100.0  # ridge penalty for 1,024 pixels in 0..1; scores hardly change from 10 to 1000
+_SEPARABLE = 0.9  # area under the curve over slices from which two classes are separable; by convention 'outstanding'
+_MIN_PATIENTS = 5  # per class, to compute an interval
+_MIN_JUDGED = 20  # patients needed for an interval and a verdict: resampling fewer misleads
 _COLUMNS = (
     'examples',
     'fitted on',
@@ -66,7 +66,7 @@ class Examples(NamedTuple):
       features: float [N, D].
       labels: int [N].
       patients: [N].
-      weights: how many slices an example stands for, int [N].
+      weights: number of slices that an example represents, int [N].
     """
 
     features: np.ndarray
@@ -75,12 +75,12 @@ class Examples(NamedTuple):
     weights: np.ndarray
 
     def take(self, chosen: np.ndarray) -> 'Examples':
-        """Returns some of the examples."""
+        """Returns the examples with the indices `chosen`."""
         return Examples(*(values[chosen] for values in self))
 
 
 class Scored(NamedTuple):
-    """Scores [N, K] of examples by a model that saw none of their patients' list, or else none of these patients."""
+    """Held-out scores [N, K]: the model was fitted on another list or, in cross-validation, on other patients."""
 
     fitted_on: str
     scored_on: str
@@ -90,14 +90,14 @@ class Scored(NamedTuple):
 
 
 def score_examples(splits: Mapping[str, Examples], fit) -> Iterator[Scored]:
-    """Fits a model on the first list and scores the others; cross-validates by patient where there is only one.
+    """Fits a model on the first list and scores the others; with one list, cross-validates by patient.
 
     Args:
-      splits: in the order train, val, test.
+      splits: examples by split, in the order train, val, test.
       fit: Examples -> (features [N, D] -> scores [N, K]).
 
     Yields:
-      The scores of each list but the first, or of the only one. Nothing if there are too few patients or classes.
+      The scores of each list after the first, or of the only one. Nothing if there are too few patients or classes.
     """
     splits = {split: examples for split, examples in splits.items() if len(examples.labels)}
     if not splits:
@@ -126,8 +126,8 @@ def compute_accuracies(scored: Scored, predicted: np.ndarray) -> dict:
     """Computes accuracy and balanced accuracy (mean recall of the classes present), with intervals by patient.
 
     Args:
-      scored: the examples, their weights included.
-      predicted: int [N].
+      scored: the examples with their weights.
+      predicted: classes, int [N].
 
     Returns:
       {'accuracy', 'accuracy_interval', 'balanced', 'balanced_interval'}.
@@ -180,7 +180,7 @@ def _beats_chance(row: tuple) -> bool:
 
 
 def check_names(dataset: Dataset) -> Check:
-    """Scores what slice count, first and last number and gaps of a scan tell, without a pixel."""
+    """Scores a classifier on slice count, first and last number and gaps of a scan. It reads no pixel."""
     name, title = 'baselines.names', 'What file names alone predict'
     rows = []
     for level in ('slices', 'scans', f'scans of {NUM_SLICES} slices or more'):
@@ -210,7 +210,7 @@ def _collect_names(scans, level: str) -> Examples:
     chosen = [scan for scan in scans if not level.startswith('scans of') or len(scan.records) >= NUM_SLICES]
     lengths = [len(scan.records) for scan in chosen]
     return Examples(
-        # The features are those of the whole scan, so all its slices are one example of that weight.
+        # All slices share the features of their scan, so a scan is one example, weighted by its slices.
         np.array([compute_file_name_features(scan) for scan in chosen]).reshape(len(chosen), 5),
         np.array([scan.label for scan in chosen], int),
         np.array([scan.patient for scan in chosen]),
@@ -227,7 +227,7 @@ def _fit_forest(examples: Examples):
 
 
 def draw_thumbnail_rows(dataset: Dataset) -> dict[str, list[Row]]:
-    """Returns the rows of each list whose thumbnails are fitted and scored: all, or `MAX_THUMBNAILS` evenly drawn."""
+    """Returns the rows of each list to use for thumbnails: all, or `MAX_THUMBNAILS` evenly spaced ones."""
     drawn = {}
     for split, part in dataset.splits.items():
         chosen = np.linspace(0, len(part.rows) - 1, min(len(part.rows), MAX_THUMBNAILS)).round().astype(int)
@@ -236,7 +236,7 @@ def draw_thumbnail_rows(dataset: Dataset) -> dict[str, list[Row]]:
 
 
 def check_thumbnails(drawn: Mapping[str, Sequence[Row]], crops: Mapping[str, np.ndarray]) -> Check:
-    """Scores ridge regression on thumbnails, too small to show a lesion, and each pair of classes by patient."""
+    """Scores ridge regression on thumbnails, too small for most lesions, and separates each pair of classes."""
     name, title = 'baselines.thumbnails', 'What a thumbnail predicts'
     splits = {
         split: _collect_thumbnails([row for row in rows if row.file in crops], crops) for split, rows in drawn.items()
@@ -245,7 +245,7 @@ def check_thumbnails(drawn: Mapping[str, Sequence[Row]], crops: Mapping[str, np.
     if not every:
         return Check(name, title, NOT_CHECKED, 'There are too few readable images, patients or classes.')
     rows = [_list_row('slices', scored, scored.scores.argmax(1)) for scored in every]
-    # Pairs need patients more than independence of the lists: all lists together, cross-validated by patient.
+    # Pairs need many patients more than independent lists: pool all lists and cross-validate by patient.
     full = [examples for examples in splits.values() if len(examples.labels)]
     if len(full) > 1:
         pooled = Examples(*(np.concatenate(values) for values in zip(*full, strict=True)))
@@ -278,13 +278,13 @@ def _collect_thumbnails(rows: Sequence[Row], crops: Mapping[str, np.ndarray]) ->
 
 
 def _fit_ridge(examples: Examples):
-    """Fits one column per class."""
+    """Fits ridge regression to targets of +1 and -1, one column per class."""
     targets = 2.0 * np.eye(len(CLASSES))[examples.labels] - 1
     return Ridge(alpha=_PENALTY).fit(examples.features, targets).predict
 
 
 def _compare_pairs(scored: Scored) -> dict[tuple[str, str], dict]:
-    """Returns for each pair of classes how well the score difference orders slices, and its mean orders patients."""
+    """Returns, per pair of classes, the area under the curve of the score difference, over slices and patients."""
     examples, found = scored.examples, {}
     for a, b in combinations(range(len(CLASSES)), 2):
         members = [np.flatnonzero(examples.labels == label) for label in (a, b)]
@@ -295,7 +295,7 @@ def _compare_pairs(scored: Scored) -> dict[tuple[str, str], dict]:
         means = [np.bincount(p, d) / np.bincount(p) for p, d in zip(patients, differences, strict=True)]
         slices, is_positive = _join(*differences)
         by_patient = compute_ranking(*_join(*means), range(sum(map(len, means))))
-        few = min(map(len, means)) < _MIN_PATIENTS  # resampling says nothing then
+        few = min(map(len, means)) < _MIN_PATIENTS  # too few patients to resample
         found[CLASSES[a], CLASSES[b]] = {
             'auc_slices': float(roc_auc_score(is_positive, slices)),
             'auc_patients': by_patient['auc'],
@@ -307,7 +307,7 @@ def _compare_pairs(scored: Scored) -> dict[tuple[str, str], dict]:
 
 
 def _join(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all scores, and which of them are of positives."""
+    """Returns all scores and a bool mask of the positives."""
     return np.concatenate([positive, negative]), np.repeat([True, False], [len(positive), len(negative)])
 
 
@@ -327,7 +327,7 @@ def _judge_thumbnails(pairs: Mapping[tuple[str, str], dict], row: tuple) -> tupl
     for name in CLASSES:
         of_name = [pair for pair in aucs if name in pair]
         rest = [pair for pair in aucs if name not in pair]
-        # One class stands apart from all others, while those are not told from each other.
+        # One class is separable from all others, which are not separable from each other.
         if set(separable) == set(of_name) and rest:
             others = join_words([other for pair in of_name for other in pair if other != name])
             shown = join_words([f'{aucs[pair]:.3f}' for pair in of_name])

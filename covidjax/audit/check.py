@@ -1,4 +1,4 @@
-"""What one check of an audit says."""
+"""The result of one check of an audit, and words for it."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -10,16 +10,16 @@ OK, LOOK, BROKEN, NOT_CHECKED = VERDICTS = ('ok', 'look', 'broken', 'not checked
 
 @dataclasses.dataclass
 class Check:
-    """One check.
+    """The result of one check.
 
     Attributes:
       name: identifier, '<group>.<what>'.
-      title: for people.
-      verdict: one of `VERDICTS`. 'look' is for a person to judge; 'broken' is wrong whatever one wants with the data.
-      reason: of the verdict, one sentence.
-      faults: what was found, each named.
-      tables: the numbers behind it.
-      pictures: draw the plots, for the HTML report only.
+      title: shown to people.
+      verdict: one of `VERDICTS`. 'look' needs a person's judgement; 'broken' is an error for any use of the data.
+      reason: why, in one sentence.
+      faults: one line per finding.
+      tables: the numbers behind the verdict.
+      pictures: functions that draw the plots of the HTML report.
     """
 
     name: str
@@ -38,7 +38,7 @@ def find_worst(checks: Iterable[Check]) -> str:
 
 
 def count_things(number: int, thing: str, things: str = '') -> str:
-    """Returns '1 file', '2,000 files'; `things` is the plural where it is not `thing` + 's'."""
+    """Returns '1 file', '2,000 files'; `things` is the plural if it is not `thing` + 's'."""
     return f'{number:,} {thing if number == 1 else things or thing + "s"}'
 
 

@@ -1,14 +1,14 @@
-"""Images that are copies of each other, exact or re-saved.
+"""Finds images that are copies of each other, exact or re-saved.
 
-Two thumbnails of 32x32, each shifted and scaled to mean 0 and variance 1, are compared by the root of their mean
-squared difference: 0 for equal ones, about 1.4 for unrelated ones. Among 1,340 real slices, a copy re-saved as JPEG of
-quality 50, with noise of 5 grey levels, or with other brightness and contrast was at most 0.05 from its original, one
-resized to 224 pixels 0.07; the closest slices of different patients were 0.12 apart. So 0.08 is taken for a copy.
-Slices of one scan are not compared: neighbours are alike by nature (0.03 between the closest).
+Distance: the root mean squared difference of two 32x32 thumbnails, each normalised to mean 0 and variance 1. It is 0
+for equal images and about 1.4 for unrelated ones. Among 1,340 real slices, a copy re-saved as JPEG of quality 50, with
+noise of 5 grey levels, or with other brightness and contrast was at most 0.05 from its original, and one resized to 224
+pixels 0.07. The closest slices of different patients were 0.12 apart. The threshold for a copy is therefore 0.08.
+Slices of one scan are not compared, because neighbours are similar (0.03 between the closest).
 
-Comparing all pairs of 425,000 images is out of the question. The cosine transform keeps distances, so the distance of a
-few of its coefficients, the low ones that hold most of an image, is never larger than the whole one: a tree over them
-finds every candidate, and none is missed.
+Comparing all pairs of 425,000 images is too slow. Candidates come from a k-d tree over the low coefficients of the
+cosine transform, which hold most of an image. The transform is orthonormal, so the distance over a few coefficients is
+never larger than the full distance: no pair is missed.
 """
 
 import functools
@@ -26,30 +26,30 @@ from covidjax.audit.measure import Images
 from covidjax.data.lists import Row
 
 MAX_DISTANCE = 0.08
-_LOW = 4  # 4 x 4 coefficients less the mean, which is 0, index the images
-_MIN_CONTRAST = 3.0  # standard deviation of a thumbnail, below which it shows nothing to compare
+_LOW = 4  # 4 x 4 coefficients index the images, without the mean, which is 0
+_MIN_CONTRAST = 3.0  # standard deviation of a thumbnail below which it is not compared
 _CHUNK = 4096
 _MAX_SHOWN = 6
 
 
 class Place(NamedTuple):
-    """Where an image is listed."""
+    """The split and row that list an image."""
 
     split: str
     row: Row
 
 
 def find_copies(thumbnails: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds pairs of images of different groups that are within `MAX_DISTANCE`.
+    """Finds pairs of images from different groups at a distance of at most `MAX_DISTANCE`.
 
     Args:
       thumbnails: uint8 [N, S, S].
-      groups: int [N].
+      groups: group of each image, here its scan, int [N].
 
     Returns:
       Pairs int [M, 2], each ascending, and their distances float [M], the closest first. An image has at most one
-      partner in another group, or a copy would be reported with the neighbours of its original. Images without
-      contrast take no part.
+      partner per other group; otherwise a copy would also pair with the neighbours of its original. Images without
+      contrast are skipped.
     """
     seen = np.flatnonzero(thumbnails.std((1, 2)) >= _MIN_CONTRAST)
     low = np.empty((len(seen), _LOW * _LOW - 1), np.float32)
@@ -59,7 +59,7 @@ def find_copies(thumbnails: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray,
         low[start : start + _CHUNK] = coefficients.reshape(len(chunk), -1)[:, 1:]
     if len(seen) < 2:
         return np.zeros((0, 2), int), np.zeros(0)
-    # An orthonormal transform sums squares over pixels; distances here are means over them.
+    # The transform preserves sums of squares over pixels, but distances here are means over pixels.
     radius = MAX_DISTANCE * np.sqrt(thumbnails[0].size)
     pairs = seen[scipy.spatial.cKDTree(low).query_pairs(radius, output_type='ndarray')]
     pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
@@ -80,25 +80,25 @@ def find_copies(thumbnails: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray,
 
 
 def _normalise(thumbnails: np.ndarray) -> np.ndarray:
-    """Returns thumbnails [N, S, S] with mean 0 and variance 1 each, float32."""
+    """Returns thumbnails [N, S, S], each with mean 0 and variance 1, float32."""
     centred = thumbnails - thumbnails.mean((1, 2), keepdims=True, dtype=np.float32)
     return centred / centred.std((1, 2), keepdims=True)
 
 
 def check_copies(images: Images, places: Sequence[Place]) -> list[Check]:
-    """Looks for identical and for near-identical images.
+    """Checks for identical and nearly identical images.
 
     Args:
-      images: measurements.
-      places: of each image, in the order of `images.index`.
+      images: measurements of the images.
+      places: place of each image, in the order of `images.index`.
     """
     members: defaultdict[bytes, list[int]] = defaultdict(list)
     for i, digest in enumerate(images.digests):
-        if images.ranges[i, 0] < images.ranges[i, 1]:  # images of one grey are found as blank
+        if images.ranges[i, 0] < images.ranges[i, 1]:  # blank images are reported by images.brightness
             members[digest].append(i)
     identical = [group for group in members.values() if len(group) > 1]
     scans = {scan: number for number, scan in enumerate({place.row.scan for place in places})}
-    # One of each group of identical images stands for all.
+    # Keep one image of each group of identical ones.
     kept = np.array([group[0] for group in members.values()], int)
     groups = np.array([scans[places[i].row.scan] for i in kept], int)
     pairs, distances = find_copies(images.thumbnails[kept], groups)
@@ -111,7 +111,7 @@ def check_copies(images: Images, places: Sequence[Place]) -> list[Check]:
 
 def _judge(name: str, title: str, groups: list[list[int]], distances, images: Images, places) -> Check:
     across = [len({places[i].split for i in group}) > 1 for group in groups]
-    order = sorted(range(len(groups)), key=lambda k: not across[k])  # stable: those between splits first
+    order = sorted(range(len(groups)), key=lambda k: not across[k])  # stable sort: groups across splits come first
     is_exact = name == 'images.identical'
     adjective = 'identical' if is_exact else 'nearly identical'
     faults = [

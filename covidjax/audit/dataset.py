@@ -1,6 +1,6 @@
-"""What an audit looks at: a raw directory, read as far as it can be read.
+"""Reads a raw directory for an audit.
 
-Training refuses a list with a bad row. An audit reads on, and reports the row.
+Training stops at a bad row of a list. An audit reports the row and reads on.
 """
 
 import os
@@ -15,12 +15,12 @@ from covidjax.errors import UserError
 
 
 class Split(NamedTuple):
-    """The good rows of one list, at least one.
+    """The valid rows of one list, at least one.
 
     Attributes:
       rows: in list order.
       labels: int [N].
-      scans: as `group_scans` makes them.
+      scans: the M scans, from `group_scans`.
       scan_labels: int [M].
     """
 
@@ -31,20 +31,20 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A raw directory.
+    """The content of a raw directory.
 
     Attributes:
       raw_dir: the directory.
-      version: '1', '2A' or '3A', by the names of the lists.
-      splits: the lists that hold a good row.
-      absent: names of the lists that are not there.
-      num_lines: of all lists.
-      faults: '<list>:<line>: <reason>' of every bad row, and lists that can't be read.
-      bad_files: files of bad rows.
-      metadata: columns per patient, or None.
-      metadata_reason: why there is no metadata.
+      version: '1', '2A' or '3A', from the names of the lists.
+      splits: the lists with at least one valid row.
+      absent: names of the missing lists.
+      num_lines: total over all lists.
+      faults: '<list>:<line>: <reason>' per bad row, and lists that cannot be read.
+      bad_files: files named by bad rows.
+      metadata: columns of metadata.csv by patient, or None.
+      metadata_reason: why metadata is None, else empty.
       images: the image folder, or None.
-      images_reason: why there are no images.
+      images_reason: why images is None, else empty.
     """
 
     raw_dir: Path
@@ -92,7 +92,7 @@ def read_dataset(raw_dir: Path) -> Dataset:
 
 
 def make_printable(text: str) -> str:
-    """Returns text with everything escaped that can't be printed."""
+    """Returns text with unprintable characters escaped."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 

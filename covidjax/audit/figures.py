@@ -11,7 +11,7 @@ from covidjax.report.page import Picture
 
 
 def render_lengths(lengths: Mapping[str, Sequence[int]]) -> Picture:
-    """Draws for each class the share of scans with at most so many slices."""
+    """Draws the cumulative share of scans by number of slices, one line per class."""
     with use_style():
         figure = Figure(figsize=(5, 3), layout='constrained')
         axes = figure.subplots()
@@ -26,13 +26,13 @@ def render_lengths(lengths: Mapping[str, Sequence[int]]) -> Picture:
         axes.set_xticks([x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if x <= 2 * longest])
         axes.xaxis.set_major_formatter('{x:.0f}')
         axes.set_xlabel('Slices of a scan')
-        axes.set_ylabel('Share of scans up to there')
+        axes.set_ylabel('Cumulative share of scans')
         axes.legend()
         return create_picture(figure, 'Cumulative share of scans by their number of slices, one line per class')
 
 
 def render_shares(counts: Mapping[str, Sequence[int]], name: str) -> Picture:
-    """Draws the classes' shares of the patients of each value as bars, and the number of patients."""
+    """Draws one bar per value: class shares of its patients, with the number of patients."""
     with use_style():
         figure = Figure(figsize=(5, 0.9 + 0.32 * len(counts)), layout='constrained')
         axes = figure.subplots()
@@ -46,13 +46,13 @@ def render_shares(counts: Mapping[str, Sequence[int]], name: str) -> Picture:
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.grid(visible=False)
-        axes.set_xlabel(f'Share of the patients of a {name} (number of patients)')
+        axes.set_xlabel(f'Class shares of the patients of each {name} (number of patients)')
         figure.legend(loc='outside upper center', ncols=len(CLASSES))
-        return create_picture(figure, f'Share of the classes among the patients of each {name}')
+        return create_picture(figure, f'Class shares of the patients of each {name}')
 
 
 def render_histograms(values: Mapping[str, np.ndarray], name: str) -> Picture:
-    """Draws one histogram per class, each of area 1, over common bins."""
+    """Draws one histogram per class over common bins; the bars of a class sum to 1."""
     with use_style():
         figure = Figure(figsize=(5, 2.8), layout='constrained')
         axes = figure.subplots()
@@ -71,7 +71,7 @@ def render_histograms(values: Mapping[str, np.ndarray], name: str) -> Picture:
 
 
 def render_accuracies(columns: Sequence[str], rows: Sequence[tuple]) -> Picture:
-    """Draws accuracy and balanced accuracy with intervals, and what a guess reaches."""
+    """Draws accuracy and balanced accuracy with intervals, next to the majority class and chance."""
     with use_style():
         figure = Figure(figsize=(5, 1.4 + 0.5 * len(rows)), layout='constrained')
         axes = figure.subplots()
@@ -91,7 +91,7 @@ def render_accuracies(columns: Sequence[str], rows: Sequence[tuple]) -> Picture:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, 1.03)
         figure.legend(loc='outside upper center', ncols=2, fontsize=9)
-        return create_picture(figure, 'Accuracy and balanced accuracy with intervals beside majority class and chance')
+        return create_picture(figure, 'Accuracy and balanced accuracy with intervals, majority class and chance')
 
 
 def render_means(means: Mapping[str, np.ndarray]) -> Picture:
@@ -102,7 +102,7 @@ def render_means(means: Mapping[str, np.ndarray]) -> Picture:
 
 
 def render_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray, str, str]]) -> Picture:
-    """Draws thumbnails [S, S] of copies side by side, under the names of their files."""
+    """Draws the thumbnails [S, S] of each pair of copies side by side, with their file names above."""
     lines = [{f'{a}': x / 255, f'{b} ': y / 255} for x, y, a, b in pairs]
     return _render_images(lines, f'{len(pairs)} pairs of images that are copies, each pair in one row')
 

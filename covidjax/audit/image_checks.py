@@ -1,4 +1,4 @@
-"""Checks of images and boxes: what is missing, unreadable, of odd size or depth, blank, or outside."""
+"""Checks of images and boxes: missing, unreadable, unusual size or depth, blank, box outside the image."""
 
 import functools
 from collections import Counter
@@ -14,8 +14,8 @@ from covidjax.audit.measure import Images
 from covidjax.data.lists import CLASSES, SPLITS
 from covidjax.report.page import Table
 
-_DARKEST, _BRIGHTEST = 5, 235  # mean grey of 255 outside which a slice shows hardly anything
-_MIN_SIDE = 16  # of a box in pixels; less is no body
+_DARKEST, _BRIGHTEST = 5, 235  # limits of the mean grey value (0 to 255); beyond them a slice shows hardly anything
+_MIN_SIDE = 16  # pixels; a smaller box holds no body
 _MAX_ASPECT = 4.0
 _MAX_ROWS = 12
 _DEPTHS = {'L': '8-bit grey', '1': '1-bit', 'P': '8-bit palette', 'RGB': '8-bit colour', 'RGBA': '8-bit colour, alpha'}
@@ -32,7 +32,7 @@ TITLES = {
 
 
 def check_files(dataset: Dataset, files: set[str]) -> list[Check]:
-    """Compares the rows with the files of the image folder."""
+    """Compares the rows of the lists with the files of the image folder."""
     listed = {row.file: split for split, part in dataset.splits.items() for row in part.rows}
     missing = [f'{file} ({split})' for file, split in listed.items() if file not in files]
     reason = f'{count_things(len(missing), "row")} of {len(listed):,} without a file.' if missing else ''
@@ -62,7 +62,7 @@ def check_files(dataset: Dataset, files: set[str]) -> list[Check]:
 
 
 def check_images(images: Images, places: Sequence[Place]) -> list[Check]:
-    """Judges what was read: unreadable images, sizes, depths, brightness."""
+    """Checks readability, sizes, bit depths and brightness of the images."""
     faults = [f'{make_printable(file)}: {reason}' for file, reason in images.faults.items()]
     number = len(images.index)
     title = TITLES['images.readable']
@@ -95,7 +95,7 @@ def _check_format(images: Images, labels: np.ndarray) -> Check:
 
 
 def _count_by(values: Sequence[str], labels: np.ndarray) -> list[tuple[str, list[int]]]:
-    """Returns counts per class of each value, the commonest first."""
+    """Returns each value with its counts per class, most common value first."""
     counted = Counter(zip(values, labels.tolist(), strict=True))
     return [(v, [counted[v, label] for label in range(len(CLASSES))]) for v, _ in Counter(values).most_common()]
 
@@ -125,7 +125,7 @@ def _check_brightness(images: Images, places: Sequence[Place], labels: np.ndarra
 
 
 def check_boxes(dataset: Dataset, images: Images | None) -> Check:
-    """Boxes outside the image, tiny or of odd shape; their area by class."""
+    """Checks for boxes outside the image, too small or of unusual shape; tabulates their area by class."""
     rows = [(split, row) for split, part in dataset.splits.items() for row in part.rows]
     boxes = np.array([row.box for _, row in rows])
     labels = np.array([row.label for _, row in rows])
@@ -150,7 +150,7 @@ def check_boxes(dataset: Dataset, images: Images | None) -> Check:
         for what, found in findings.items()
         for i in np.flatnonzero(found)
     ]
-    # Where every image was measured, areas are shares of the image, which resized copies keep.
+    # If every image was measured, use areas relative to the image: resizing does not change them.
     whole = known.all()
     area = width * height / (sizes.prod(1) if whole else 1)
     tables = []

@@ -1,4 +1,4 @@
-"""Checks that need the lists alone: rows, classes, scans, sequences of 16 slices, leakage, labels."""
+"""Checks of the lists: rows, classes, scans, sequences of 16 slices, leakage, labels."""
 
 import functools
 from collections import Counter, defaultdict
@@ -15,12 +15,12 @@ from covidjax.data.published import SEQUENCES
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.report.page import Table
 
-# Above this share of the scans of a class, what the 16-slice rule drops is worth a look.
+# 'look' if the 16-slice rule drops more than this share of the scans of a class.
 _MAX_DROPPED = 0.1
 
 
 def check_rows(dataset: Dataset) -> Check:
-    """Every line of every list is a good row."""
+    """Checks that every line of every list is a valid row."""
     title = 'Rows of the lists'
     if dataset.faults:
         reason = f'{count_things(len(dataset.faults), "fault")} in {count_things(dataset.num_lines, "line")}.'
@@ -31,7 +31,7 @@ def check_rows(dataset: Dataset) -> Check:
 
 
 def check_classes(dataset: Dataset) -> Check:
-    """Every list holds every class."""
+    """Checks that every list has every class."""
     faults = [
         f'{split}: no slice of class {label} ({CLASSES[label]})'
         for split, part in dataset.splits.items()
@@ -46,7 +46,7 @@ def check_classes(dataset: Dataset) -> Check:
 
 
 def check_lengths(dataset: Dataset) -> Check:
-    """Slices per scan by class; the no-pixel baselines judge what they give away."""
+    """Tabulates slices per scan by class; `check_names` judges whether they predict the class."""
     rows = []
     lengths = {name: [] for name in CLASSES}
     for part in dataset.splits.values():
@@ -67,7 +67,7 @@ def check_lengths(dataset: Dataset) -> Check:
 
 
 def check_sequences(dataset: Dataset) -> Check:
-    """Scans of 16 slices or more, beside the paper's Table II where the lists are the paper's."""
+    """Counts scans of 16 slices or more; compares them with Table II of the paper if the lists are the paper's."""
     are_the_papers = 'CT-2A' in find_candidates(dataset)
     rows, remarks, differ = [], [], False
     for split, part in dataset.splits.items():
@@ -96,7 +96,7 @@ def check_sequences(dataset: Dataset) -> Check:
 
 
 def check_short(dataset: Dataset) -> Check:
-    """What the rule of 16 slices throws away."""
+    """Counts the scans that the rule of 16 slices drops."""
     total, dropped, rows = Counter(), Counter(), []
     for split, part in dataset.splits.items():
         for label, name in enumerate(CLASSES):
@@ -116,7 +116,7 @@ def check_short(dataset: Dataset) -> Check:
 
 
 def check_leakage(dataset: Dataset) -> list[Check]:
-    """Files, scans and patients that stand in more than one list."""
+    """Checks for leakage: files, scans and patients in more than one list."""
     things = {
         'files': ('file', {split: {row.file for row in part.rows} for split, part in dataset.splits.items()}),
         'scans': ('scan', {split: {scan.scan for scan in part.scans} for split, part in dataset.splits.items()}),
@@ -143,20 +143,20 @@ def check_leakage(dataset: Dataset) -> list[Check]:
 
 
 def _find_shared(members: Mapping[str, set[str]]) -> dict[str, list[str]]:
-    """Returns the splits of every id that stands in several."""
+    """Returns the splits of every ID that is in several."""
     counts = Counter(member for ids in members.values() for member in ids)
     return {m: [split for split, ids in members.items() if m in ids] for m, n in counts.items() if n > 1}
 
 
 def check_labels(dataset: Dataset) -> list[Check]:
-    """Scans and patients of more than one class."""
+    """Checks for scans and patients with more than one class."""
     classes: dict[str, dict[str, set[int]]] = {'scan': defaultdict(set), 'patient': defaultdict(set)}
     for part in dataset.splits.values():
         for scan in part.scans:
             classes['scan'][scan.scan].add(scan.label)
             classes['patient'][scan.patient].add(scan.label)
     checks = []
-    # A patient may fall ill or recover between two scans; one scan has one diagnosis.
+    # A patient may fall ill or recover between two scans, but one scan has one diagnosis.
     for thing, verdict in (('scan', BROKEN), ('patient', LOOK)):
         faults = [f'{thing} {name}: {_name_classes(found)}' for name, found in classes[thing].items() if len(found) > 1]
         if faults:

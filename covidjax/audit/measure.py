@@ -1,4 +1,4 @@
-"""Reads every listed image once and keeps what the checks need: about 1.1 KB per image."""
+"""Reads every listed image once and keeps the measurements for the checks: about 1.1 KB per image."""
 
 import hashlib
 import os
@@ -20,17 +20,17 @@ _BATCH_SIZE = 32
 
 
 class Images(NamedTuple):
-    """Measurements of the images that could be read, in one order.
+    """Measurements of the N images that could be read.
 
     Attributes:
-      index: number of each file below.
-      faults: file and reason of each that could not be read.
+      index: file -> its position in the arrays below.
+      faults: file -> why it could not be read.
       sizes: width and height, int [N, 2].
-      modes: of the pixels, as Pillow names them.
-      digests: of size and 8-bit grey pixels.
+      modes: Pillow mode of each image.
+      digests: hash of size and 8-bit grey pixels.
       ranges: lowest, highest and mean grey value, 0 to 255, float [N, 3].
-      thumbnails: of the whole image, uint8 [N, S, S].
-      crops: thumbnails of the box, uint8 [S, S], of the files asked for whose box meets the image.
+      thumbnails: of the whole images, uint8 [N, S, S].
+      crops: file -> thumbnail of its box, uint8 [S, S], for the requested files whose box overlaps the image.
     """
 
     index: dict[str, int]
@@ -44,21 +44,21 @@ class Images(NamedTuple):
 
 
 def measure_images(rows: Sequence[Row], folder: Path, crop_files: set[str]) -> Images:
-    """Measures images on all cores, with a progress bar.
+    """Measures images on all cores and shows a progress bar.
 
     Args:
       rows: one per image.
-      folder: of the images.
-      crop_files: files whose box is wanted as a thumbnail.
+      folder: the image folder.
+      crop_files: files whose box is kept as a thumbnail.
     """
     batches = [rows[start : start + _BATCH_SIZE] for start in range(0, len(rows), _BATCH_SIZE)]
-    # Threads, since decoding, resizing and hashing run outside Python's lock.
+    # Threads suffice: decoding, resizing and hashing release the GIL.
     parallel = joblib.Parallel(n_jobs=-1, backend='threading', return_as='generator')
     faults, index, modes, digests, crops = {}, {}, [], [], {}
     sizes, ranges = np.zeros((len(rows), 2), np.int32), np.zeros((len(rows), 3), np.float32)
     thumbnails = np.zeros((len(rows), THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
     with warnings.catch_warnings(), open_progress('images', len(rows), 'slice') as progress:
-        # Pillow warns of images that are refused just after.
+        # `_measure_image` rejects these images itself.
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
         for batch, results in zip(
             batches, parallel(joblib.delayed(_measure_batch)(b, folder, crop_files) for b in batches), strict=True
@@ -85,27 +85,27 @@ def _measure_batch(rows: Sequence[Row], folder: Path, crop_files: set[str]) -> l
 
 
 def _measure_image(path: Path, box: preprocess.Box | None) -> tuple | None:
-    """Returns mode, digest, size, range, thumbnail and crop of an image; None if it can't be read."""
+    """Returns mode, digest, size, range, thumbnail and crop of an image; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > preprocess.MAX_PIXELS:
                 return None
             mode = image.mode
             grey = preprocess.convert_grey(image)
-    except Exception:  # a decoder that meets damaged bytes may raise anything
+    except Exception:  # decoders of damaged files may raise anything
         return None
     pixels = np.asarray(grey)
     digest = hashlib.blake2b(b'%d %d ' % pixels.shape + pixels.tobytes(), digest_size=16).digest()
     thumbnail = np.asarray(grey.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
     try:
         crop = None if box is None else preprocess.crop_grey_resize(grey, box, THUMBNAIL_SIZE)
-    except ValueError:  # the box misses the image
+    except ValueError:  # the box does not overlap the image
         crop = None
     return mode, digest, grey.size, (pixels.min(), pixels.max(), pixels.mean()), thumbnail, crop
 
 
 def _explain_fault(path: Path) -> str:
-    """Returns why preparation would refuse an image."""
+    """Returns the reason for which preparation rejects an image."""
     try:
         preprocess.load_slice(os.fspath(path), None, 1)
     except ValueError as error:
@@ -114,7 +114,7 @@ def _explain_fault(path: Path) -> str:
 
 
 def list_files(folder: Path) -> set[str]:
-    """Returns the files in a folder and below, relative to it, with forward slashes, hidden ones left out."""
+    """Returns the files below a folder, without hidden ones: relative paths with forward slashes."""
     found = set()
     for path, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith('.')]

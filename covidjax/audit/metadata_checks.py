@@ -1,4 +1,4 @@
-"""Class against what metadata.csv tells of a patient: a class that comes from one source is learnt by its source."""
+"""Checks class against metadata.csv: if a class comes from one source, a model may learn the source instead."""
 
 import functools
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ _COLUMNS = {
 }
 _FINDINGS = {'Normal': 'normal', 'Pneumonia': 'pneumonia', 'COVID-19': 'covid19'}
 _UNKNOWN = 'not given'
-_MIN_PATIENTS = 3  # one or two patients of one class are no pattern
+_MIN_PATIENTS = 3  # fewer patients of one class are no pattern
 _MAX_ROWS = 30
 
 
@@ -32,11 +32,11 @@ class _Patient(NamedTuple):
 
 
 def check_metadata(dataset: Dataset) -> list[Check]:
-    """Joins the patients of the lists with metadata.csv, then sets class against each of its columns."""
+    """Joins the patients of the lists with metadata.csv and tabulates class against each of its columns."""
     patients = _group_patients(dataset)
     metadata = dataset.metadata
     if metadata is None:
-        # A file that is there and can't be read is wrong; one that is absent is merely absent.
+        # An unreadable file is broken; a missing one is only not checked.
         is_bad = (dataset.raw_dir / 'metadata.csv').exists()
         reason = f'{dataset.metadata_reason[:1].upper()}{dataset.metadata_reason[1:]}.'
         first = Check('metadata.patients', 'Patients in metadata.csv', BROKEN if is_bad else NOT_CHECKED, reason)
@@ -54,7 +54,7 @@ def _name_check(column: str) -> str:
 
 
 def _group_patients(dataset: Dataset) -> list[_Patient]:
-    """Returns the patients of all lists; one of two classes comes twice."""
+    """Returns the patients of all lists; a patient with two classes is listed twice."""
     num_slices: Counter[tuple[str, int]] = Counter()
     for part in dataset.splits.values():
         for scan in part.scans:
@@ -81,7 +81,7 @@ def _check_join(patients: Sequence[_Patient], known: Sequence[_Patient], metadat
 
 
 def _check_column(patients: Sequence[_Patient], column: str, title: str, metadata: dict) -> Check:
-    """Counts patients and slices per value and class, and finds the values that carry one class only."""
+    """Counts patients and slices per value and class, and finds values with a single class."""
     counts: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(CLASSES))
     slices: Counter[str] = Counter()
     for patient in patients:
@@ -132,7 +132,7 @@ def _show_only(values: Sequence[int]) -> str:
 
 
 def _read_value(text: str | None, column: str) -> str:
-    """Returns the value of a column as it is counted: ages in bands of 20 years."""
+    """Returns the value to count in a column; ages become bands of 20 years."""
     text = (text or '').strip()
     if not text:
         return _UNKNOWN

@@ -1,4 +1,4 @@
-"""An audit as text, JSON and HTML."""
+"""Writes an audit as text, JSON and HTML."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _ORDER = ('broken', 'look', 'not checked', 'ok')
 
 
 def describe_audit(dataset: Dataset, checks: Sequence[Check]) -> dict[str, Any]:
-    """Returns an audit as a JSON-able dict.
+    """Returns an audit as a JSON-able dict, the content of audit.json.
 
     Returns:
       {'data', 'version', 'splits': slices per list, 'verdict': the worst, 'num_verdicts', 'checks': [{'name', 'title',
@@ -47,8 +47,8 @@ def describe_audit(dataset: Dataset, checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def format_summary(audit: dict[str, Any]) -> str:
-    """Returns an audit as text for a terminal, the worst first."""
-    lists = ', '.join(f'{split} {count:,}' for split, count in audit['splits'].items()) or 'no good row'
+    """Returns an audit as text for a terminal, worst verdicts first."""
+    lists = ', '.join(f'{split} {count:,}' for split, count in audit['splits'].items()) or 'no valid row'
     lines = [f'COVIDx CT-{audit["version"]} lists in {audit["data"]}: {lists}']
     for verdict in _ORDER:
         for check in audit['checks']:
@@ -64,7 +64,7 @@ def format_summary(audit: dict[str, Any]) -> str:
 
 
 def save_audit(audit: dict[str, Any], checks: Sequence[Check], workdir: Path) -> None:
-    """Writes audit.json and audit.html, each whole or not at all."""
+    """Writes audit.json and audit.html, each atomically."""
     write_json(workdir / 'audit.json', audit)
     pictures = {check.name: [draw() for draw in check.pictures] for check in checks}
     write_page(

@@ -1,4 +1,4 @@
-"""The whole audit, in order."""
+"""Runs an audit: all checks in order, then the reports."""
 
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,24 @@ from covidjax.files import report_write_errors
 
 
 def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
-    """Checks a raw COVIDx CT directory, or what there is of it, and prints what it finds.
+    """Audits a raw COVIDx CT directory and prints a summary.
 
-    Lists, metadata.csv and images may each be absent; their checks are then 'not checked'. The lists of CT-3A take
-    seconds; images are read once each, on all cores. Writes audit.json and audit.html.
+    Writes audit.json and audit.html. Lists, metadata.csv and images may each be missing; their checks are then
+    'not checked'. The lists of CT-3A take seconds. Each image is read once, on all cores.
 
     Args:
       raw_dir: the directory of the lists.
-      workdir: where the reports go; made if absent.
+      workdir: where the reports go; created if missing.
 
     Returns:
-      What audit.json holds, see `report.describe_audit`. Whether anything is broken: ['verdict'] == 'broken'.
+      The content of audit.json, see `report.describe_audit`. Its 'verdict' is 'broken' if any check is.
 
     Raises:
-      UserError: no such directory, no list in it, lists of several versions, or a workdir that can't be written.
+      UserError: no such directory, no list in it, lists of several versions, or a workdir that cannot be written.
     """
     raw_dir, workdir = Path(raw_dir), Path(workdir)
     dataset = read_dataset(raw_dir)
-    with report_write_errors(workdir, '--workdir'):  # before the long work
+    with report_write_errors(workdir, '--workdir'):  # fail before the long work
         workdir.mkdir(parents=True, exist_ok=True)
     checks = check_dataset(dataset)
     audit = describe_audit(dataset, checks)
@@ -43,10 +43,10 @@ def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
 
 
 def check_dataset(dataset: Dataset) -> list[Check]:
-    """Runs every check."""
+    """Runs every check and returns the results in order."""
     checks = [list_checks.check_rows(dataset)]
     if not dataset.splits:
-        return checks  # nothing can be said of lists without a good row
+        return checks  # without a valid row there is nothing to check
     checks += [
         list_checks.check_classes(dataset),
         check_version(dataset),
@@ -72,7 +72,7 @@ def _check_images(dataset: Dataset) -> list[Check]:
     for split, part in dataset.splits.items():
         for row in part.rows:
             if row.file in files:
-                places.setdefault(row.file, Place(split, row))  # one in two lists is found as leakage
+                places.setdefault(row.file, Place(split, row))  # check_leakage reports files in two lists
     drawn = baseline_checks.draw_thumbnail_rows(dataset)
     crop_files = {row.file for rows in drawn.values() for row in rows}
     images = measure_images([place.row for place in places.values()], dataset.images, crop_files)

@@ -1,4 +1,4 @@
-"""Which published version and draft a set of lists is, by its content."""
+"""Identifies the published version and draft of a set of lists by its class counts."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def count_classes(labels: np.ndarray) -> tuple[int, ...]:
 
 
 def find_candidates(dataset: Dataset) -> list[str]:
-    """Returns the published versions with which the class counts of all lists at hand agree."""
+    """Returns the published versions whose class counts match those of all available lists."""
     counts = {split: count_classes(part.labels) for split, part in dataset.splits.items()}
     return [
         name
@@ -25,10 +25,10 @@ def find_candidates(dataset: Dataset) -> list[str]:
 
 
 def check_version(dataset: Dataset) -> Check:
-    """Compares the slices per class and split with the published ones."""
+    """Compares slices per class and split with the published counts."""
     candidates = find_candidates(dataset)
     named = f'CT-{dataset.version}'
-    # Equal for all candidates: they differ in lists that are not here.
+    # The candidates have equal counts for the available lists; they differ in missing ones.
     published = SLICES[candidates[0] if candidates else named]
     rows = []
     for split, part in dataset.splits.items():

@@ -1,10 +1,10 @@
-"""COVIDx CT as a TFDS dataset: slices cropped to the body, grey, square, as PNG in ArrayRecord.
+"""COVIDx CT as a TFDS dataset: square grey slices, cropped to the body, stored as PNG in ArrayRecord files.
 
-`prepare` is the way in: it turns a raw directory into record files once, and opens them ever after. TensorFlow is not
-needed, neither to write nor to read.
+Call `prepare`: the first call converts a raw directory to record files, later calls open them. Neither writing nor
+reading needs TensorFlow.
 
-The builder is shard-based because TFDS's `GeneratorBasedBuilder` sorts a split of more than 1 GB through `tf.io.gfile`;
-this one writes each shard as it comes, in list order, in little memory.
+The builder is shard-based because TFDS's `GeneratorBasedBuilder` sorts splits above 1 GB through `tf.io.gfile`. A
+`ShardBasedBuilder` writes shard after shard in list order and needs little memory.
 """
 
 import contextlib
@@ -36,22 +36,22 @@ from covidjax.progress import open_progress
 
 log = logging.getLogger(__name__)
 
-BATCH_SIZE = 32  # slices per task of a worker process: an eighth of a second of work at 224 pixels
-SHARD_SIZE = 4096  # slices per record file: 100 MB at 224 pixels, and the most that is held in memory
+BATCH_SIZE = 32  # slices per worker task: about 1/8 s of work at 224 pixels
+SHARD_SIZE = 4096  # slices per record file: 100 MB at 224 pixels; at most one shard is in memory
 
-RECORDED_COLUMNS = ('label', 'file', 'scan', 'patient', 'slice_index')  # beside the image
+RECORDED_COLUMNS = ('label', 'file', 'scan', 'patient', 'slice_index')  # columns stored with the image
 
 BadImages = dict[tuple[str, str], str]  # (split, file) -> reason
 
 
 @dataclasses.dataclass
 class CovidxCtConfig(tfds.core.BuilderConfig):
-    """What to prepare.
+    """Settings of one prepared dataset.
 
     Attributes:
       image_size: side of the prepared slices in pixels.
-      skip_bad: whether missing and unreadable images are dropped and recorded, or are an error.
-      fingerprint: sha256, in hex, of the lists and of these settings.
+      skip_bad: True drops and records missing and unreadable images; False raises an error for them.
+      fingerprint: SHA-256, in hex, of the lists and these settings.
     """
 
     image_size: int = 224
@@ -63,7 +63,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
     """TFDS builder of COVIDx CT-1, CT-2A and CT-3A; `manual_dir` is the raw directory."""
 
     name = 'covidx_ct'
-    VERSION = tfds.core.Version('1.0.0')  # raise it when the same lists and settings no longer give the same records
+    VERSION = tfds.core.Version('1.0.0')  # raise it when the same lists and settings give other records
     BUILDER_CONFIGS = tuple(
         CovidxCtConfig(name=version.lower(), description=f'COVIDx CT-{version}') for version in lists.VERSIONS
     )
@@ -72,8 +72,8 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
         'the lists, train_COVIDx_CT-2A.txt for example, and the image folder.'
     )
 
-    # Nothing is downloaded, so there is no file of checksums beside this one; TFDS's search for it needs a package,
-    # importlib_resources, that it does not always bring along.
+    # Disables TFDS's search for a checksum file. Nothing is downloaded, and the search needs importlib_resources, which
+    # TFDS does not always install.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -102,7 +102,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
         self._rows = lists.read_lists(raw_dir)
         self._images = lists.find_images(raw_dir, lists.find_version(raw_dir))
         self._bad = _find_missing(self._rows, self._images)
-        self._check_bad()  # a wrong image folder is found before anything is decoded
+        self._check_bad()  # report a wrong image folder before decoding anything
         with open_progress('preparing', sum(map(len, self._rows.values())), 'slice') as self._progress:
             super()._download_and_prepare(dl_manager, download_config)
         self._check_bad()
@@ -121,7 +121,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
         }
 
     def _generate_shard(self, split: str, start: int) -> Iterator[tuple[int, dict]]:
-        """Yields key and features of the slices of one shard, and records the bad ones."""
+        """Yields (key, features) for each good slice of one shard and records the bad ones in `_bad`."""
         rows = self._rows[split][start : start + SHARD_SIZE]
         present = [row for row in rows if (split, row.file) not in self._bad]
         self._progress.update(len(rows) - len(present))
@@ -135,12 +135,12 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
 
 
 class SliceSource:
-    """Random access to the prepared slices of a split, in record order. It can be pickled and shared by threads.
+    """Random access to the prepared slices of a split, in record order. Picklable and thread-safe.
 
     Args:
       records: serialised examples.
-      path: the folder of their files, for errors.
-      files: name of the image of each record, for errors.
+      path: folder of the record files, for error messages.
+      files: image file name of each record, for error messages.
     """
 
     def __init__(self, records: Sequence[bytes], path: str, files: Sequence[str]):
@@ -152,21 +152,22 @@ class SliceSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        """Returns {'image': uint8 [size, size, 1], 'label': int} of the record at an index.
+        """Returns {'image': uint8 [size, size, 1], 'label': int} of one record.
 
         Raises:
+          IndexError: `index` is out of range.
           UserError: the record is unreadable.
         """
         if not 0 <= index < len(self):
             raise IndexError(f'record {index} of {len(self)}')
         try:
-            # TFDS's own decoding, of all features, takes more than twice as long.
+            # Decode by hand: TFDS decodes all features and takes more than twice as long.
             features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
             return {
                 'image': preprocess.decode_png(features['image'].bytes_list.value[0]),
                 'label': features['label'].int64_list.value[0],
             }
-        except Exception as error:  # whatever the readers of damaged files raise
+        except Exception as error:  # damaged records can raise anything
             raise UserError(
                 f'record {index} ({self._files[index]}) of the prepared dataset in {self._path} is unreadable '
                 f'({" ".join(str(error).split())}): delete that folder and run again'
@@ -178,16 +179,16 @@ class SliceSource:
 
 
 class Prepared(NamedTuple):
-    """A dataset on disk, open for reading.
+    """A prepared dataset, open for reading.
 
     Attributes:
-      raw_dir: where the lists and images lie.
+      raw_dir: folder of the lists and images.
       version: '1', '2A' or '3A'.
-      fingerprint: sha256, in hex, of the lists and of the settings of the preparation.
+      fingerprint: SHA-256, in hex, of the lists and the preparation settings.
       path: folder of the record files.
-      rows: the rows of each split in the order of its records, dropped ones left out.
-      sources: the records of each split.
-      dropped: file and reason of each image that is listed but was missing or unreadable.
+      rows: list rows of each split, in record order, without dropped rows.
+      sources: records of each split.
+      dropped: (file, reason) of each listed image that was missing or unreadable.
     """
 
     raw_dir: Path
@@ -200,27 +201,28 @@ class Prepared(NamedTuple):
 
 
 def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool = False) -> Prepared:
-    """Prepares a raw directory, unless that was done before, and opens the result.
+    """Prepares a raw directory if necessary and opens the prepared dataset.
 
-    The dataset is keyed by a fingerprint of the lists and the settings, so a changed list or size is a new dataset. It
-    is written beside its place and renamed when it is whole; another process that wants the same one waits.
+    The folder name contains a fingerprint of the lists and settings: another list or image size gives a new dataset.
+    The dataset is written to a temporary folder and renamed when it is complete. A second process that needs the same
+    dataset waits for the first.
 
     Args:
-      raw_dir: the directory that holds the three lists and the image folder.
+      raw_dir: directory with the three lists and the image folder.
       image_size: side of the prepared slices in pixels.
-      prepared_dir: where datasets are kept; '' is TFDS's own place, $TFDS_DATA_DIR or else ~/tensorflow_datasets.
-      skip_bad: drop missing and unreadable images, and record them, instead of refusing to go on.
+      prepared_dir: parent folder of prepared datasets; '' is TFDS's default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      skip_bad: drop and record missing and unreadable images instead of raising an error.
 
     Raises:
-      UserError: bad lists (see `lists.read_lists`); no image folder; missing or unreadable images, all of them counted
-        and the first 20 named; with `skip_bad`, a class lost from train or a split left empty; a prepared directory
-        that can't be written, or holds damaged records; a worker process that was killed.
+      UserError: bad lists (see `lists.read_lists`); no image folder; missing or unreadable images (all counted, the
+        first 20 named); with `skip_bad`, a split that becomes empty or a class missing from train; a prepared directory
+        that cannot be written or is damaged; a worker process that was killed.
     """
     version = lists.find_version(raw_dir)
     rows = lists.read_lists(raw_dir)
     data_dir = prepared_dir or os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    # A complete dataset also serves a run that would skip bad images: it has none.
+    # With skip_bad, a dataset prepared without skip_bad also fits: it has no bad images.
     configs = [_create_config(version, rows, image_size, skip) for skip in ([True, False] if skip_bad else [False])]
     with _quiet_tfds():
         for config in configs:
@@ -229,7 +231,7 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
                 return _open(builder, raw_dir, version, rows)
         config_dir = os.path.join(data_dir, CovidxCt.name, configs[0].name)
         with _report_failures(config_dir), _lock(config_dir):
-            # Only now: a builder looks at the disk when it is made, and another process may just have written.
+            # Create the builder under the lock: it reads the disk when created, and another process may have written.
             builder = CovidxCt(config=configs[0], data_dir=data_dir)
             if not builder.is_prepared():
                 _write(builder, os.path.abspath(raw_dir))
@@ -237,7 +239,7 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
 
 
 def _create_config(version: str, rows: Mapping, image_size: int, skip_bad: bool) -> CovidxCtConfig:
-    """Returns the configuration whose name, and so whose place on disk, is keyed by what goes into the dataset."""
+    """Returns a config whose name, and so its folder, contains a fingerprint of the lists and settings."""
     fingerprint = lists.compute_fingerprint(
         rows, version=version, image_size=image_size, skip_bad=skip_bad, format=str(CovidxCt.VERSION)
     )
@@ -247,16 +249,16 @@ def _create_config(version: str, rows: Mapping, image_size: int, skip_bad: bool)
 
 
 def _write(builder: CovidxCt, raw_dir: str) -> None:
-    """Writes a dataset. Whoever holds its lock is the only one who does."""
+    """Writes a dataset. The caller must hold its lock."""
     for leftover in glob.glob(os.path.join(glob.escape(os.path.dirname(builder.data_dir)), 'incomplete.*')):
-        shutil.rmtree(leftover)  # of a run that was killed
+        shutil.rmtree(leftover)  # left by a killed run
     log.info('preparing %s at %d pixels in %s', raw_dir, builder.builder_config.image_size, builder.data_dir)
     try:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=raw_dir), file_format='array_record'
         )
     finally:
-        # The workers would linger, and on an interrupt go on decoding.
+        # Otherwise idle workers stay alive, and after an interrupt they go on decoding.
         loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
@@ -264,7 +266,7 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
     try:
         _check_sizes(builder)
         bad = {(split, file): reason for split, file, reason in builder.info.metadata['dropped']}
-        # Raw bytes: `SliceSource` decodes them itself.
+        # `SliceSource` decodes the raw bytes.
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         kept = _drop_rows(rows, bad)
         sources = {
@@ -275,7 +277,7 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
             )
             for split in lists.SPLITS
         }
-    except Exception as error:  # whatever the readers of damaged files raise
+    except Exception as error:  # damaged files can raise anything
         reason = ' '.join(str(error).split())
         raise UserError(
             f'the prepared dataset in {builder.data_dir} is damaged ({reason}): delete it and run again'
@@ -288,7 +290,7 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
 
 
 def _check_sizes(builder: CovidxCt) -> None:
-    """Raises an error if a record file is missing or cut short; a flipped bit is found when its record is read."""
+    """Raises an error if a record file is missing or truncated. Flipped bits only show when a record is read."""
     for split in lists.SPLITS:
         info = builder.info.splits[split]
         size = sum(os.path.getsize(path) for path in info.filepaths)
@@ -297,23 +299,23 @@ def _check_sizes(builder: CovidxCt) -> None:
 
 
 def _encode_slices(rows: Sequence[lists.Row], images: str, size: int) -> Iterator[tuple[bytes, str]]:
-    """Yields PNG bytes and '', or b'' and the reason, for each row in order, decoded on all cores."""
+    """Yields (PNG bytes, '') or (b'', reason) for each row, in row order; worker processes decode on all cores."""
     tasks = [(os.path.join(images, row.file), row.box) for row in rows]
     batches = [tasks[start : start + BATCH_SIZE] for start in range(0, len(tasks), BATCH_SIZE)]
     num_workers = max(1, min(joblib.cpu_count(), len(batches)))
-    # Batches of paths are too small to be worth the memory-mapped files that joblib makes of large inputs.
+    # max_nbytes=None turns off memory mapping, which does not pay for small batches of paths.
     parallel = joblib.Parallel(n_jobs=num_workers, return_as='generator', batch_size=1, max_nbytes=None)
     results = parallel(joblib.delayed(preprocess.encode_slices)(batch, size, os.getpid()) for batch in batches)
     try:
         yield from itertools.chain.from_iterable(results)
     finally:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that tasks were cancelled, which after an error is what is wanted
+            warnings.simplefilter('ignore')  # joblib warns of cancelled tasks; after an error that is intended
             results.close()
 
 
 def _find_missing(rows: Mapping[str, Sequence[lists.Row]], images: str) -> BadImages:
-    """Returns the listed images that are not there, from one listing of each folder."""
+    """Returns the listed images that do not exist. Each folder is listed once."""
     listings: dict[str, set[str]] = {}
     missing = {}
     for split, split_rows in rows.items():
@@ -332,7 +334,7 @@ def _list_files(folder: str) -> set[str]:
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError as error:
-        raise UserError(f'{folder} cannot be listed ({error.strerror}): get permission to read it') from error
+        raise UserError(f'{folder} cannot be listed ({error.strerror}): fix its permissions') from error
 
 
 def _drop_rows(rows: Mapping[str, Sequence[lists.Row]], bad: BadImages) -> dict[str, list[lists.Row]]:
@@ -349,19 +351,19 @@ def _raise_bad_images(bad: BadImages, rows: Mapping[str, Sequence[lists.Row]], i
 
 
 def _check_remaining(rows: Mapping[str, Sequence[lists.Row]], images: str) -> None:
-    """Raises UserError if dropping images emptied a split or lost a class from train."""
+    """Raises UserError if, without the bad images, a split is empty or train lacks a class."""
     lost = [f'{split} is empty' for split in lists.SPLITS if not rows[split]]
     present = {row.label for row in rows['train']}
     lost += [
         f'train has no {lists.CLASSES[i]}' for i in range(len(lists.CLASSES)) if rows['train'] and i not in present
     ]
     if lost:
-        raise UserError(f'too many images are missing or unreadable in {images}: without them {", ".join(lost)}')
+        raise UserError(f'too many images are missing or unreadable in {images}: without them, {", ".join(lost)}')
 
 
 @contextlib.contextmanager
 def _lock(config_dir: str) -> Iterator[None]:
-    """Makes a dataset's folder and locks it against other processes; the lock of a killed process is void."""
+    """Creates a dataset's folder and locks it against other processes. The OS frees the lock of a killed process."""
     os.makedirs(config_dir, exist_ok=True)
     lock = filelock.FileLock(os.path.join(config_dir, 'prepare.lock'))
     try:
@@ -379,10 +381,10 @@ def _report_failures(config_dir: str) -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise UserError(f'the dataset cannot be prepared in {config_dir}: {WORKER_KILLED}') from error
-    except (OSError, RuntimeError) as error:  # the record writer reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # the record writer raises RuntimeError on a full disk
         reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
         raise UserError(
-            f'the dataset cannot be prepared in {config_dir} ({reason}): make room or get permission there, '
+            f'the dataset cannot be prepared in {config_dir} ({reason}): make room or fix its permissions, '
             'or set --config.data.prepared_dir'
         ) from error
 
@@ -394,7 +396,7 @@ class _DropTfdsRecords(logging.Filter):
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Silences what TFDS logs and prints about a dataset of one's own; what matters of it is logged here."""
+    """Silences the logs below ERROR and the console output of TFDS; this module logs what the user needs."""
     log_filter = _DropTfdsRecords()
     absl_logging.get_absl_logger().addFilter(log_filter)
     try:

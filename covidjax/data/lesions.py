@@ -1,6 +1,6 @@
-"""Slices whose lesions somebody outlined: to score what a model attends to, never to train on.
+"""Slices with lesion masks. They score a model's attention and are never training data.
 
-Two sources: phantoms, which come with exact masks, and a folder in the form that `read_lesion_folder` tells.
+There are two sources: phantoms, which have exact masks, and folders in the format of `read_lesion_folder`.
 """
 
 import csv
@@ -22,15 +22,15 @@ MIN_LUNG = 0.05  # share of the image
 
 
 class LesionSlice(NamedTuple):
-    """One slice with its lesion.
+    """One slice with its lesion mask.
 
     Attributes:
-      name: of the image.
-      patient: id; slices without one count as a patient each.
-      label: class.
-      image: uint8 [S, S, 1], as the networks see it.
-      lesion: bool [S, S], True somewhere.
-      lung: bool [S, S], lesion included, or None where `find_lung` finds none.
+      name: image name.
+      patient: patient ID, or `name` if the list has none, so that such a slice counts as its own patient.
+      label: index into `CLASSES`.
+      image: uint8 [S, S, 1], the network input.
+      lesion: bool [S, S] with at least one True pixel.
+      lung: bool [S, S] including the lesion, or None where `find_lung` fails.
     """
 
     name: str
@@ -42,19 +42,19 @@ class LesionSlice(NamedTuple):
 
 
 def read_lesion_folder(folder: Path, size: int) -> list[LesionSlice]:
-    """Reads a folder of slices with masks, listed in `slices.csv`.
+    """Reads a folder of slices and lesion masks listed in `slices.csv`.
 
-    The list has the columns `image` and `lesion`, paths relative to the folder of a slice and of its mask, two images
-    of one size; what is not 0 in the mask is lesion. Optional columns are `patient` and `class` (one of `CLASSES`, by
-    default covid19); others are ignored. Slices are taken whole: crop them to the body first. Slices whose mask is
-    empty are left out.
+    The columns `image` and `lesion` hold the paths of a slice and its mask, relative to the folder. Both images have
+    the same size; nonzero mask pixels are lesion. The columns `patient` and `class` (one of `CLASSES`, default covid19)
+    are optional; other columns are ignored. Crop the slices to the body first. Slices with an empty mask are
+    skipped.
 
     Args:
-      folder: of the list.
-      size: side of the slices for the networks, pixels.
+      folder: folder of the list.
+      size: side of the returned slices in pixels.
 
     Raises:
-      UserError: no list, a column is missing, or slices that can't be read: all counted, the first 20 named.
+      UserError: the list or a column is missing, or slices are unreadable (all counted, the first 20 named).
     """
     path = folder / LIST_NAME
     try:
@@ -74,7 +74,7 @@ def read_lesion_folder(folder: Path, size: int) -> list[LesionSlice]:
         except ValueError as error:
             faults.append(f'{LIST_NAME}:{number}: {error}')
     if faults:
-        raise UserError(f'bad lesion slices in {folder}, mend them and run again: {join_faults(faults)}')
+        raise UserError(f'bad lesion slices in {folder}, fix them and run again: {join_faults(faults)}')
     return [s for s in slices if s.lesion.any()]
 
 
@@ -94,12 +94,12 @@ def _read_row(folder: Path, row: dict[str, str | None], size: int) -> LesionSlic
 
 
 def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int) -> list[LesionSlice]:
-    """Returns those of a phantom dataset's rows that show a lesion; none of a dataset without masks.
+    """Returns the rows of a phantom dataset that show a lesion; an empty list if the dataset has no masks.
 
     Args:
-      raw_dir: of `phantom.write_phantoms`, or any other.
-      rows: of one of its lists.
-      size: side of the slices for the networks, pixels.
+      raw_dir: raw directory, of phantoms or any other dataset.
+      rows: rows of one of its lists.
+      size: side of the returned slices in pixels.
     """
     slices = []
     for row in rows:
@@ -114,7 +114,7 @@ def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int) -> list[
 def _load_pair(
     image_path: Path, mask_path: Path, box: preprocess.Box | None, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an image uint8 [S, S, 1] and its mask, True where at least half of a pixel is lesion."""
+    """Returns an image uint8 [S, S, 1] and its mask bool [S, S], True where lesion covers at least half of a pixel."""
     try:
         image = preprocess.load_slice(str(image_path), box, size)
     except ValueError as error:
@@ -132,18 +132,18 @@ def _load_pair(
 
 
 def find_lung(image: np.ndarray, lesion: np.ndarray) -> np.ndarray | None:
-    """Finds the lungs by a simple rule: dark regions that hold no corner of the slice, what they enclose, the lesion.
+    """Finds the lungs by a rule: dark regions that touch no corner of the slice, plus the lesion, with holes filled.
 
     Args:
       image: uint8 [S, S, 1].
       lesion: bool [S, S].
 
     Returns:
-      bool [S, S], or None if less than 5 % of the image is found: the rule has failed there.
+      bool [S, S], or None if it covers less than 5 % of the image, which means that the rule failed.
     """
     grey = image[..., 0]
     regions, count = scipy.ndimage.label(grey < compute_otsu_threshold(grey))
-    # Cropped to the body, a slice shows the air around it in its corners; cropped to the lungs, these at its sides.
+    # Air outside the body is in the corners. The lungs can touch the sides if the slice is cropped to them.
     corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
     areas = np.bincount(regions.ravel(), minlength=count + 1)
     kept = np.setdiff1d(np.flatnonzero(areas >= 0.005 * grey.size), [0, *corners])
@@ -152,9 +152,10 @@ def find_lung(image: np.ndarray, lesion: np.ndarray) -> np.ndarray | None:
 
 
 def compute_otsu_threshold(values: np.ndarray) -> float:
-    """Returns the threshold that parts values best into a low and a high group (Otsu 1979), over 256 bins.
+    """Returns the threshold with the largest between-class variance (Otsu 1979), over 256 bins.
 
-    Values below it are the low group; for constant values it is that value, and none lies below.
+    Values below the threshold are the low group. For constant values the threshold is that value
+    and the group is empty.
     """
     low, high = float(values.min()), float(values.max())
     if low == high:
@@ -166,6 +167,6 @@ def compute_otsu_threshold(values: np.ndarray) -> float:
     with np.errstate(divide='ignore', invalid='ignore'):
         means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (total - below)
     between = np.nan_to_num(below * (total - below) * (means[0] - means[1]) ** 2)
-    # Bins without a value lie between the groups alike: the middle of them.
+    # All thresholds in a gap of empty bins tie: take the middle.
     best = np.flatnonzero(between == between.max())
     return float(edges[1:-1][best].mean())

@@ -1,7 +1,7 @@
-"""The split lists of COVIDx CT: one text line per slice, read into rows and checked.
+"""Parser of the COVIDx CT split lists, which have one text line per slice.
 
-A raw directory holds `{train,val,test}_COVIDx_CT-<version>.txt`, of version 1, 2A or 3A, and a folder of images.
-A line is `file class xmin ymin xmax ymax`. Scan and patient are not columns; they are spelt in the file name.
+A raw directory holds `{train,val,test}_COVIDx_CT-<version>.txt`, version 1, 2A or 3A, and a folder of images. A line is
+`file class xmin ymin xmax ymax`. Scan and patient IDs are parsed from the file name.
 """
 
 import csv
@@ -20,12 +20,12 @@ SPLITS = ('train', 'val', 'test')
 VERSIONS = ('1', '2A', '3A')
 
 
-# One good line. Anything else is taken apart by `_explain_line`, which need not be fast.
+# A valid line. `_explain_line` finds the error in any other line.
 _LINE = re.compile(r'(\S+)\s+([0-2])\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})', re.ASCII)
 _INTEGER = re.compile(r'-?\d{1,9}', re.ASCII)
 _SLICE_NAME = re.compile(r'(.*[^/])[-_](?:IM)?(\d{1,9})\.\w+', re.ASCII)
 
-# What of a scan id names the patient, spelt as in metadata.csv. Sources that are absent here have one scan per patient.
+# The part of a scan ID that is the patient ID of metadata.csv. Sources not listed here have one scan per patient.
 _PATIENT = re.compile(
     r'^(?:NCP|CP|Normal)_\d+(?=_)'  # CNCB: class_patient_scan
     r'|patient\d+(?=_SR_)'  # COVID-CTset: group_patient_SR_series
@@ -42,12 +42,12 @@ class Row(NamedTuple):
     """One slice of a list.
 
     Attributes:
-      file: path of the image, relative to the image folder, with forward slashes.
+      file: image path relative to the image folder, with forward slashes.
       label: index into `CLASSES`.
-      box: xmin, ymin, xmax, ymax of the body in pixels, half-open; it may reach beyond the image, but is not empty.
-      scan: id of the scan, the file name less its last part.
-      patient: id of the patient, spelt as in metadata.csv.
-      slice_index: the number in the last part of the file name; it orders the slices of a scan.
+      box: xmin, ymin, xmax, ymax of the body in pixels, half-open and not empty; may extend beyond the image.
+      scan: scan ID, the file name without its last part.
+      patient: patient ID as in metadata.csv.
+      slice_index: number in the last part of the file name; orders the slices of a scan.
     """
 
     file: str
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def parse_scan(file: str) -> tuple[str, int]:
-    """Returns the scan id and the slice number that a file name spells.
+    """Parses the scan ID and slice number from a file name.
 
     `CP_12_345_0007.png` is slice 7 of `CP_12_345`; the last part may also be `-0007` or `_IM0007`.
 
@@ -72,40 +72,40 @@ def parse_scan(file: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-@functools.lru_cache(maxsize=1024)  # the rows of a scan stand together
+@functools.lru_cache(maxsize=1024)  # the rows of a scan are contiguous
 def parse_patient(scan: str) -> str:
-    """Returns the patient id that a scan id spells; a scan of an unknown source is a patient of its own."""
+    """Parses the patient ID from a scan ID. For an unknown source, the scan ID is the patient ID."""
     name = scan.rsplit('/', 1)[-1]
     match = _PATIENT.search(name)
     return match[0] if match else name
 
 
 def find_version(raw_dir: str | os.PathLike[str]) -> str:
-    """Returns which version of COVIDx CT a raw directory holds: '1', '2A' or '3A'.
+    """Returns the COVIDx CT version of a raw directory: '1', '2A' or '3A'.
 
     Raises:
-      UserError: no such directory, no list in it, or lists of several versions.
+      UserError: the directory does not exist, or has no list or lists of several versions.
     """
     names = set(_list_directory(raw_dir))
     found = [v for v in VERSIONS if any(get_list_name(split, v) in names for split in SPLITS)]
     if not found:
         raise UserError(
             f'{raw_dir} holds no COVIDx CT lists: expected {get_list_name("train", "2A")} (or -1, -3A) and the same '
-            'for val and test; name the directory that contains them'
+            'for val and test; pass the directory that contains them'
         )
     if len(found) > 1:
         raise UserError(
             f'{raw_dir} holds lists of several COVIDx CT versions ({", ".join(found)}): keep those of one, '
-            'or give each version a directory of its own'
+            'or use a separate directory for each version'
         )
     return found[0]
 
 
 def find_images(raw_dir: str, version: str) -> str:
-    """Returns the folder of a raw directory that holds the images of a version.
+    """Returns the image folder of a raw directory: `<version>_images` or `images`.
 
     Raises:
-      UserError: there is none.
+      UserError: neither exists.
     """
     candidates = (f'{version}_images', 'images')
     for name in candidates:
@@ -115,15 +115,15 @@ def find_images(raw_dir: str, version: str) -> str:
 
 
 def get_list_name(split: str, version: str) -> str:
-    """Returns the file name of a list."""
+    """Returns the file name of a split list."""
     return f'{split}_COVIDx_CT-{version}.txt'
 
 
 def read_list(path: str) -> list[Row]:
-    """Reads one list. Byte order marks, CRLF and blank lines at the end are accepted.
+    """Reads one list. Accepts a byte order mark, CRLF and trailing blank lines.
 
     Raises:
-      UserError: the list is missing, unreadable or empty, or has bad rows: all are counted, the first 20 named.
+      UserError: the list is missing, unreadable or empty, or has bad rows (all counted, the first 20 named).
     """
     rows, faults, _ = parse_list(path, {})
     _raise_faults(faults, os.path.dirname(path) or '.')
@@ -134,11 +134,11 @@ def read_lists(raw_dir: str) -> dict[str, list[Row]]:
     """Reads the three lists of a raw directory.
 
     Returns:
-      The rows of 'train', 'val' and 'test', in list order.
+      Rows by split ('train', 'val', 'test'), in list order.
 
     Raises:
-      UserError: as `find_version` and `read_list`, with the faults of all three lists in one message; also for a file
-        that stands in two lists, and for a class without a row in train.
+      UserError: as in `find_version` and `read_list`, but one message covers all three lists; also if a file is listed
+        twice or a class has no row in train.
     """
     version = find_version(raw_dir)
     first_seen: dict[str, str] = {}
@@ -153,10 +153,10 @@ def read_lists(raw_dir: str) -> dict[str, list[Row]]:
 
 
 def compute_fingerprint(rows: Mapping[str, Sequence[Row]], **settings: str | int | bool) -> str:
-    """Returns the sha256, in hex, of the lists' rows in their order and of the settings they are prepared with."""
+    """Returns the SHA-256, in hex, of the rows in order and the preparation settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for split in SPLITS:
-        # Scan, patient and slice index follow from the file name.
+        # Scan, patient and slice index are derived from the file name.
         lines = (f'{split}\t{row.file}\t{row.label}\t{row.box}\n' for row in rows[split])
         digest.update(''.join(lines).encode())
     return digest.hexdigest()
@@ -166,10 +166,11 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
     """Reads metadata.csv.
 
     Returns:
-      The columns of every patient by name, keyed by patient id.
+      A dict of columns by name for each patient ID.
 
     Raises:
-      UserError: the file is missing, is not UTF-8 text, has no column 'patient id', or contradicts itself on a patient.
+      UserError: the file is missing, is not UTF-8 text, has no column 'patient id', or has conflicting rows for
+        a patient.
     """
     patients: dict[str, dict[str, str]] = {}
     try:
@@ -191,14 +192,14 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
 
 
 def parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[str], set[str]]:
-    """Reads one list as far as it can be read.
+    """Reads one list and collects its faults instead of raising an error.
 
     Args:
       path: the list.
-      first_seen: where each file was first listed, '<list>:<line>'; extended with the files of this list.
+      first_seen: '<list>:<line>' where each file was first listed; updated with the files of this list.
 
     Returns:
-      The good rows, the faults ('<list>:<line>: <reason>'), and the first words of the bad lines: files, most likely.
+      The good rows, the faults ('<list>:<line>: <reason>'), and the first word of each bad line, usually its file.
     """
     name = os.path.basename(path)
     try:
@@ -208,7 +209,7 @@ def parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[s
         return [], [f'{name}: the list is missing'], set()
     except OSError as error:
         return [], [f'{name}: cannot be read: {error.strerror}'], set()
-    # Bytes that are not UTF-8 become lone surrogates, which are not printable and so are found with their line.
+    # Invalid UTF-8 becomes lone surrogates. These are not printable, so `_check_name` reports them with their line.
     text = data.decode('utf-8-sig', errors='surrogateescape').rstrip()
     if not text:
         return [], [f'{name}: the list is empty'], set()
@@ -229,7 +230,7 @@ def parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[s
 
 
 def _parse_line(line: str) -> Row:
-    """Returns the row of a line; raises ValueError with the reason if it is bad."""
+    """Returns the row of a line. Raises ValueError with the reason if the line is bad."""
     match = _LINE.fullmatch(line)
     if match is None:
         raise ValueError(_explain_line(line))
@@ -243,7 +244,7 @@ def _parse_line(line: str) -> Row:
 
 
 def _explain_line(line: str) -> str:
-    """Returns what is wrong with a line that is not `file class xmin ymin xmax ymax`."""
+    """Returns the reason why a line does not match `_LINE`."""
     fields = line.split()
     if len(fields) != 6:
         return f'{len(fields)} fields instead of 6 (file class xmin ymin xmax ymax)'
@@ -275,18 +276,18 @@ def _find_absent_classes(rows: Sequence[Row], name: str) -> list[str]:
 
 def _raise_faults(faults: Sequence[str], directory: str) -> None:
     if faults:
-        raise UserError(f'bad lists in {directory}, mend them and run again: {join_faults(faults)}')
+        raise UserError(f'bad lists in {directory}, fix them and run again: {join_faults(faults)}')
 
 
 def _list_directory(path: str | os.PathLike[str]) -> list[str]:
     try:
         return os.listdir(path)
     except FileNotFoundError as error:
-        raise UserError(f'there is no directory {path}: name the raw COVIDx CT directory') from error
+        raise UserError(f'there is no directory {path}: pass the raw COVIDx CT directory') from error
     except OSError as error:
-        raise UserError(f'{path} cannot be listed ({error.strerror}): name the raw COVIDx CT directory') from error
+        raise UserError(f'{path} cannot be listed ({error.strerror}): pass the raw COVIDx CT directory') from error
 
 
 def _show(text: str) -> str:
-    """Returns text as one short printable word."""
+    """Returns text as a quoted ASCII string of limited length."""
     return ascii(text if len(text) <= 80 else f'{text[:77]}...')

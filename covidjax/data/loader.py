@@ -1,7 +1,7 @@
 """Batches of prepared slices: an endless shuffled stream for training, one padded pass for evaluation.
 
-A batch is a dict: 'image' uint8 [B, S, S, 1], 'label' int32 [B], 'index' int32 [B] (the record's number in its split),
-'mask' float32 [B] (0 marks padding).
+A batch is a dict: 'image' uint8 [B, S, S, 1], 'label' int32 [B], 'index' int32 [B] (record number in the split), 'mask'
+float32 [B] (0 marks padding).
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-# Batches read ahead, by threads: decoding PNG leaves Python's lock. Grain's default would hold 500 of them.
+# Threads suffice for reading ahead because PNG decoding releases the GIL. Grain's default buffers 500 batches.
 READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)
 
 
 class _Records(grain.sources.RandomAccessDataSource):
-    """Prepared records with their number, reduced to what a batch holds."""
+    """Prepared records as the items of a batch: image, label, record number and mask."""
 
     def __init__(self, source: Sequence[dict]):
         self._source = source
@@ -35,17 +35,17 @@ class _Records(grain.sources.RandomAccessDataSource):
 def load_train_batches(
     source: Sequence[dict], *, batch_size: int, seed: int, first_step: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[dict]:
-    """Yields batches without end; every pass over the records is shuffled anew.
+    """Yields batches without end and reshuffles the records in every pass.
 
-    Batch k depends on (source, batch_size, seed, k) only: a stream that starts at `first_step` goes on exactly where
-    an interrupted one stopped.
+    Batch k depends only on (source, batch_size, seed, k): to resume an interrupted stream, pass its next step as
+    `first_step`.
 
     Args:
-      source: the records of a split.
-      batch_size: of all processes together.
-      seed: of the order.
+      source: records of a split.
+      batch_size: global batch size B, over all processes.
+      seed: seed of the order.
       first_step: number of the first batch.
-      shard: (p, P) yields the rows [p B / P, (p + 1) B / P) of every batch of B; P divides B.
+      shard: (p, P), process p of P, yields the rows [p B / P, (p + 1) B / P) of every batch; P divides B.
     """
     process, num_processes = shard
     records = grain.MapDataset.source(_Records(source)).seed(seed).shuffle().repeat()
@@ -56,9 +56,9 @@ def load_train_batches(
 
 
 def load_eval_batches(source: Sequence[dict], *, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[dict]:
-    """Yields every record once, in order; the last batch is padded with zeros (mask 0).
+    """Yields every record once, in order. The last batch is padded with zeros (mask 0).
 
-    `batch_size` and `shard` are as in `load_train_batches`; all processes yield equally many batches.
+    `batch_size` and `shard` are as in `load_train_batches`. All processes yield the same number of batches.
     """
     process, num_processes = shard
     records, rows = _Records(source), batch_size // num_processes

@@ -1,21 +1,21 @@
 """Synthetic axial chest CT with exact lesion masks, written in the raw COVIDx-CT layout.
 
-A patient has one scan of 8 to 40 slices from the apex towards the base of the lungs. The label only decides which
-lesion is painted; anatomy, pose, intensity, noise, slice count and distractors come from random streams that never
-see it. Lesions are bodies in three dimensions that the slices cut:
+Each patient has one scan of 8 to 40 slices, from the apex of the lungs towards the base. The label only selects the
+lesion. Anatomy, pose, intensity, noise, slice count and distractors come from random streams that do not depend on the
+label. Lesions are 3-D bodies cut by the slices:
 
 - normal: none.
 - pneumonia: one dense, fairly sharp consolidation in one lung, with air bronchograms.
-- COVID-19: several hazy, half-transparent patches under the pleura of both lungs.
+- COVID-19: several hazy, semi-transparent subpleural patches in both lungs.
 
-Some slices of a sick scan cut no lesion and carry the scan's label all the same, as in COVIDx-CT: at both ends of the
-lesion's extent, and for COVID-19 also between two groups of patches.
+As in COVIDx-CT, some slices of a sick scan show no lesion but have the label of the scan. They lie beyond both ends of
+the lesion and, for COVID-19, also between two groups of patches.
 
-Letters: T slices, H rows and W columns of pixels. Canonical coordinates: the body's outline is about the unit circle,
-x runs to the right of the image, y to the patient's back, z from 0 (apex) to 1 (base). Lung coordinates (u, v) are
-canonical ones relative to the centre and half-axes of one lung, so that a lung is about the unit disc at every z.
+Letters: T slices, H rows and W columns of pixels. Canonical coordinates: the body outline is about the unit circle, x
+points to the right of the image, y to the patient's back, z from 0 (apex) to 1 (base). Lung coordinates (u, v) are
+canonical coordinates relative to the centre and half-axes of one lung: the lung is about the unit disc at every z.
 
-This module imports neither jax nor TFDS: every worker process imports it.
+This module imports neither jax nor TFDS because every worker process imports it.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from covidjax.progress import track
 
 FINDINGS = ('Normal', 'Pneumonia', 'COVID-19')
 NORMAL, PNEUMONIA, COVID19 = range(3)
-VERSION = '2A'  # of COVIDx CT, whose layout it is
+VERSION = '2A'  # the COVIDx CT version whose layout is written
 IMAGE_FOLDER = f'{VERSION}_images'
 MASK_FOLDER = 'lesion_masks'
 OPTIONS_FILE = 'phantoms.json'
@@ -56,45 +56,46 @@ METADATA_COLUMNS = (
     'modality',
 )
 
-# Raise this when the same options no longer give the same pixels. It is part of every file name, so that neither
-# phantoms of another make nor slices prepared from them are reused.
+# Raise this when the same options give other pixels. It is part of every file name, which prevents reuse of older
+# phantoms and of slices prepared from them.
 GENERATOR_VERSION = 1
 
-# Mean share of the slices of a sick scan that cut no lesion. Guessed normal, they cap slice accuracy at about
+# Mean share of lesion-free slices in a sick scan. If all of them are classified as normal, slice accuracy is about
 # 1 - 2/3 * 0.12 = 0.92.
 LESION_FREE_SHARE = 0.12
 
-# Difficulty, set once on validation patients of seed 0 (never on a test split) and then frozen. Fitted on the 240
-# training patients, scored per slice on the 48 validation patients of the default options, and on 144 in brackets,
-# drawn as `num_val=144`; lesions shift the grey of a thumbnail less than pose, lung density and display gain do:
+# Difficulty, tuned once on validation patients of seed 0 (never on a test split) and then frozen. The table shows slice
+# accuracy on the 48 validation patients of the default options after fitting on the 240 training patients; in brackets,
+# on 144 validation patients (`num_val=144`). Thumbnails are hard because lesions shift their grey less than pose, lung
+# density and display gain do.
 #   32x32 thumbnails of the box, ridge regression, best of alpha 1..1000         0.60 (0.65)
 #   the same, pixels standardised, alpha 1000                                    0.62 (0.64)
 #   the same, logistic regression, better of C 0.01 and 0.1                      0.62 (0.64)
 #   64x64 crops, plain six-layer CNN with flips, 900 steps of batch 32           0.90 (0.89)
-#   what a reader who misses nothing scores who calls lesion-free slices normal  0.92 (0.92)
+#   ideal reader, who calls lesion-free slices normal                            0.92 (0.92)
 
 # Hounsfield units of the tissues, and the lung window (width 1500, level -600) that maps them to 8-bit grey.
 AIR_HU, FAT_HU, TISSUE_HU, BONE_HU = -1000.0, -90.0, 45.0, 450.0
 WINDOW_LOW_HU, WINDOW_HIGH_HU = -1350.0, 150.0
 
-_LUNG_SIDES = (-1.0, 1.0)  # the lung on the left of the image is the patient's right one
+_LUNG_SIDES = (-1.0, 1.0)  # the left side of the image is the patient's right lung
 
 
 @dataclasses.dataclass(frozen=True)
 class PhantomOptions:
-    """What to generate; two equal options give the same bytes.
+    """Phantom generator options. Equal options give the same bytes.
 
     Attributes:
-      seed: non-negative; part of every file name and of every random stream.
-      num_train: patients of the train split, at least 3; classes are equally shared (the first ones get the rest).
-      num_val: patients of the validation split, at least 3.
-      num_test: patients of the test split, at least 3.
-      image_size: side of the square slices in pixels, at least 32, before any crop.
-      min_slices: fewest slices of a scan, at least 4.
-      max_slices: most slices of a scan, at least `min_slices`.
+      seed: non-negative; part of every file name and every random stream.
+      num_train: patients in train, at least 3; classes are balanced (the first classes get the remainder).
+      num_val: patients in val, at least 3.
+      num_test: patients in test, at least 3.
+      image_size: side of the square slices in pixels before any crop, at least 32.
+      min_slices: minimum number of slices in a scan, at least 4.
+      max_slices: maximum number of slices in a scan, at least `min_slices`.
 
     Raises:
-      UserError: a value outside its range.
+      UserError: a value is out of range, or there are more than 10,000 patients in all.
     """
 
     seed: int = 0
@@ -119,24 +120,24 @@ class PhantomOptions:
             if getattr(self, name) < low:
                 raise UserError(f'phantoms: {name} must be at least {low}, got {getattr(self, name)}')
         if self.num_train + self.num_val + self.num_test > 10_000:
-            raise UserError('phantoms: at most 10000 patients over the three splits, file names have four digits')
+            raise UserError('phantoms: at most 10000 patients in the three splits, because file names have four digits')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pose:
-    """Where the body lies in the image: canonical to image coordinates, both about -1..1."""
+    """Affine map from canonical to image coordinates; both range over about -1..1."""
 
     matrix: np.ndarray  # [2, 2]
     shift: np.ndarray  # [2]
 
     def to_pixels(self, x: np.ndarray, y: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Canonical coordinates to (column, row), where pixel centres are whole numbers."""
+        """Maps canonical coordinates to (column, row); pixel centres are whole numbers."""
         column = self.matrix[0, 0] * x + self.matrix[0, 1] * y + self.shift[0]
         row = self.matrix[1, 0] * x + self.matrix[1, 1] * y + self.shift[1]
         return (column + 1) * (image_size / 2) - 0.5, (row + 1) * (image_size / 2) - 0.5
 
     def pixel_grid(self, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Canonical x and y of every pixel centre, float32 [H, W]."""
+        """Returns canonical x and y of every pixel centre, float32 [H, W] each."""
         axis = (np.arange(image_size) + 0.5) * (2 / image_size) - 1
         column, row = axis[None, :] - self.shift[0], axis[:, None] - self.shift[1]
         inverse = np.linalg.inv(self.matrix)
@@ -147,7 +148,7 @@ class _Pose:
 
 @dataclasses.dataclass(frozen=True)
 class _Lung:
-    """One lung: its axes per slice, and lung coordinates and coverage per pixel."""
+    """One lung: centre and half-axes per slice, lung coordinates and coverage per pixel."""
 
     side: float  # -1 left of the image, +1 right
     centre_x: np.ndarray  # [T], canonical
@@ -164,32 +165,32 @@ class _Lung:
 
 
 def _inside(radius: np.ndarray, softness: float) -> np.ndarray:
-    """1 inside radius 1, 0 outside, a ramp of width `softness` between."""
+    """Returns 1 inside radius 1, 0 outside, and a linear ramp of width `softness` between."""
     return np.clip((1 - radius) * np.float32(1 / softness) + np.float32(0.5), 0, 1)
 
 
 def _ellipse(x, y, centre_x, centre_y, half_width, half_height, softness=0.15) -> np.ndarray:
-    """Coverage of an ellipse, float32; all but `softness` broadcast against each other."""
+    """Returns the coverage of an ellipse, float32. All arguments but `softness` broadcast."""
     return _inside(np.sqrt(((x - centre_x) / half_width) ** 2 + ((y - centre_y) / half_height) ** 2), softness)
 
 
 def _per_slice(values) -> np.ndarray:
-    """[T] to float32 [T, 1, 1], to broadcast over pixels."""
+    """Reshapes [T] to float32 [T, 1, 1] to broadcast over pixels."""
     return np.asarray(values, np.float32)[:, None, None]
 
 
 def _interpolation(num_points: int, num_knots: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Raised-cosine weights [points, knots] that sum to 1 along knots; points lie in low..high of the knots' 0..1."""
+    """Raised-cosine weights [points, knots], sum 1 over knots; knots span 0..1, points span low..high."""
     position = np.linspace(low, high, num_points)[:, None] * (num_knots - 1)
     distance = np.minimum(np.abs(position - np.arange(num_knots)), 1)
     return (0.5 + 0.5 * np.cos(np.pi * distance)).astype(np.float32)
 
 
 def _smooth_field(rng: np.random.Generator, z: np.ndarray, image_size: int, knots: tuple[int, int]) -> np.ndarray:
-    """Smooth noise in space, float32 [T, H, W], about unit variance.
+    """Returns spatially smooth noise, float32 [T, H, W], of about unit variance.
 
-    `knots` is (along z over 0..1, along each image axis). The values follow z, not the slice number, so that a scan
-    of 40 slices has the same body as one of 8.
+    `knots` is (number along z over 0..1, number along each image axis). The noise depends on z, not on the slice
+    number: a scan of 40 slices shows the same body as one of 8.
     """
     num_z, num_xy = knots
     values = rng.standard_normal((num_z, num_xy, num_xy), np.float32) * 1.5
@@ -199,7 +200,7 @@ def _smooth_field(rng: np.random.Generator, z: np.ndarray, image_size: int, knot
 
 
 def _stamp(shape: tuple[int, int, int], slices, columns, rows, radii, heights) -> np.ndarray:
-    """Round spots of Gaussian profile, the highest wins where they meet: float32 [T, H, W].
+    """Returns round Gaussian spots, float32 [T, H, W]; overlapping spots take the maximum.
 
     Args:
       shape: (T, H, W).
@@ -230,7 +231,7 @@ def _stamp(shape: tuple[int, int, int], slices, columns, rows, radii, heights) -
 
 
 def _draw_pose(rng: np.random.Generator) -> _Pose:
-    """A body of random size, aspect, turn and place that stays within the image; one scan in five is upside down."""
+    """Draws size, aspect ratio, rotation and position of a body inside the image. One scan in five is upside down."""
     angle = np.deg2rad(rng.uniform(-12, 12) + 180 * (rng.uniform() < 0.2))
     half_width = rng.uniform(0.74, 0.87)
     half_height = half_width * rng.uniform(0.62, 0.82)
@@ -239,7 +240,7 @@ def _draw_pose(rng: np.random.Generator) -> _Pose:
 
 
 def _draw_lung(rng, side, z, x, y, wobble, softness) -> _Lung:
-    """One lung before heart and mediastinum are cut out of it: narrow at the apex, hollowed by the diaphragm."""
+    """Draws one lung, narrow at the apex and indented by the diaphragm. Heart and mediastinum are not cut out yet."""
     growth = 0.6 + 0.4 * np.sin(np.pi / 2 * np.clip(z / rng.uniform(0.42, 0.6), 0, 1))
     half_width = growth * rng.uniform(0.3, 0.38)
     half_height = growth * rng.uniform(0.54, 0.72)
@@ -248,7 +249,7 @@ def _draw_lung(rng, side, z, x, y, wobble, softness) -> _Lung:
     u = (x - _per_slice(centre_x)) / _per_slice(half_width)
     v = (y - _per_slice(centre_y)) / _per_slice(half_height)
     cover = _inside(np.sqrt(u * u + v * v) + wobble, softness)
-    # The dome of the diaphragm (liver or spleen below it) rises into the lung from its middle, towards the base.
+    # Towards the base, the dome of the diaphragm, above liver or spleen, rises into the middle of the lung.
     dome = np.clip((z - rng.uniform(0.8, 0.88)) / 0.3, 0, 1) ** 0.4 * rng.uniform(0.75, 0.95)
     dome_radius = np.sqrt((u + side * 0.15) ** 2 + (v + 0.2) ** 2) / _per_slice(np.maximum(dome, 0.02))
     cover *= 1 - _inside(dome_radius + wobble, softness)
@@ -256,10 +257,10 @@ def _draw_lung(rng, side, z, x, y, wobble, softness) -> _Lung:
 
 
 def _render_chest_wall(rng, z, x, y, body_radius) -> np.ndarray:
-    """Fat, muscle, ribs, sternum, shoulder blades and spine in HU, float32 [T, H, W]; air outside the body."""
+    """Renders fat, muscle, ribs, sternum, shoulder blades and spine in HU, float32 [T, H, W]; air outside the body."""
     fat_depth = rng.uniform(0.03, 0.11)
     hounsfield = FAT_HU + (TISSUE_HU - FAT_HU) * _inside(body_radius + fat_depth, 0.03)
-    # Ribs run obliquely, so along z they walk around the body: cos(angle + walk), split into [H, W] and [T] factors.
+    # Oblique ribs rotate around the body along z: cos(angle + walk), factored into [H, W] and [T] terms.
     angle = np.abs(np.arctan2(x, y)) * rng.uniform(4, 6)
     walk = _per_slice(z * rng.uniform(25, 35) + rng.uniform(0, 6))
     ribs = np.clip(2.5 * (np.cos(angle) * np.cos(walk) - np.sin(angle) * np.sin(walk)) - 0.9, 0, 1)
@@ -279,7 +280,7 @@ def _render_chest_wall(rng, z, x, y, body_radius) -> np.ndarray:
 
 
 def _render_mediastinum(rng, z, x, y, wobble) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage in 0..1 and HU of mediastinum, heart, aorta and trachea, each float32 [T, H, W]."""
+    """Renders coverage in 0..1 and HU of mediastinum, heart, aorta and trachea, each float32 [T, H, W]."""
     width = 0.13 + 0.09 * np.clip(z / 0.4, 0, 1)
     cover = _inside(
         np.sqrt((x / _per_slice(width * rng.uniform(0.9, 1.2))) ** 2 + ((y + 0.1) / 0.62) ** 2) + wobble, 0.12
@@ -294,7 +295,7 @@ def _render_mediastinum(rng, z, x, y, wobble) -> tuple[np.ndarray, np.ndarray]:
     )
     aorta = _ellipse(x, y, rng.uniform(0.1, 0.16), rng.uniform(0.28, 0.36), 0.085, 0.1, 0.3)
     cover = np.maximum(cover, aorta)
-    # Fat between the vessels near the apex makes the upper mediastinum less even than the heart.
+    # Near the apex, fat between the vessels makes the mediastinum less uniform than the heart.
     hounsfield = TISSUE_HU - 40 * _per_slice(1 - heart) + 20 * wobble
     branches = _per_slice(np.clip((0.5 - z) / 0.08, 0, 1))  # the trachea divides at z of about 0.45
     offset = _per_slice(np.clip((z - 0.4) / 0.15, 0, 1) * 0.17)
@@ -304,10 +305,10 @@ def _render_mediastinum(rng, z, x, y, wobble) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_vessel_points(rng, lung: _Lung, z: np.ndarray, num_branches: int = 70, num_steps: int = 28) -> np.ndarray:
-    """Points of one lung's branching vessels as rows (slice, x, y, relative radius in 0..1), canonical, [P, 4].
+    """Draws the vessel tree of one lung as points [P, 4]: slice, canonical x and y, relative radius in 0..1.
 
-    Each branch is a curve from the hilum over the middle of its group to its own end; branches of a group share their
-    first part, which makes a tree.
+    Each branch is a quadratic Bezier curve from the hilum to its own end. The branches of a group share the middle
+    control point, so that their first parts coincide and form a tree.
     """
     hilum = np.array([-0.75 * lung.side, 0.05, rng.uniform(0.4, 0.5)])
     num_groups = 9
@@ -321,7 +322,7 @@ def _draw_vessel_points(rng, lung: _Lung, z: np.ndarray, num_branches: int = 70,
     curve = (1 - step) ** 2 * hilum + 2 * step * (1 - step) * middle[group][:, None] + step**2 * end[:, None]
     points = curve.reshape(-1, 3)
     thickness = np.broadcast_to(1 - 0.8 * step[..., 0], curve.shape[:2]).reshape(-1)
-    # A slice shows the points within its own thickness; thick gaps between slices of a short scan hide the others.
+    # A slice shows only points within its thickness. In short scans, points in the gaps between slices are not shown.
     spacing = z[1] - z[0]
     slices = np.rint((points[:, 2] - z[0]) / spacing).astype(int)
     near = (slices >= 0) & (slices < len(z))
@@ -337,7 +338,7 @@ def _draw_vessel_points(rng, lung: _Lung, z: np.ndarray, num_branches: int = 70,
 
 
 def _draw_lesion_runs(rng: np.random.Generator, num_slices: int, label: int) -> list[tuple[int, int]]:
-    """Half-open runs of slices that show a lesion; the rest, LESION_FREE_SHARE of them on average, shows none."""
+    """Draws half-open runs of slices that show a lesion. On average, LESION_FREE_SHARE of the slices show none."""
     share = LESION_FREE_SHARE * rng.uniform(0.4, 1.6)
     num_free = int(share * num_slices + rng.uniform())
     gap = 0
@@ -352,15 +353,15 @@ def _draw_lesion_runs(rng: np.random.Generator, num_slices: int, label: int) -> 
 
 
 def _blob(lung: _Lung, run, centre, drift, radii, roughness, sharpness) -> np.ndarray:
-    """Coverage of one lesion over the slices of its run, float32 [slices of the run, H, W].
+    """Returns the coverage of one lesion, float32 [slices of the run, H, W].
 
     Args:
-      lung: the lung it lies in.
+      lung: lung that contains the lesion.
       run: half-open range of slices; the cross-section shrinks towards both ends.
       centre: (u, v) at the middle of the run.
       drift: change of (u, v) from the middle to the end of the run.
       radii: (along u, along v), lung coordinates.
-      roughness: [T, H, W] added to the radius, makes the outline irregular.
+      roughness: [T, H, W] added to the radius to make the outline irregular.
       sharpness: width of the soft edge in units of the radius.
     """
     start, stop = run
@@ -374,9 +375,9 @@ def _blob(lung: _Lung, run, centre, drift, radii, roughness, sharpness) -> np.nd
 
 
 def _paint_consolidation(rng, lungs, runs, roughness, cover) -> None:
-    """One lobar consolidation in one lung, written into `cover` [T, H, W]."""
+    """Writes one lobar consolidation in one lung into `cover` [T, H, W]."""
     lung = lungs[rng.integers(2)]
-    angle = rng.uniform(-2.2, 2.2)  # from the side wall: beside the heart it would pass for a part of it
+    angle = rng.uniform(-2.2, 2.2)  # from the side wall; a lesion beside the heart would look like part of it
     centre = np.array([lung.side * np.cos(angle), np.sin(angle)]) * rng.uniform(0.3, 0.65)
     drift = rng.uniform(-0.2, 0.2, 2)
     radii = rng.uniform(0.42, 0.62, 2)
@@ -385,9 +386,9 @@ def _paint_consolidation(rng, lungs, runs, roughness, cover) -> None:
 
 
 def _paint_ground_glass(rng, lungs, runs, roughness, cover) -> None:
-    """Several subpleural patches in both lungs, written into `cover` [T, H, W]."""
+    """Writes several subpleural patches in both lungs into `cover` [T, H, W]."""
     for start, stop in runs:
-        patches = []  # (lung, run): one through the whole run, one on the other side through most of it, some shorter
+        patches = []  # (lung, run): one over the whole run, one in the other lung over most of it, some shorter
         first = int(rng.integers(2))
         patches.append((lungs[first], (start, stop)))
         trim = int(rng.integers(0, (stop - start) // 4 + 1))
@@ -407,11 +408,11 @@ def _paint_ground_glass(rng, lungs, runs, roughness, cover) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Distractors: equally likely in every class, never in the mask
+# Distractors: equally likely in all classes and never in the mask
 
 
 def _distractor_haze(rng, lungs, z) -> np.ndarray:
-    """Extra HU in the lungs from breathing and from blood that sinks to the back, float32 [T, H, W]."""
+    """Returns extra HU in the lungs from breathing and from blood pooling at the back, float32 [T, H, W]."""
     extra = np.zeros_like(lungs[0].u)
     haze = rng.uniform(0, 120) if rng.uniform() < 0.4 else 0.0
     if haze:
@@ -429,7 +430,7 @@ def _distractor_haze(rng, lungs, z) -> np.ndarray:
 
 
 def _draw_spots(rng, lungs, z, image_size, pose) -> tuple[np.ndarray, np.ndarray]:
-    """Small nodules and calcifications: two fields of coverage, float32 [T, H, W]."""
+    """Draws small nodules and calcifications: two coverage fields, float32 [T, H, W]."""
     fields = []
     for most, radii_px in ((3, (1.1, 2.0)), (3, (0.6, 0.9))):
         rows = []
@@ -448,7 +449,7 @@ def _draw_spots(rng, lungs, z, image_size, pose) -> tuple[np.ndarray, np.ndarray
 
 
 def _shake(rng, hounsfield: np.ndarray) -> np.ndarray:
-    """Doubles the outlines in a run of slices, as a breath or a heartbeat does."""
+    """Doubles the outlines in a random run of slices, like a motion artefact of breathing or heartbeat."""
     num_slices, height, _ = hounsfield.shape
     if rng.uniform() < 0.35:
         length = max(1, int(num_slices * rng.uniform(0.15, 0.5)))
@@ -468,19 +469,19 @@ def render_scan(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Renders the scan of one patient.
 
-    The random streams depend on (seed, split, patient) alone, so another `label` gives the same patient, with as many
-    slices, in another state of health.
+    The random streams depend only on (seed, split, patient): another `label` gives the same patient and slice count
+    with another lesion.
 
     Args:
       options: seed, image size and slice counts.
       split: 'train', 'val' or 'test'.
-      patient: number of the patient, 0..9999.
+      patient: patient number, 0..9999.
       label: 0 normal, 1 pneumonia, 2 COVID-19.
 
     Returns:
       images: uint8 [T, H, W], lung-window grey, slices from apex to base.
-      masks: bool [T, H, W], the pixels where a lesion covers at least half; all False in a normal scan.
-      boxes: int32 [T, 4], outline of the body as xmin, ymin, xmax, ymax in pixels, half open.
+      masks: bool [T, H, W], pixels with more than half lesion coverage; all False in a normal scan.
+      boxes: int32 [T, 4], bounding box of the body as xmin, ymin, xmax, ymax in pixels, half-open.
     """
     sequence = np.random.SeedSequence([options.seed, SPLITS.index(split), patient])
     rng, lesion_rng, distractor_rng, noise_rng = (np.random.default_rng(child) for child in sequence.spawn(4))
@@ -492,9 +493,9 @@ def render_scan(
     x, y = pose.pixel_grid(size)
     softness = 0.1
 
-    # The same slow wobble bends every outline, so that no organ is a true ellipse.
+    # The same smooth wobble deforms all outlines, so that no organ is an exact ellipse.
     wobble = 0.05 * _smooth_field(rng, z, size, (4, 8))
-    body_radius = np.sqrt(x * x + y * y - 0.4 * (x * y) ** 2) + 0.3 * wobble  # a circle on its way to a square
+    body_radius = np.sqrt(x * x + y * y - 0.4 * (x * y) ** 2) + 0.3 * wobble  # between circle and square
     hounsfield = _render_chest_wall(rng, z, x, y, body_radius)
     mediastinum, mediastinum_hu = _render_mediastinum(rng, z, x, y, wobble)
     spine = _ellipse(x, y, 0, 0.57, 0.19, 0.2)
@@ -541,14 +542,14 @@ def render_scan(
 
 
 def _to_grey(hounsfield: np.ndarray, gamma: float, gain: float) -> np.ndarray:
-    """HU to uint8 through the lung window and a gamma curve, by a table (a power per pixel would cost more)."""
+    """Maps HU to uint8 by the lung window and a gamma curve. A table is faster than a power per pixel."""
     table = (np.linspace(0, 1, 1024) ** gamma * (gain * 255) + 0.5).astype(np.uint8)
     level = (hounsfield - WINDOW_LOW_HU) * np.float32(1023 / (WINDOW_HIGH_HU - WINDOW_LOW_HU))
     return table[np.clip(level, 0, 1023).astype(np.int16)]
 
 
 def _find_boxes(body: np.ndarray) -> np.ndarray:
-    """Smallest half-open boxes (xmin, ymin, xmax, ymax) around bool [T, H, W], int32 [T, 4]."""
+    """Returns the bounding boxes (xmin, ymin, xmax, ymax) of bool [T, H, W], half-open, int32 [T, 4]."""
     _, height, width = body.shape
     over_rows, over_columns = body.any(1), body.any(2)
     xmin, ymin = over_rows.argmax(1), over_columns.argmax(1)
@@ -561,7 +562,7 @@ def _find_boxes(body: np.ndarray) -> np.ndarray:
 
 
 def _plan_patients(options: PhantomOptions) -> list[tuple[str, int, int]]:
-    """(split, patient number, label) of every patient; numbers run on over the splits, labels take turns."""
+    """Returns (split, patient number, label) of every patient. Numbers continue over the splits, labels cycle."""
     counts = (options.num_train, options.num_val, options.num_test)
     plan = [(split, i % len(FINDINGS)) for split, count in zip(SPLITS, counts, strict=True) for i in range(count)]
     return [(split, patient, label) for patient, (split, label) in enumerate(plan)]
@@ -574,7 +575,7 @@ def _name_patient(options: PhantomOptions, patient: int) -> str:
 def _write_patient(
     folder: Path, options: PhantomOptions, split: str, patient: int, label: int
 ) -> tuple[str, list[str]]:
-    """Writes one scan's PNGs under `folder`; returns (split, its rows of the list)."""
+    """Writes the PNGs of one scan under `folder`. Returns (split, list rows of the scan)."""
     images, masks, boxes = render_scan(options, split, patient, label)
     rows = []
     for index, (image, mask, box) in enumerate(zip(images, masks, boxes, strict=True)):
@@ -608,7 +609,7 @@ def _is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _fresh_sibling(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that is removed on the way out, together with those of killed processes."""
+    """Yields an empty folder beside `target` and deletes it on exit. Also deletes those left by killed processes."""
     prefix = f'.{target.name}.partial-'
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f'{prefix}*'):
@@ -624,37 +625,37 @@ def _fresh_sibling(target: Path) -> Iterator[Path]:
 
 
 def _is_written(raw_dir: Path, stamp: dict) -> bool:
-    """Whether `raw_dir` holds the phantoms of `stamp` already.
+    """Returns whether `raw_dir` already holds the phantoms of `stamp`.
 
     Raises:
-      UserError: it exists and holds something else.
+      UserError: `raw_dir` exists with other contents.
     """
     if not raw_dir.exists():
         return False
     try:
         found = json.loads((raw_dir / OPTIONS_FILE).read_text(encoding='utf-8'))
     except (OSError, ValueError):
-        raise UserError(f'{raw_dir} exists and holds no phantoms: name another folder or remove this one') from None
+        raise UserError(f'{raw_dir} exists and holds no phantoms: choose another folder or remove this one') from None
     if found != stamp:
         differing = sorted(key for key in {*found, *stamp} if found.get(key) != stamp.get(key))
         shown = ', '.join(f'{key} {found.get(key)} instead of {stamp.get(key)}' for key in differing)
-        raise UserError(f'{raw_dir} holds other phantoms ({shown}): name another folder or remove this one')
+        raise UserError(f'{raw_dir} holds other phantoms ({shown}): choose another folder or remove this one')
     return True
 
 
 def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
-    """Writes a folder of phantoms in the raw COVIDx-CT layout, or finds it written.
+    """Writes a folder of phantoms in the raw COVIDx-CT layout, unless it already exists.
 
-    The folder gets `2A_images/`, the lists `train|val|test_COVIDx_CT-2A.txt` (file, class, xmin, ymin, xmax, ymax),
-    `metadata.csv`, `lesion_masks/` (0 or 255, the slices that show a lesion, under the name of their image) and
-    `phantoms.json` (the options). It is built beside `raw_dir` and renamed at the end, so one that exists is whole.
+    The folder contains `2A_images/`, the lists `train|val|test_COVIDx_CT-2A.txt` (file, class, xmin, ymin, xmax, ymax),
+    `metadata.csv`, `lesion_masks/` (0 or 255; only slices with a lesion, named as their image) and `phantoms.json` (the
+    options). It is renamed into place at the end, so an existing folder is complete.
 
     Args:
-      raw_dir: the folder to make; its parents are made too.
-      options: what to generate.
+      raw_dir: folder to create, with its parents.
+      options: generator options.
 
     Raises:
-      UserError: `raw_dir` exists with other contents, or can't be made; a worker process was killed.
+      UserError: `raw_dir` exists with other contents or cannot be created; a worker process was killed.
     """
     raw_dir = Path(raw_dir).absolute()
     stamp = {'generator_version': GENERATOR_VERSION, **dataclasses.asdict(options)}
@@ -666,17 +667,17 @@ def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
             try:
                 os.replace(folder, raw_dir)
             except OSError:
-                # Another process may have finished the same phantoms first.
+                # Another process may have written the same phantoms first.
                 if not _is_written(raw_dir, stamp):
                     raise
     except BrokenProcessPool as error:
         raise UserError(f'cannot write phantoms to {raw_dir}: {WORKER_KILLED}') from error
     except OSError as error:
-        raise UserError(f'cannot write phantoms to {raw_dir} ({error}): make room or get permission there') from error
+        raise UserError(f'cannot write phantoms to {raw_dir} ({error}): make room or fix its permissions') from error
 
 
 def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
-    """Fills `folder` with everything `write_phantoms` promises."""
+    """Writes the contents that `write_phantoms` describes to `folder`."""
     for name in (IMAGE_FOLDER, MASK_FOLDER):
         (folder / name).mkdir()
     plan = _plan_patients(options)
@@ -684,7 +685,7 @@ def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
     scans = joblib.Parallel(n_jobs=-1, return_as='generator')(
         joblib.delayed(_write_patient)(folder, options, *patient) for patient in plan
     )
-    with contextlib.closing(scans):  # stops the workers before the folder is removed, if this is interrupted
+    with contextlib.closing(scans):  # on an interrupt, stop the workers before the folder is deleted
         for split, scan_rows in track(scans, 'phantoms', len(plan), 'patient'):
             rows[split] += scan_rows
     for split, lines in rows.items():

@@ -1,6 +1,6 @@
-"""From an image file to the square grey slice that the networks see. Preparation and prediction share it.
+"""Image file to square grey slice, the network input. Preparation and prediction share this code.
 
-Imports numpy and Pillow only: every worker process of a preparation imports this module.
+This module imports only numpy and Pillow because every preparation worker imports it.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-# CT slices are 512 to 1024 pixels wide. Far beyond that lies only a file made, or damaged, to exhaust memory.
+# CT slices are 512 to 1024 pixels wide. A far larger image is a decompression bomb or damaged.
 MAX_PIXELS = 64_000_000
 WINDOW_WIDTH_HU, WINDOW_LEVEL_HU = 1500, -600  # of COVIDx CT: lungs in the middle, soft tissue bright
 
@@ -24,10 +24,10 @@ Box = tuple[int, int, int, int]
 
 
 def load_slice(path: str, box: Box | None, size: int) -> np.ndarray:
-    """Reads an image file, crops it to the body, makes it grey and resizes it.
+    """Reads an image file, crops it to the body, converts it to grey and resizes it.
 
     Args:
-      path: an image that Pillow reads. Truncated ones are an error, not padded.
+      path: an image in a format that Pillow reads. A truncated image is an error; it is not padded.
       box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
       size: side of the result in pixels.
 
@@ -35,8 +35,8 @@ def load_slice(path: str, box: Box | None, size: int) -> np.ndarray:
       uint8 [size, size], 0 to 255.
 
     Raises:
-      ValueError: the file is missing or damaged, no image, larger than `MAX_PIXELS`, or the box misses the image; the
-        message is the reason on one line, without the path.
+      ValueError: the file is missing, damaged, not an image or larger than `MAX_PIXELS`, or the box misses the image.
+        The message is the reason on one line, without the path.
     """
     with open_image(path) as image:
         return crop_grey_resize(image, box, size)
@@ -44,10 +44,10 @@ def load_slice(path: str, box: Box | None, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_image(file: str | BinaryIO) -> Iterator[Image.Image]:
-    """Yields an image; what goes wrong with it, while it is open too, is a ValueError as in `load_slice`."""
+    """Yields an open image. Errors on opening it and inside the block become a ValueError as in `load_slice`."""
     try:
         with warnings.catch_warnings():
-            # Pillow only warns of images between one and two times its own limit.
+            # Pillow only warns about images between one and two times its own limit.
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             image = Image.open(file)
         with image:
@@ -60,23 +60,23 @@ def open_image(file: str | BinaryIO) -> Iterator[Image.Image]:
         raise ValueError('not an image') from error
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
-    except Exception as error:  # a decoder that meets damaged bytes may raise anything
+    except Exception as error:  # decoders can raise anything on damaged bytes
         raise ValueError(' '.join(str(error).split()) or type(error).__name__) from error
 
 
 def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarray:
-    """Crops an image to a box, makes it grey, then resizes it to a square, aspect ratio not kept.
+    """Crops an image to a box, converts it to grey and resizes it to a square. Does not keep the aspect ratio.
 
     Args:
-      image: of any size; 16-bit ones are scaled to 8 bits.
+      image: any size; 16-bit images are scaled to 8 bits.
       box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
-      size: side of the result in pixels. The filter is bicubic and antialiased.
+      size: side of the result in pixels; the filter is bicubic with antialiasing.
 
     Returns:
       uint8 [size, size], 0 to 255.
 
     Raises:
-      ValueError: the box misses the image, or the pixels are neither of 8 nor of 16 bits.
+      ValueError: the box misses the image, or the pixels have neither 8 nor 16 bits.
     """
     if box is not None:
         image = image.crop(_clip_box(box, image.width, image.height))
@@ -84,21 +84,21 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
 
 
 def apply_window(hu: np.ndarray) -> np.ndarray:
-    """Returns Hounsfield units of any shape as uint8 grey values through the window of COVIDx CT, -1350 to 150 HU."""
+    """Maps Hounsfield units of any shape to uint8 grey values by the COVIDx CT window, -1350 to 150 HU."""
     low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
     return np.round((hu.astype(np.float32) - low).clip(0, WINDOW_WIDTH_HU) * (255 / WINDOW_WIDTH_HU)).astype(np.uint8)
 
 
 def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) -> list[tuple[bytes, str]]:
-    """Loads slices and compresses them: the unit of work of a preparation.
+    """Loads slices and encodes them as PNG. This is one task of a preparation worker.
 
     Args:
-      tasks: path and box of each slice.
+      tasks: (path, box) of each slice.
       size: side of the result in pixels.
-      main_pid: process that waits for the result; a worker exits soon after that process is gone.
+      main_pid: process that waits for the result; a worker exits soon after that process ends.
 
     Returns:
-      For each task, the bytes of a grey PNG of [size, size] and '', or b'' and the reason why there is none.
+      For each task (bytes of a grey PNG [size, size], ''), or (b'', reason) if the slice is unreadable.
     """
     if os.getpid() != main_pid:
         _exit_with(main_pid)
@@ -111,9 +111,9 @@ def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) ->
     return results
 
 
-@functools.cache  # one watch per process
+@functools.cache  # one watcher thread per process
 def _exit_with(main_pid: int) -> None:
-    """Ends this worker once its parent was killed; without this it would wait for work, and keep its memory."""
+    """Exits this worker when its parent ends. Otherwise an orphaned worker would wait for work and keep its memory."""
 
     def watch() -> None:
         while os.getppid() == main_pid:
@@ -124,15 +124,15 @@ def _exit_with(main_pid: int) -> None:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Returns a grey PNG of uint8 [height, width]."""
+    """Encodes uint8 [height, width] as a grey PNG."""
     buffer = io.BytesIO()
-    # Level 3 takes 60 % of the time of the default, 6, for 10 % more bytes.
+    # Level 3 takes 60 % of the time of the default level 6 and gives 10 % more bytes.
     Image.fromarray(pixels).save(buffer, format='PNG', compress_level=3)
     return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """Returns uint8 [height, width, 1] of a grey PNG."""
+    """Decodes a grey PNG to uint8 [height, width, 1]."""
     return np.asarray(Image.open(io.BytesIO(data)))[..., np.newaxis]
 
 
@@ -144,12 +144,12 @@ def _clip_box(box: Box, width: int, height: int) -> Box:
 
 
 def convert_grey(image: Image.Image) -> Image.Image:
-    """Returns an image in mode L."""
+    """Converts an image to mode L. Raises ValueError for floating-point pixels or values outside 16 bits."""
     if image.mode == 'F':
         raise ValueError('floating-point pixels; save the slice with 8 or 16 bits')
     if not image.mode.startswith('I'):
         return image.convert('L')
-    # Pillow would clip these modes at 255.
+    # Pillow clips these modes at 255.
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f'pixels from {pixels.min()} to {pixels.max()}; save the slice with 8 or 16 bits')

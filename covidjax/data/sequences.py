@@ -1,8 +1,8 @@
-"""COVIDx-SeqCT as a view on prepared slices: scans as lists of record numbers, batched with padding.
+"""COVIDx-SeqCT: scans as lists of record numbers of prepared slices, batched with padding.
 
-What is loaded of a slice is its image, or an embedding that was computed before.
+A batch holds either the images of the slices or embeddings computed earlier.
 
-Shapes: B scans, T slices (padded), S side of a slice, N slices of all scans, E embedding, D draws of the augmentation.
+Shapes: B scans, T slices (padded), S side of a slice, N slices of all scans, E embedding size, D augmentation draws.
 """
 
 import functools
@@ -13,17 +13,17 @@ import numpy as np
 
 from covidjax.data.lists import Row
 
-NUM_SLICES = 16  # of a sequence of the paper
+NUM_SLICES = 16  # per sequence, as in the paper
 
 
 class Scan(NamedTuple):
     """One scan of a split.
 
     Attributes:
-      scan, patient: ids.
-      label: class of the scan and of all its slices.
+      scan, patient: IDs.
+      label: class of the scan and all its slices.
       slices: slice numbers from the file names, ascending.
-      records: numbers of the slices' records in the split, in the same order.
+      records: record number of each slice in the split, in the same order.
     """
 
     scan: str
@@ -34,9 +34,9 @@ class Scan(NamedTuple):
 
 
 def group_scans(rows: Sequence[Row]) -> list[Scan]:
-    """Returns the scans of a split with all their slices, in the order of their first row.
+    """Groups the rows of a split into scans, in the order of their first row.
 
-    A scan id that occurs under two labels gives two scans.
+    A scan ID with two labels gives two scans.
     """
     members: dict[tuple[str, int], list[int]] = {}
     for record, row in enumerate(rows):
@@ -50,43 +50,43 @@ def group_scans(rows: Sequence[Row]) -> list[Scan]:
 
 
 def thin_evenly(scan: Scan, num_slices: int) -> Scan:
-    """Returns the scan reduced to `num_slices` slices, spread evenly from its first to its last.
+    """Returns the scan with `num_slices` evenly spaced slices, including its first and last.
 
-    Their positions are the rounded values of linspace(0, n - 1, num_slices), n being at least `num_slices`.
+    The positions are round(linspace(0, n - 1, num_slices)) for a scan of n >= num_slices slices.
     """
     chosen = np.round(np.linspace(0, len(scan.records) - 1, num_slices)).astype(int)
     return scan._replace(slices=tuple(scan.slices[i] for i in chosen), records=tuple(scan.records[i] for i in chosen))
 
 
 def thin_scans(whole: Sequence[Scan], min_slices: int) -> list[Scan]:
-    """Returns scans of at least `min_slices` slices each as they take part.
+    """Applies the slice selection of a run to scans with at least `min_slices` slices each.
 
-    Under the paper's protocol, `min_slices` 16, that is 16 slices of each; under a lower limit they stay whole.
+    For `min_slices` 16, the paper's protocol, each scan is reduced to 16 slices. For lower values scans stay whole.
     """
     return [thin_evenly(scan, NUM_SLICES) for scan in whole] if min_slices == NUM_SLICES else list(whole)
 
 
 def pad_length(num_slices: int) -> int:
-    """Returns the padded length of a scan: 16, 32, 64, ...; few lengths keep compilations and padding bounded."""
+    """Returns the padded length of a scan: 16, 32, 64, ... Powers of two limit both recompilation and padding."""
     return max(NUM_SLICES, 1 << (num_slices - 1).bit_length())
 
 
 def count_batches(scans: Sequence[Scan], batch_size: int) -> int:
-    """Returns the number of batches of one pass; scans of one padded length go together."""
+    """Returns the number of batches in one pass. All scans of a batch have the same padded length."""
     counts = np.unique([pad_length(len(scan.records)) for scan in scans], return_counts=True)[1]
     return int(sum(-(-count // batch_size) for count in counts))
 
 
 def plan_pass(scans: Sequence[Scan], batch_size: int, rng: np.random.Generator | None) -> list[np.ndarray]:
-    """Divides the scans into batches of one padded length each.
+    """Divides scans into batches so that all scans of a batch have the same padded length.
 
     Args:
-      scans: of one split.
-      batch_size: largest number of scans in a batch.
-      rng: shuffles the scans within a length and the order of the batches; None keeps the order of the split.
+      scans: scans of one split.
+      batch_size: maximum number of scans in a batch.
+      rng: shuffles the scans of each length and the batches; None keeps the order of the split within each length.
 
     Returns:
-      For each batch the numbers of its scans.
+      The scan numbers of each batch.
     """
     lengths = np.array([pad_length(len(scan.records)) for scan in scans])
     batches = []
@@ -101,7 +101,7 @@ def plan_pass(scans: Sequence[Scan], batch_size: int, rng: np.random.Generator |
 
 
 def plan_steps(scans: Sequence[Scan], batch_size: int, seed: int) -> Callable[[int], tuple[int, np.ndarray]]:
-    """Returns step -> (number of its pass, numbers of its scans); every pass is a new permutation of the seed."""
+    """Returns a function step -> (pass number, scan numbers). The order of a pass depends on (seed, pass number)."""
     steps_per_pass = count_batches(scans, batch_size)
 
     @functools.lru_cache(maxsize=2)
@@ -116,17 +116,17 @@ def plan_steps(scans: Sequence[Scan], batch_size: int, seed: int) -> Callable[[i
 
 
 def locate_slices(scans: Sequence[Scan]) -> list[slice]:
-    """Returns where the slices of each scan stand in an array of all slices, one scan after the other."""
+    """Returns the range of each scan in an array of all slices, scan after scan."""
     ends = np.cumsum([len(scan.records) for scan in scans]).tolist()
     return [slice(end - len(scan.records), end) for scan, end in zip(scans, ends, strict=True)]
 
 
-# (number of the pass, numbers of a batch's scans, B, T) -> what is loaded of their slices, by name
+# (pass number, scan numbers of a batch, B, T) -> arrays of their slices, by name
 LoadSlices = Callable[[int, np.ndarray, int, int], dict[str, np.ndarray]]
 
 
 def load_images(source: Sequence[dict], scans: Sequence[Scan]) -> LoadSlices:
-    """Returns what loads the slices of scans as 'image' uint8 [B, S, S, T] from the records of their split."""
+    """Returns a function that loads slices as 'image' uint8 [B, S, S, T] from `source`, the records of the split."""
 
     def load(_: int, members: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
         size = source[scans[0].records[0]]['image'].shape[0]
@@ -140,9 +140,9 @@ def load_images(source: Sequence[dict], scans: Sequence[Scan]) -> LoadSlices:
 
 
 def load_embeddings(embeddings_DxNxE: np.ndarray, scans: Sequence[Scan]) -> LoadSlices:
-    """Returns what loads the slices of scans as 'embedding' float32 [B, T, E], in pass p (from 0) of draw p modulo D.
+    """Returns a function that loads slices as 'embedding' float32 [B, T, E]. Pass p (from 0) uses draw p modulo D.
 
-    `locate_slices` says where the slices of a scan stand.
+    The slices of a scan are at `locate_slices(scans)` along N.
     """
     places = locate_slices(scans)
 
@@ -165,12 +165,13 @@ def load_train_scans(
     first_step: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[dict]:
-    """Yields batches of scans without end; every pass is a new permutation and takes `count_batches` steps.
+    """Yields batches of scans without end. Every pass is a new permutation and takes `count_batches` steps.
 
-    Batch k depends on the arguments and k only; `batch_size` and `shard` are as in `loader.load_train_batches`.
+    Batch k depends only on the arguments and k, so you can resume at any step. `batch_size` and `shard` are as in
+    `loader.load_train_batches`.
 
-    A batch is a dict: what `load_slices` loads, 0 on padding, 'length' int32 [B] (of T), 'label' int32 [B], 'index'
-    int32 [B] (of the scan), 'mask' float32 [B] (0 marks scans that are padding).
+    A batch is a dict: the arrays of `load_slices` (0 on padding), 'length' int32 [B] (slices per scan), 'label' int32
+    [B], 'index' int32 [B] (scan number), 'mask' float32 [B] (0 marks padding scans).
     """
     plan = plan_steps(scans, batch_size, seed)
 
@@ -185,7 +186,7 @@ def load_train_scans(
 def load_eval_scans(
     load_slices: LoadSlices, scans: Sequence[Scan], *, batch_size: int, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[dict]:
-    """Yields every scan once, in batches as `load_train_scans` and in the order of `plan_pass` without `rng`."""
+    """Yields every scan once, in the batches of `plan_pass` without `rng`; the dict is as in `load_train_scans`."""
     plan = plan_pass(scans, batch_size, None)
     return _stream(lambda k: _load_batch(0, plan[k], scans, load_slices, batch_size, shard), len(plan))
 
@@ -216,8 +217,8 @@ def _load_batch(
 
 
 def _stream(load: Callable[[int], dict], num_batches: int) -> Iterator[dict]:
-    import grain  # only here: it loads jax, and grouping scans needs neither
+    import grain  # grain imports jax; grouping scans needs neither
 
     dataset = grain.MapDataset.range(num_batches).map(load)
-    # A batch of long scans is hundreds of MB: few are read ahead.
+    # Read few batches ahead: a batch of long scans has hundreds of MB.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: temperature scaling, reliability, and correction to another class mix.
+"""Calibration: temperature scaling, reliability, and correction to other class shares.
 
 Shapes: N examples, K classes, P patients, R resamples.
 """
@@ -19,21 +19,21 @@ TEMPERATURES = (0.05, 20.0)
 def fit_temperature(logits_NxK: np.ndarray, labels_N: np.ndarray) -> float:
     """Fits the temperature T of softmax(logits / T) by maximum likelihood (Guo et al. 2017, arXiv:1706.04599).
 
-    The targets are smoothed as in Platt (1999), (N + 1) / (N + K) for the true class and 1 / (N + K) for another: of
-    N examples that are all right the likeliest T would be 0, certainty that no finite sample supports.
+    The targets are smoothed as in Platt (1999): (N + 1) / (N + K) for the true class, 1 / (N + K) for each other one.
+    Without smoothing, N correct predictions would give T = 0, a certainty that no finite sample supports.
 
     Args:
       logits_NxK: of examples that the model was not trained on.
       labels_N: int, 0 .. K-1.
 
     Returns:
-      T in `TEMPERATURES`; above 1 it makes predictions less certain.
+      T, within `TEMPERATURES`; above 1 it makes predictions less certain.
 
     Raises:
       ValueError: there are no examples.
     """
     if not len(labels_N):
-        raise ValueError('a temperature needs examples, got none')
+        raise ValueError('fitting a temperature needs examples, got none')
     n, k = logits_NxK.shape
     logits = logits_NxK.astype(np.float64)
     target = (logits[np.arange(n), labels_N] * n + logits.sum(1)) / (n + k)  # the targets' mean logit
@@ -54,7 +54,7 @@ def apply_temperature(logits_NxK: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def compute_calibration(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> dict:
-    """Compares confidence, the highest probability of an example, with how often it is right.
+    """Computes calibration scores and reliability bins; the confidence of an example is its highest probability.
 
     Args:
       probabilities_NxK: rows summing to 1.
@@ -62,9 +62,9 @@ def compute_calibration(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> 
 
     Returns:
       A JSON-able dict: 'ece', the mean over examples of |accuracy - confidence| of their bin; 'brier', the mean over
-      examples of the squared error summed over classes, 0 .. 2; 'nll' in nats, probabilities below the float64 epsilon
-      taken for it; 'bins' of equal width, open below but for the first: {low, high, confidence, accuracy, count}, where
-      confidence and accuracy are means, None in an empty bin. Without examples the scores are None.
+      examples of the squared error summed over classes, 0 .. 2; 'nll' in nats, with probabilities of at least the
+      float64 epsilon; 'bins' of equal width, {low, high, confidence, accuracy, count}. All bins but the first exclude
+      their lower edge. Their confidence and accuracy are means, None if empty. Without examples the scores are None.
     """
     n = len(labels_N)
     confidence, right = probabilities_NxK.max(1), probabilities_NxK.argmax(1) == labels_N
@@ -97,9 +97,9 @@ def compute_brier(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> np.nda
 def correct_prior(
     probabilities_NxK: np.ndarray, from_shares_K: Sequence[float], to_shares_K: Sequence[float]
 ) -> np.ndarray:
-    """Returns what the probabilities become where classes have other shares (Saerens et al. 2002), [N, K].
+    """Adapts probabilities to other class shares (Saerens et al. 2002), [N, K].
 
-    It holds if a class looks the same in both places: p'(c|x) is proportional to p(c|x) * to_c / from_c.
+    p'(c|x) is proportional to p(c|x) * to_c / from_c. This assumes that a class looks the same under both shares.
 
     Raises:
       ValueError: a share is not positive.
@@ -120,25 +120,25 @@ def compute_prior_correction(
     to_shares_K: Sequence[float],
     seed: int = 0,
 ) -> dict:
-    """Estimates what `correct_prior` gains at a place with other class shares, by weighting each class to its share.
+    """Estimates what `correct_prior` gains under other class shares, by weighting each class to its share.
 
-    The correction starts from equal shares, not from those of the training list: the loss weighs an example of class c
-    by min(count) / count_c (see `training.losses`), so that every class weighs alike in it and the model learns p(c|x)
-    of a population with equal shares. A temperature favours no class and leaves this as it is.
+    The correction starts from equal shares, not from those of the training list. The loss weights an example of class c
+    by min(count) / count_c (see `training.losses`), so all classes have the same total weight and the model learns
+    p(c|x) of a population with equal shares. Temperature scaling favours no class and does not change this.
 
     Args:
       probabilities_NxK: of test examples.
       labels_N: int, 0 .. K-1.
       patients: patient of each example.
       classes: K names.
-      train_shares_K: of the training list, reported beside the shares that are corrected from.
-      to_shares_K: of the place.
+      train_shares_K: class shares of the training list; only reported.
+      to_shares_K: class shares to correct to.
       seed: of the resampling.
 
     Returns:
-      A JSON-able dict: 'train_shares', 'from_shares' and 'to_shares' by class, 'before' and 'after', each {accuracy,
+      A JSON-able dict: 'train_shares', 'from_shares' and 'to_shares' by class; 'before' and 'after', each {accuracy,
       accuracy_interval, balanced_accuracy, balanced_accuracy_interval, brier, brier_interval}, intervals by patient.
-      Both are None, and a 'note' says so, where a class has no examples.
+      If a class has no examples, 'before' and 'after' are None and a 'note' names the class.
     """
     k = len(classes)
     from_shares = np.full(k, 1 / k)
@@ -156,7 +156,7 @@ def compute_prior_correction(
     weights_RxP = np.concatenate([np.ones((1, num_patients), int), draw_resamples(num_patients, seed=seed)])
 
     def average_by_class(values_N: np.ndarray) -> np.ndarray:
-        """Returns the mean of each class under each weighting [R, K], NaN where it has no weight."""
+        """Returns the mean of each class under each weighting [R, K]; NaN where a class has no weight."""
         cells = groups * k + labels_N
         sums, counts = (
             weights_RxP @ np.bincount(cells, w, num_patients * k).reshape(num_patients, k) for w in (values_N, None)

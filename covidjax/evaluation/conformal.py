@@ -1,4 +1,4 @@
-"""Which predictions to leave to a radiologist: conformal sets, and risk against coverage.
+"""Selective prediction (which cases to leave to a radiologist): conformal sets and risk-coverage curves.
 
 Shapes: N examples, K classes, P patients.
 """
@@ -14,16 +14,16 @@ ACCURACY_AT = (0.5, 0.8, 0.9, 1.0)
 
 
 def compute_rank(num_examples: int, coverage: float) -> int:
-    """Returns which of the ascending scores is the threshold, from 1; above `num_examples` there are too few."""
-    return int(np.ceil((num_examples + 1) * coverage - 1e-9))  # 0.55 * 100 must not become 56
+    """Returns the rank, from 1, of the threshold among ascending scores; above `num_examples` there are too few."""
+    return int(np.ceil((num_examples + 1) * coverage - 1e-9))  # rounding makes 0.55 * 100 exceed 55
 
 
 def fit_thresholds(probabilities_NxK: np.ndarray, labels_N: np.ndarray, coverage: float) -> np.ndarray:
     """Fits class-conditional split conformal prediction (Vovk 2012, arXiv:1209.2673) with the score 1 - p_c.
 
-    The threshold of a class is the ceil((n + 1) * coverage)-th smallest score of its n examples, the true class being
-    that one. A new example of it is then covered with at least this probability, if examples are exchangeable. Slices
-    of one patient are not independent: with few patients coverage scatters more around it than with as many scans.
+    The threshold of a class is the ceil((n + 1) * coverage)-th smallest score of the n examples of that class. If
+    examples are exchangeable, the set of a new example contains its class with at least this probability. Slices of one
+    patient are not independent: over slices of few patients coverage scatters more than over as many scans.
 
     Args:
       probabilities_NxK: of examples that the model was not trained on.
@@ -31,7 +31,7 @@ def fit_thresholds(probabilities_NxK: np.ndarray, labels_N: np.ndarray, coverage
       coverage: in (0, 1).
 
     Returns:
-      [K], 1 for a class with fewer than coverage / (1 - coverage) examples, which is then in every set.
+      Thresholds [K]. A class with fewer than coverage / (1 - coverage) examples gets 1, which puts it in every set.
 
     Raises:
       ValueError: coverage is outside (0, 1).
@@ -48,7 +48,7 @@ def fit_thresholds(probabilities_NxK: np.ndarray, labels_N: np.ndarray, coverage
 
 
 def predict_sets(probabilities_NxK: np.ndarray, thresholds_K: Sequence[float]) -> np.ndarray:
-    """Returns which classes are in the set of each example, bool [N, K]."""
+    """Returns which classes are in the prediction set of each example, bool [N, K]."""
     return 1 - probabilities_NxK <= np.asarray(thresholds_K)
 
 
@@ -61,7 +61,7 @@ def compute_conformal(
     *,
     seed: int = 0,
 ) -> dict:
-    """Computes how often sets hold the truth and how often they decide.
+    """Computes coverage and size of prediction sets.
 
     Args:
       probabilities_NxK: of test examples.
@@ -73,9 +73,9 @@ def compute_conformal(
 
     Returns:
       A JSON-able dict: 'per_class'.<class>.{coverage, interval, num_examples}, intervals by patient (see
-      `compute_share_interval`), None for a class without examples; 'mean_size' of the sets; the shares 'single',
-      'empty' and 'multiple'; 'single_accuracy', how often a single class is right, None if no set is single. Without
-      examples these are None as well.
+      `compute_share_interval`), None for a class without examples; 'mean_size' of the sets; the shares of 'single',
+      'empty' and 'multiple' sets; 'single_accuracy', the share of single sets that hold the true class, None if no set
+      is single. Without examples these are None as well.
     """
     sets = predict_sets(probabilities_NxK, thresholds_K)
     sizes, covered = sets.sum(1), sets[np.arange(len(labels_N)), labels_N]
@@ -102,24 +102,24 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def compute_risk_coverage(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> dict:
-    """Computes the error rate among the most confident examples as more of them are answered.
+    """Computes the error rate of the most confident examples as a function of their share, the coverage.
 
     Args:
-      probabilities_NxK: confidence is the highest of a row. Errors of equally confident examples are spread evenly over
-        their ranks, which is what any order of them averages to.
+      probabilities_NxK: confidence is the highest of a row. Equally confident examples share their errors evenly, which
+        is the average over all their orders.
       labels_N: int, 0 .. K-1.
 
     Returns:
       A JSON-able dict: 'coverage' and 'risk', at most 200 points; 'aurc', the mean risk over all coverages (Geifman et
-      al. 2019, arXiv:1805.08206); 'accuracy_at', by coverage as a string. Without examples lists are empty and numbers
-      None.
+      al. 2019, arXiv:1805.08206); 'accuracy_at', by coverage as a string. Lists are empty and numbers None without
+      examples.
     """
     n = len(labels_N)
     if not n:
         return {'coverage': [], 'risk': [], 'aurc': None, 'accuracy_at': {str(c): None for c in ACCURACY_AT}}
     wrong = probabilities_NxK.argmax(1) != labels_N
     ties = np.unique(-probabilities_NxK.max(1), return_inverse=True)[1]
-    errors = (np.bincount(ties, wrong) / np.bincount(ties))[np.sort(ties)]  # expected at each rank
+    errors = (np.bincount(ties, wrong) / np.bincount(ties))[np.sort(ties)]  # expected error at each rank
     answered = np.arange(1, n + 1)
     risk = np.cumsum(errors) / answered
     points = thin(answered)

@@ -26,21 +26,22 @@ def compute_curves(
     *,
     seed: int = 0,
 ) -> dict:
-    """Computes both curves of each class, the areas below them and their bootstrap intervals by patient.
+    """Computes ROC and precision-recall curves, their areas and bootstrap intervals by patient.
 
     Args:
       labels_N: int, 0 .. K-1.
       probabilities_NxK: or any scores, higher for the class.
       patients: patient of each example.
       classes: K names.
-      seed: of the resampling, which all classes share.
+      seed: of the resampling; all classes share the resamples.
 
     Returns:
       A JSON-able dict: per_class.<class>.{roc.{fpr, tpr}, auc, auc_interval, precision_recall.{recall, precision},
       average_precision, average_precision_interval, num_positive, num_negative}, macro_auc, macro_auc_interval,
       macro_average_precision and macro_average_precision_interval. Curves have at most `MAX_POINTS` points; recall
-      rises from 0, where the precision is 1 by convention. For a class without positives or negatives curves and scores
-      are None and its 'note' says so; the macro scores are then means over the others, and so does theirs.
+      rises from 0, where the precision is 1 by convention. A class without positives or without negatives has None for
+      curves and scores, and a 'note'. The macro scores then average the other classes, and a 'note' beside them lists
+      those left out.
     """
     groups = group_by_patient(patients)
     num_patients = groups.max(initial=-1) + 1
@@ -95,10 +96,10 @@ def _draw_curves(positive: np.ndarray, scores: np.ndarray) -> dict[str, dict[str
 
 
 def thin(position_T: np.ndarray, max_points: int = MAX_POINTS) -> np.ndarray:
-    """Returns the indices of at most `max_points` points of a curve, about evenly spaced along it, both ends included.
+    """Returns the indices of at most `max_points` points of a curve, evenly spaced along it, including both ends.
 
     Args:
-      position_T: how far along the curve a point lies, not falling.
+      position_T: position of each point along the curve, not falling.
       max_points: at least 2.
     """
     if len(position_T) <= max_points:

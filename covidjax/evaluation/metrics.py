@@ -1,4 +1,4 @@
-"""Classification metrics with intervals resampled by patient.
+"""Classification metrics with bootstrap intervals by patient.
 
 Shapes: N examples, K classes, P patients, R resamples.
 """
@@ -10,21 +10,21 @@ import scipy.stats
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
-_CHUNK = 2**18  # resampled examples held at a time: few enough for the cache
+_CHUNK = 2**18  # resampled examples held at a time, few enough for the CPU cache
 
 
 def compute_scores(confusion: np.ndarray, *, undefined: float = 0.0) -> dict[str, np.ndarray]:
-    """Computes the columns of the paper's Tables III and IV, and what screening adds, from confusion matrices.
+    """Computes the scores of the paper's Tables III and IV, plus specificity and NPV, from confusion matrices.
 
     Args:
       confusion: counts [..., K, K], true classes in rows.
-      undefined: what a ratio without cases becomes.
+      undefined: value of a ratio whose denominator is 0.
 
     Returns:
       'precision' (positive predictive value), 'recall' (sensitivity), 'f1', 'specificity' and 'npv' (negative
-      predictive value) of each class against the others [..., K]; 'accuracy' [...]; of precision, recall and F1 the
-      averages weighted by support, 'weighted_precision' ..., and plain over the classes that have examples,
-      'macro_precision' ... [...]. A ratio without cases counts 0 in an average, as in scikit-learn.
+      predictive value) of each class against the others [..., K]; 'accuracy' [...]; 'weighted_precision' ... [...],
+      the averages of precision, recall and F1 weighted by support; 'macro_precision' ... [...], their plain averages
+      over the classes that have examples. An undefined ratio counts 0 in an average, as in scikit-learn.
     """
 
     def divide(numerator, denominator):
@@ -50,12 +50,12 @@ def compute_scores(confusion: np.ndarray, *, undefined: float = 0.0) -> dict[str
 
 
 def group_by_patient(patients: Sequence[str]) -> np.ndarray:
-    """Returns for each example the number 0 .. P-1 of its patient."""
+    """Returns the index of each example's patient, int [N], 0 .. P-1."""
     return np.unique(np.asarray(patients), return_inverse=True)[1]
 
 
 def draw_resamples(num_patients: int, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
-    """Returns how often each patient is drawn in each bootstrap resample, int [R, P], rows summing to P."""
+    """Returns how often each bootstrap resample draws each patient, int [R, P], rows summing to P."""
     if not num_patients:
         return np.zeros((num_resamples, 0), np.int64)
     rng = np.random.default_rng(seed)
@@ -63,17 +63,17 @@ def draw_resamples(num_patients: int, *, seed: int, num_resamples: int = NUM_RES
 
 
 def compute_interval(resampled: np.ndarray) -> list[float] | None:
-    """Returns the percentile interval [low, high] of resampled values [R], leaving out NaN; None if all are."""
+    """Returns the percentile interval [low, high] of resampled values [R], ignoring NaN; None if all are NaN."""
     defined = resampled[~np.isnan(resampled)]
     return [float(q) for q in np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])] if len(defined) else None
 
 
 def compute_wilson_interval(successes: float, trials: float, level: float = LEVEL) -> list[float] | None:
-    """Returns Wilson's score interval [low, high] of a share of independent trials; None if there were none.
+    """Returns Wilson's score interval [low, high] of a share of independent trials; None without trials.
 
-    Examples of one patient are no independent trials. For these pass (share * P, P): exact if a patient's examples are
-    all right or all wrong, wide otherwise. In simulated studies of 25 to 150 patients in whom 98 % of the slices are
-    found on average, its lower end held in 93 % or more, that of the bootstrap by patient in 80 to 95 %.
+    Examples of one patient are not independent. For these pass (share * P, P): the interval is exact if each patient's
+    examples are all right or all wrong, and wide otherwise. In simulated studies of 25 to 150 patients with 98 % of the
+    slices found on average, its lower end held in at least 93 %, that of the bootstrap by patient in 80 to 95 %.
     """
     if not trials:
         return None
@@ -81,15 +81,15 @@ def compute_wilson_interval(successes: float, trials: float, level: float = LEVE
     share, shrink = successes / trials, 1 + z**2 / trials
     centre = (share + z**2 / (2 * trials)) / shrink
     half = z * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / shrink
-    # Exact ends, which rounding would miss.
+    # Set the ends 0 and 1 exactly; rounding would miss them.
     return [0.0 if share == 0 else float(centre - half), 1.0 if share == 1 else float(centre + half)]
 
 
 def compute_share_interval(hits_N: np.ndarray, patients: Sequence[str], *, seed: int = 0) -> list[float] | None:
-    """Returns the interval of the share of hits, resampled by patient.
+    """Returns the bootstrap interval by patient of the share of hits.
 
-    Where all hit or none does, every resample agrees however few patients there are; then it is Wilson's interval with
-    a trial per patient.
+    If all examples are hits, or none is, all resamples agree. The result is then Wilson's interval with one trial per
+    patient.
 
     Args:
       hits_N: bool.
@@ -97,7 +97,7 @@ def compute_share_interval(hits_N: np.ndarray, patients: Sequence[str], *, seed:
       seed: of the resampling.
 
     Returns:
-      [low, high]; None without examples, or where the only patient both hits and misses.
+      [low, high]; None without examples, or if a single patient has both hits and misses.
     """
     if not len(hits_N):
         return None
@@ -117,9 +117,9 @@ def compute_metrics(
 ) -> dict:
     """Computes confusion matrix, per-class and average scores, and their bootstrap intervals by patient.
 
-    Whole patients are resampled, since slices of one patient are not independent. A share that is exactly 0 or 1 gets
-    Wilson's interval with a trial per patient instead; an F1 or an average that is has none, nor has a share of the
-    examples of one patient.
+    The bootstrap resamples whole patients, since slices of one patient are not independent. A share of exactly 0 or 1
+    gets Wilson's interval with one trial per patient instead. There is no interval for an F1 or an average of exactly 0
+    or 1, nor for a share of the examples of a single patient.
 
     Args:
       labels_N, predicted_N: int, 0 .. K-1.
@@ -130,8 +130,8 @@ def compute_metrics(
     Returns:
       A JSON-able dict: num_examples, num_patients, classes, confusion_matrix, per_class.<class>.{precision, recall, f1,
       specificity, npv, support}, weighted_average and macro_average.{precision, recall, f1}, accuracy, `intervals` of
-      the same form, and `notes`, sentences on the scores that the data leave undefined. Of these precision, recall and
-      F1 of a class are 0, as in scikit-learn; all others and every interval are None.
+      the same form, and `notes`, sentences about undefined scores. An undefined precision, recall or F1 of a class is
+      0, as in scikit-learn; any other undefined score is None. Every undefined score has the interval None.
     """
     k = len(classes)
     groups = group_by_patient(patients)
@@ -151,7 +151,7 @@ def compute_metrics(
             return value
         return 0.0 if name in ('precision', 'recall', 'f1') else None
 
-    # How many examples of each patient stand below the line of a share: of class i, called i, of others, called others.
+    # Denominator of each share by patient: examples of class i, called i, of other classes, called another class.
     true_PxK, called_PxK = by_patient.sum(2), by_patient.sum(1)
     total_Px1 = true_PxK.sum(1, keepdims=True)
     below = {
@@ -167,11 +167,11 @@ def compute_metrics(
         trials = None
         if name in below:
             trials = int((below[name][:, i] > 0).sum() if i is not ... else num_patients)
-        # Where all is right, or nothing, every resample agrees however few patients there are.
+        # At exactly 0 or 1 all resamples agree, however few patients there are.
         if value in (0, 1):
             return None if trials is None else compute_wilson_interval(value * trials, trials)
         if trials == 1:
-            return None  # the only patient is in every resample
+            return None  # every resample holds the same patient
         return compute_interval(resampled[name][..., i] if i is not ... else resampled[name])
 
     def arrange(value):
@@ -225,22 +225,21 @@ def compute_ranking_scores(
 ) -> dict[str, np.ndarray]:
     """Computes the area under the ROC curve and the average precision under many weightings of the patients.
 
-    The area is the share of (positive, negative) pairs that the score orders rightly, ties counting half. The average
-    precision is the sum over thresholds of precision times the step in recall, as in scikit-learn; equal scores are one
-    threshold.
+    The area is the share of (positive, negative) pairs ordered correctly; ties count half. The average precision is the
+    sum over thresholds of precision times the step in recall, as in scikit-learn; equal scores are one threshold.
 
     Args:
       scores_N: higher for positives.
       positive_N: bool.
-      groups_N: number 0 .. P-1 of each example's patient.
+      groups_N: index of each example's patient, 0 .. P-1.
       weights_RxP: int, how often each patient counts.
 
     Returns:
-      'auc' and 'average_precision' [R], NaN where no positive or no negative has weight.
+      'auc' and 'average_precision' [R]; NaN where positives or negatives have no weight.
     """
     order = np.argsort(-scores_N, kind='stable')
     groups, is_positive = groups_N[order], positive_N[order].astype(np.int32)
-    ends = np.flatnonzero(np.append(np.diff(scores_N[order]) != 0, True))  # the last of equal scores
+    ends = np.flatnonzero(np.append(np.diff(scores_N[order]) != 0, True))  # the last of each run of equal scores
     parts = []
     for weights in np.array_split(weights_RxP.astype(np.int32), -(-len(weights_RxP) * len(scores_N) // _CHUNK)):
         weights_RxN = weights[:, groups]
@@ -248,7 +247,7 @@ def compute_ranking_scores(
         found = np.cumsum(np.multiply(weights_RxN, is_positive, out=weights_RxN), axis=1, dtype=np.int32)[:, ends]
         num_positive, num_negative = (total.astype(float) for total in (found[:, -1], called[:, -1] - found[:, -1]))
         new = np.diff(found, axis=1, prepend=np.int32(0))
-        # A pair is ordered rightly if its positive comes before its negative: sum the negatives still to come.
+        # A pair is ordered correctly if its positive comes first: count the negatives after each positive.
         left = num_negative[:, None] - (called - found)
         new_negative = np.diff(called - found, axis=1, prepend=np.int32(0))
         right = np.einsum('rt,rt->r', new, left + 0.5 * new_negative)
@@ -275,7 +274,7 @@ def compute_ranking(scores_N: np.ndarray, positive_N: np.ndarray, patients: Sequ
 
     Returns:
       {'auc', 'auc_interval', 'average_precision', 'average_precision_interval', 'num_positive', 'num_negative'}; the
-      first four are None where positives or negatives are missing.
+      first four are None if there are no positives or no negatives.
     """
     num_positive = int(positive_N.sum())
     result = {
@@ -300,7 +299,7 @@ def format_score(value: float | None, interval: Sequence[float] | None) -> str:
 
 
 def format_table(metrics: dict, *, unit: str) -> str:
-    """Returns the scores in the form of the paper's Tables III and IV, with intervals; `unit` heads the counts."""
+    """Returns the scores laid out as in the paper's Tables III and IV, with intervals; `unit` heads the counts."""
 
     def line(name, scores, intervals):
         cells = [format_score(scores[s], intervals[s]) for s in ('precision', 'recall', 'f1')]

@@ -1,9 +1,9 @@
-"""How far a slice lies from those that a model was made with: Mahalanobis distance of the statistics of its features.
+"""Novelty of a slice: Mahalanobis distance of its feature statistics from those of known slices.
 
-They are means and deviations of all channels of all stages (`outputs.SliceOutputs.statistics`), each standardised: the
-embedding, which is made to tell classes apart, forgets what else is unusual. The covariance is that of probabilistic
-PCA (Tipping and Bishop 1999): a few directions with a variance of their own, and one variance for all others. It can be
-fitted to fewer examples than dimensions, and takes little space.
+The statistics are the mean and standard deviation of every channel of every stage (`outputs.SliceOutputs.statistics`),
+each standardised. The embedding is trained to separate the classes and loses other deviations. The covariance is that
+of probabilistic PCA (Tipping and Bishop 1999): a few directions with their own variance, one variance for all others.
+It can be fitted to fewer examples than dimensions and takes little space.
 
 Shapes: N slices, F statistics, D directions.
 """
@@ -28,14 +28,14 @@ _MIN_EXAMPLES = 16
 
 
 class Novelty(NamedTuple):
-    """What is usual.
+    """The distribution of statistics that `fit_novelty` fits.
 
     Attributes:
       mean, scale: of every statistic [F].
       directions: of standardised statistics [D, F], orthonormal.
       variances: [D], along the directions.
       rest: variance along any other direction.
-      threshold: the distance within which `QUANTILE` of slices of patients lie that it was not fitted to.
+      threshold: the distance within which `QUANTILE` of the held-out slices lie.
     """
 
     mean: np.ndarray
@@ -47,14 +47,14 @@ class Novelty(NamedTuple):
 
 
 def fit_novelty(statistics_NxF: np.ndarray, patients: Sequence[str]) -> Novelty | None:
-    """Fits what is usual to validation slices; the threshold is cross-validated by patient.
+    """Fits the distribution to validation slices; the threshold is cross-validated by patient.
 
     Args:
       statistics_NxF: of slices that the model was not trained on.
       patients: patient of each slice.
 
     Returns:
-      None where there are fewer than 16 slices or 4 patients, too few to tell what is usual, or all slices are alike.
+      The distribution; None with fewer than 16 slices or 4 patients, or if all slices are alike.
     """
     groups = group_by_patient(patients)
     if len(groups) < _MIN_EXAMPLES or groups.max() < 3 or not statistics_NxF.std(0).any():
@@ -70,7 +70,7 @@ def fit_novelty(statistics_NxF: np.ndarray, patients: Sequence[str]) -> Novelty 
 def _fit(x_NxF: np.ndarray) -> Novelty:
     x_NxF = x_NxF.astype(np.float64)
     mean, scale = x_NxF.mean(0), x_NxF.std(0)
-    scale = scale.clip(0.01 * scale.mean())  # channels that hardly ever fire hardly vary
+    scale = scale.clip(0.01 * scale.mean())  # channels that hardly ever fire have a deviation near 0
     count = min(MAX_DIRECTIONS, len(x_NxF) // 4, x_NxF.shape[1] - 1)
     pca = PCA(count, svd_solver='full').fit((x_NxF - mean) / scale)
     floor = 1e-6 * pca.explained_variance_[0]
@@ -86,12 +86,12 @@ def _measure(novelty: Novelty, x_NxF: np.ndarray) -> np.ndarray:
 
 
 def compute_novelty(novelty: Novelty, statistics_NxF: np.ndarray) -> np.ndarray:
-    """Returns the distance of each slice divided by the threshold [N]: above 1 it is unusual."""
+    """Returns the distance of each slice divided by the threshold [N]; above 1 the slice is unusual."""
     return _measure(novelty, statistics_NxF) / novelty.threshold
 
 
 def save_novelty(path: Path, novelty: Novelty) -> None:
-    """Writes an .npz, whole or not at all."""
+    """Writes an .npz file atomically."""
     with replace_file(path) as temporary, temporary.open('wb') as file:
         np.savez(file, **novelty._asdict())
 
@@ -100,7 +100,7 @@ def load_novelty(path: Path) -> Novelty | None:
     """Returns what `save_novelty` wrote, None if there is no such file.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged or of an earlier version.
     """
     try:
         with path.open('rb') as file, np.load(file) as arrays:
@@ -108,4 +108,4 @@ def load_novelty(path: Path) -> Novelty | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path} is damaged or of an earlier version: --mode=evaluate writes it again') from error
+        raise UserError(f'{path} is damaged or of an earlier version: run --mode=evaluate to write it again') from error

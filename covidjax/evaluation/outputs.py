@@ -1,4 +1,4 @@
-"""Everything that a slice model says of slices that are in memory, on one device."""
+"""Outputs of a slice model for slices in memory, on one device."""
 
 import functools
 from collections.abc import Callable
@@ -15,12 +15,12 @@ BATCH_SIZE = 16
 
 
 class SliceOutputs(NamedTuple):
-    """What a slice model says of N slices.
+    """Outputs of a slice model for N slices.
 
     Attributes:
       logits, embedding, attention: see `att2.Att2Outputs`.
-      statistics: mean and standard deviation over the map of every channel of every stage [N, F]. Early stages tell
-        noise, sharpness and contrast, late ones what is shown.
+      statistics: mean and standard deviation over the map of every channel of every stage [N, F]. Early stages reflect
+        noise, sharpness and contrast, late ones the content.
     """
 
     logits: np.ndarray
@@ -44,22 +44,22 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
 
 
 def compute_outputs(model: Att2, variables: Any, images: np.ndarray) -> SliceOutputs:
-    """Returns what the model says of images uint8 [N, S, S, 1], N at least 1."""
+    """Returns the model's outputs for images uint8 [N, S, S, 1], N at least 1."""
     return apply_in_batches(functools.partial(_apply, model, variables), BATCH_SIZE, images)
 
 
 def apply_in_batches(apply: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:
-    """Returns a compiled function's outputs for all N examples, as numpy arrays, from batches of one shape.
+    """Applies a compiled function to N examples in batches of one shape; returns its outputs as numpy arrays.
 
     Args:
-      apply: arrays [batch_size, ...] -> a tree of arrays [batch_size, ...], example by example.
+      apply: arrays [batch_size, ...] -> a tree of arrays [batch_size, ...]; treats each example separately.
       batch_size: of every call.
       arrays: its arguments, [N, ...] each, N at least 1.
     """
     count, parts = len(arrays[0]), []
     for start in range(0, count, batch_size):
         number = min(batch_size, count - start)
-        chosen = np.arange(start, start + batch_size).clip(max=count - 1)  # the last example fills the last batch
+        chosen = np.arange(start, start + batch_size).clip(max=count - 1)  # pad the last batch with the last example
         outputs = jax.device_get(apply(*(array[chosen] for array in arrays)))
         parts.append(jax.tree.map(lambda x, number=number: x[:number], outputs))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -1,7 +1,7 @@
-"""One figure of several equal runs that differ in their seed: its mean, and how far seeds and patients move it.
+"""A score of several runs that differ only in their seed: its mean, with intervals over seeds and over patients.
 
-The two intervals answer different questions. That over seeds says where the mean of many such runs would lie, on these
-patients; that over patients where these runs' mean would lie on other patients of the same kind.
+The interval over seeds is for the mean of many such runs on these patients; that over patients is for the mean of these
+runs on other patients of the same kind.
 
 Shapes: M seeds, N examples, P patients, R resamples (see `metrics.draw_resamples`).
 """
@@ -16,11 +16,11 @@ from covidjax.evaluation.metrics import LEVEL, compute_interval, compute_ranking
 
 
 class Estimate(NamedTuple):
-    """A figure of every run, and its mean over the runs in every resample of the patients.
+    """A score of every run, and its mean over the runs in every resample of the patients.
 
     Attributes:
       by_seed: [M].
-      resampled: [R], NaN where a resample leaves the figure undefined.
+      resampled: [R], NaN where the score is undefined in a resample.
     """
 
     by_seed: np.ndarray
@@ -28,11 +28,11 @@ class Estimate(NamedTuple):
 
 
 def estimate_mean(values_MxN: np.ndarray, groups_N: np.ndarray, resamples_RxP: np.ndarray) -> Estimate:
-    """Returns the mean of a value over examples.
+    """Estimates the mean of a value over examples.
 
     Args:
       values_MxN: finite value of each example in each run.
-      groups_N: number of each example's patient, 0 .. P-1.
+      groups_N: index of each example's patient, 0 .. P-1.
       resamples_RxP: how often each patient is drawn.
     """
     num_patients = resamples_RxP.shape[1]
@@ -45,11 +45,11 @@ def estimate_mean(values_MxN: np.ndarray, groups_N: np.ndarray, resamples_RxP: n
 def estimate_auc(
     scores_MxN: np.ndarray, positive_N: np.ndarray, groups_N: np.ndarray, resamples_RxP: np.ndarray
 ) -> Estimate:
-    """Returns the area under the ROC curve: the share of (positive, negative) pairs ordered rightly, ties half.
+    """Estimates the area under the ROC curve: the share of (positive, negative) pairs ordered correctly, ties half.
 
     Args:
       scores_MxN: score of each example in each run, higher for positives.
-      positive_N: bool, at least one of either kind.
+      positive_N: bool, with at least one positive and one negative.
       groups_N, resamples_RxP: see `estimate_mean`.
     """
     whole = np.ones((1, resamples_RxP.shape[1]), int)
@@ -59,21 +59,21 @@ def estimate_auc(
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
-    """Returns the mean of several figures, such as the AUC of every class."""
+    """Returns the mean of several estimates, such as the AUC of every class."""
     return Estimate(*(np.mean(values, axis=0) for values in zip(*estimates, strict=True)))
 
 
 def subtract(first: Estimate, second: Estimate) -> Estimate:
-    """Returns the difference of two figures with the same seeds and the same resamples, paired in both."""
+    """Returns the difference of two estimates with the same seeds and resamples, paired by both."""
     return Estimate(first.by_seed - second.by_seed, first.resampled - second.resampled)
 
 
 def summarise(estimate: Estimate) -> dict[str, Any]:
-    """Returns a JSON-able dict.
+    """Returns an estimate as a JSON-able dict.
 
     Returns:
       'mean' over the seeds, 'by_seed', 'over_seeds' (Student's t interval; None for one seed) and 'over_patients'
-      (percentile interval of the resampled means; None if undefined in all).
+      (percentile interval of the resampled means; None if all are undefined).
     """
     mean, count = float(estimate.by_seed.mean()), len(estimate.by_seed)
     over_seeds = None

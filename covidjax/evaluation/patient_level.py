@@ -1,4 +1,4 @@
-"""Pneumonia against COVID-19, one answer per patient: the comparison that slice counts cannot inflate."""
+"""Pneumonia against COVID-19 with one answer per patient, so that slice counts cannot inflate the scores."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,16 @@ PNEUMONIA, COVID19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
 def compute_patient_scores(
     scores_NxK: np.ndarray, labels_N: np.ndarray, patients: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns how far each sick patient's slices speak for COVID-19 and against pneumonia.
+    """Scores each sick patient by their slices: above 0 for COVID-19, below 0 for pneumonia.
 
     Args:
       scores_NxK: probabilities, or any scores of which the largest is the prediction.
-      labels_N: int labels of the slices; normal slices take no part.
+      labels_N: int labels of the slices; normal slices are ignored.
       patients: patient of each slice.
 
     Returns:
-      For each of G sick patients the mean over the slices of (score of COVID-19 - score of pneumonia) [G], whether it
-      is COVID-19 [G], and the patient. A patient with slices of both classes comes twice.
+      For each of G sick patients the mean over slices of (score of COVID-19 - score of pneumonia) [G], whether it is
+      COVID-19 [G], and the patient ID. A patient with slices of both classes appears twice.
     """
     sick = np.isin(labels_N, (PNEUMONIA, COVID19))
     groups, members = np.unique(
@@ -33,7 +33,7 @@ def compute_patient_scores(
         return_inverse=True,
     )
     difference_N = scores_NxK[sick, COVID19] - scores_NxK[sick, PNEUMONIA]
-    # Rounded, so that sums in another order leave equal scores tied.
+    # Round, so that equal scores stay tied when sums are taken in another order.
     score_G = np.round(np.bincount(members, difference_N) / np.bincount(members), 12)
     names = [group.split('/', 1) for group in groups]
     return score_G, np.array([label == str(COVID19) for label, _ in names], bool), [patient for _, patient in names]
@@ -42,17 +42,17 @@ def compute_patient_scores(
 def compute_patient_level(
     scores_NxK: np.ndarray, labels_N: np.ndarray, patients: Sequence[str], *, seed: int = 0
 ) -> dict:
-    """Compares a classifier's mean slice scores per sick patient with the truth.
+    """Computes accuracy and AUC of a classifier's mean slice scores per sick patient.
 
-    A patient whose score (see `compute_patient_scores`) is above 0 is called COVID-19.
+    A patient with a score above 0 is called COVID-19 (see `compute_patient_scores`).
 
     Args:
       scores_NxK, labels_N, patients: see `compute_patient_scores`.
       seed: of the resampling.
 
     Returns:
-      {'accuracy', 'accuracy_interval', 'auc', 'auc_interval', 'num_pneumonia', 'num_covid19'}, None where the test
-      split has no such patients.
+      {'accuracy', 'accuracy_interval', 'auc', 'auc_interval', 'num_pneumonia', 'num_covid19'}. Scores are None without
+      sick patients, the AUC also without one of the two classes.
     """
     score_G, is_covid19_G, _ = compute_patient_scores(scores_NxK, labels_N, patients)
     if not len(score_G):
@@ -74,7 +74,7 @@ def compute_patient_level(
 
 
 def format_comparison(by_name: dict[str, dict]) -> str:
-    """Returns a table of `compute_patient_level` results, a row per classifier."""
+    """Returns a table of `compute_patient_level` results, one row per classifier."""
     first = next(iter(by_name.values()))
     lines = [
         f'Pneumonia ({first["num_pneumonia"]}) against COVID-19 ({first["num_covid19"]}), per patient',

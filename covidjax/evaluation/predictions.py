@@ -1,4 +1,4 @@
-"""Logits of a whole split, each example once, and the table of them that a run leaves."""
+"""Logits of a whole split, each example once, and the predictions.csv of a run."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +15,13 @@ from covidjax.files import replace_file
 def compute_logits(
     apply: Callable[[dict, dict], jax.Array], variables: dict, batches: Iterable[dict], num_examples: int
 ) -> np.ndarray:
-    """Returns the logits of a padded pass, padding removed.
+    """Returns the logits of a split without those of the padding.
 
     Args:
-      apply: compiled (variables, batch) -> logits [B, K] of the batch of all processes, on each of them.
+      apply: compiled (variables, batch) -> logits [B, K] of the global batch, on every process.
       variables: the model's.
       batches: see `data.loader.load_eval_batches`, on the devices.
-      num_examples: N; what follows is padding.
+      num_examples: N; later rows are padding.
 
     Returns:
       float32 [N, K], in the order of the batches.
@@ -30,7 +30,7 @@ def compute_logits(
     pending = None
     for batch in batches:
         logits = apply(variables, batch)
-        if pending is not None:  # Read one batch late, so that the device has the next one while we wait.
+        if pending is not None:  # Read one batch late, so that the device computes the next one meanwhile.
             results.append(np.asarray(pending))
         pending = logits
     results.append(np.asarray(pending))
@@ -43,7 +43,7 @@ def softmax(logits_NxK: np.ndarray) -> np.ndarray:
 
 
 def write_predictions(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes predictions.csv: a column per name, a row per example, floats with nine digits."""
+    """Writes predictions.csv: a column per name, a row per example, floats with nine decimals."""
     with replace_file(path) as temporary, temporary.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(columns)

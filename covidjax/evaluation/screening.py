@@ -1,4 +1,4 @@
-"""A model as a screening test: thresholds chosen on validation so that few are missed, and what they do on test.
+"""Screening: thresholds chosen on validation for a target sensitivity, and their performance on test.
 
 All scores are temperature-scaled probabilities. Shapes: N examples, K classes, P patients, T thresholds.
 """
@@ -16,28 +16,28 @@ from covidjax.evaluation.calibration import (
 from covidjax.evaluation.conformal import compute_conformal, compute_rank, compute_risk_coverage, fit_thresholds
 from covidjax.evaluation.metrics import compute_share_interval, compute_wilson_interval
 
-TARGETS = ('covid19', 'disease')  # what is screened for
+TARGETS = ('covid19', 'disease')  # conditions to screen for
 PREVALENCES = (0.01, 0.05, 0.1, 0.2, 0.5)
 DECISION_THRESHOLDS = tuple(i / 100 for i in range(1, 100))
-DEPLOYMENT_SHARES = {'normal': 0.8, 'pneumonia': 0.1, 'covid19': 0.1}  # an example of a place where most are well
+DEPLOYMENT_SHARES = {'normal': 0.8, 'pneumonia': 0.1, 'covid19': 0.1}  # an example population, mostly healthy
 
 
 def compute_target_scores(probabilities_NxK: np.ndarray, classes: Sequence[str], target: str) -> np.ndarray:
-    """Returns the score of each example [N]: the probability of 'covid19', or that of any 'disease', 1 - p_normal."""
+    """Returns the score of each example [N]: the probability of 'covid19', or of any 'disease', 1 - p_normal."""
     if target == 'covid19':
         return probabilities_NxK[:, classes.index('covid19')]
     return 1 - probabilities_NxK[:, classes.index('normal')]
 
 
 def find_target(labels_N: np.ndarray, classes: Sequence[str], target: str) -> np.ndarray:
-    """Returns which examples have what is screened for, bool [N]."""
+    """Returns which examples have the target condition, bool [N]."""
     return labels_N == classes.index('covid19') if target == 'covid19' else labels_N != classes.index('normal')
 
 
 def choose_threshold(
     scores_N: np.ndarray, positive_N: np.ndarray, patients: Sequence[str], target_sensitivity: float = 0.98
 ) -> dict:
-    """Chooses the highest threshold that finds the target share of the positives; a score equal to it is a finding.
+    """Chooses the highest threshold that reaches the target sensitivity; a score equal to it is positive.
 
     Args:
       scores_N: of validation examples, higher for positives.
@@ -47,11 +47,11 @@ def choose_threshold(
 
     Returns:
       A JSON-able dict: 'threshold', 'target_sensitivity', and of the validation examples 'sensitivity',
-      'sensitivity_lower', 'specificity', 'tp', 'fp', 'fn', 'tn', 'num_positive_patients' and
-      'attainable_sensitivity_lower'. The lower bounds are the lower end of Wilson's 95 % interval with a trial per
-      positive patient, since a bootstrap promises too much near 1 (see `compute_wilson_interval`); the attainable one
-      is that of finding every positive. A 'note' says if even this is below the target, or that there are no positives;
-      then threshold, sensitivity and bounds are None. Specificity is None without negatives or threshold.
+      'sensitivity_lower', 'specificity' (None without negatives), 'tp', 'fp', 'fn', 'tn', 'num_positive_patients' and
+      'attainable_sensitivity_lower', the bound if all positives were found. Lower bounds are those of Wilson's 95 %
+      interval with one trial per positive patient, since a bootstrap is too optimistic near 1 (see
+      `compute_wilson_interval`). A 'note' says if the attainable bound is below the target, or that there are no
+      positives; without these threshold, scores, counts and bounds are None.
 
     Raises:
       ValueError: the target is outside (0, 1].
@@ -68,7 +68,7 @@ def choose_threshold(
             'num_positive_patients': 0,
             'note': 'No validation example is positive: no threshold was chosen.',
         }
-    needed = int(np.ceil(target_sensitivity * len(descending) - 1e-9))  # 0.07 * 100 must not become 8
+    needed = int(np.ceil(target_sensitivity * len(descending) - 1e-9))  # rounding makes 0.07 * 100 exceed 7
     threshold = float(descending[needed - 1])
     counts = _count(scores_N, positive_N, threshold)
     sensitivity = _divide(counts['tp'], counts['tp'] + counts['fn'])
@@ -108,7 +108,7 @@ def _divide(numerator: float, denominator: float) -> float | None:
 def compute_predictive_values(
     sensitivity: float, specificity: float, prevalence: float
 ) -> tuple[float | None, float | None]:
-    """Returns by Bayes' rule the shares of positive and of negative answers that are right; None if none are given."""
+    """Returns PPV and NPV by Bayes' rule; a value is None if the test never gives that answer."""
     tp, fn = sensitivity * prevalence, (1 - sensitivity) * prevalence
     tn, fp = specificity * (1 - prevalence), (1 - specificity) * (1 - prevalence)
     return _divide(tp, tp + fp), _divide(tn, tn + fn)
@@ -123,23 +123,23 @@ def compute_operating_point(
     prevalences: Sequence[float] = PREVALENCES,
     seed: int = 0,
 ) -> dict:
-    """Computes what a threshold does on test examples, and what its answers are worth where disease is rarer.
+    """Evaluates a threshold on test examples, with predictive values at other prevalences.
 
     Args:
-      scores_N: higher for positives; at least the threshold is a finding.
+      scores_N: higher for positives; a score of at least the threshold is positive.
       positive_N: bool.
       patients: patient of each example.
-      threshold: chosen elsewhere.
+      threshold: chosen on other examples.
       prevalences: in (0, 1), shares of positives among those screened.
       seed: of the resampling.
 
     Returns:
       A JSON-able dict: 'threshold', 'tp', 'fp', 'fn', 'tn'; 'sensitivity' and 'specificity', each with '_interval' by
-      patient (see `compute_share_interval`) and '_wilson', the wide one with a trial per patient; 'predictive_values',
-      a list of {prevalence, is_test_share, ppv, ppv_interval, npv, npv_interval} for the prevalences and, last, the
-      share of the test examples. PPV and NPV rise with sensitivity and with specificity, so their intervals follow from
-      both low ends and both high ends, which is cautious. Without positives or negatives the scores that need them are
-      None, the list is empty and a 'note' says so.
+      patient (see `compute_share_interval`) and '_wilson', a wide interval with one trial per patient;
+      'predictive_values', a list of {prevalence, is_test_share, ppv, ppv_interval, npv, npv_interval} for the
+      prevalences and, last, for the share of positives on test. PPV and NPV rise with sensitivity and with specificity,
+      so their intervals combine both low ends and both high ends, which is conservative. Without positives or negatives
+      the scores that need them are None, the list is empty and a 'note' says so.
     """
     patients = np.asarray(patients)
     counts = _count(scores_N, positive_N, threshold)
@@ -186,8 +186,8 @@ def compute_operating_point(
 def compute_decision_curve(scores_N: np.ndarray, positive_N: np.ndarray, thresholds: Sequence[float]) -> dict:
     """Computes the net benefit tp/N - fp/N * t/(1-t) at probability thresholds t (Vickers and Elkin 2006).
 
-    A threshold t says that missing one positive is as bad as (1-t)/t false alarms. The net benefit is in true positives
-    per example at the test's share of positives.
+    A threshold t means that missing one positive is as bad as (1-t)/t false alarms. The net benefit counts true
+    positives per example, at the test's share of positives.
 
     Args:
       scores_N: probabilities.
@@ -195,8 +195,8 @@ def compute_decision_curve(scores_N: np.ndarray, positive_N: np.ndarray, thresho
       thresholds: in (0, 1).
 
     Returns:
-      A JSON-able dict of lists [T]: 'threshold', the net benefits of the 'model', of calling 'all' positive and of
-      calling 'none'. Without examples the net benefits are None.
+      A JSON-able dict of lists [T]: 'threshold', and the net benefits of the 'model', of calling 'all' positive and of
+      calling 'none' positive. Without examples the net benefits are None.
 
     Raises:
       ValueError: a threshold is outside (0, 1).
@@ -227,7 +227,7 @@ def fit_rules(
     target_sensitivity: float = 0.98,
     coverage: float = 0.9,
 ) -> dict:
-    """Chooses on validation everything that turns logits into answers: temperature, thresholds, conformal thresholds.
+    """Fits on validation what turns logits into answers: temperature, screening thresholds, conformal thresholds.
 
     Args:
       logits_NxK: of the validation examples.
@@ -239,7 +239,7 @@ def fit_rules(
 
     Returns:
       A JSON-able dict: 'classes', 'num_examples', 'num_patients', 'class_counts' and 'class_shares' by class of the
-      validation examples; 'temperature'; 'thresholds' by target, of `choose_threshold`; 'conformal': {coverage,
+      validation examples; 'temperature'; 'thresholds' by target (`choose_threshold`); 'conformal': {coverage,
       thresholds by class, notes on classes with too few examples}.
 
     Raises:
@@ -287,7 +287,7 @@ def evaluate_rules(
     *,
     train_shares_K: Sequence[float],
 ) -> dict:
-    """Computes on test what the rules of `fit_rules` do.
+    """Evaluates the rules of `fit_rules` on test examples.
 
     Args:
       rules: as returned, or read back from JSON.
@@ -298,10 +298,10 @@ def evaluate_rules(
       train_shares_K: class shares of the training list.
 
     Returns:
-      A JSON-able dict: 'calibration': {temperature, before, after} scaling, of `compute_calibration`;
-      'operating_points' by target, of `compute_operating_point`, or {threshold: None, note} where validation gave none;
-      'decision_curves' by target; 'conformal', of `compute_conformal` with 'target_coverage', 'thresholds' and 'notes'
-      of the rules; 'risk_coverage'; 'prior_correction' to `DEPLOYMENT_SHARES`, of `compute_prior_correction`.
+      A JSON-able dict: 'calibration', {temperature, before, after} scaling (`compute_calibration`); 'operating_points'
+      by target (`compute_operating_point`), {threshold: None, note} if validation gave none; 'decision_curves' by
+      target; 'conformal' (`compute_conformal`) with 'target_coverage', 'thresholds' and 'notes' of the rules;
+      'risk_coverage'; 'prior_correction' to `DEPLOYMENT_SHARES` (`compute_prior_correction`).
 
     Raises:
       ValueError: the rules are for other classes.

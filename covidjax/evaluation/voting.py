@@ -1,4 +1,4 @@
-"""From slices to scans: votes of a slice model, their calibration, and their comparison with a sequence model.
+"""Scan predictions from votes of a slice model, their calibration, and their comparison with a sequence model.
 
 Shapes: M scans, T slices of a scan, N slices of all scans, K classes. T differs between scans.
 """
@@ -16,22 +16,25 @@ from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_
 from covidjax.evaluation.screening import fit_rules
 
 TOP_K = (2, 3, 5, 8)
-_TINY = 1e-12  # in place of a probability of 0, which has no logarithm
+_TINY = 1e-12  # replaces a probability of 0 before the logarithm
 RULES = ('mean', 'majority', 'max', *(f'top-{k}' for k in TOP_K))
 
 
 def vote(slice_probabilities_TxK: np.ndarray, rule: str) -> np.ndarray:
     """Returns the scores of a scan per class [K]; the largest is its class.
 
-    Rules: 'mean' of the probabilities; 'majority', the share of slices that each class wins (ties fall to the higher
-    mean); 'max' over the slices; 'top-k', the mean of the k highest per class, of all where there are fewer.
+    Rules: 'mean' of the probabilities; 'majority', the share of slices that each class wins (ties go to the higher
+    mean); 'max' over the slices; 'top-k', the mean of the k highest per class, or of all if there are fewer.
+
+    Raises:
+      ValueError: the rule is unknown.
     """
     p = slice_probabilities_TxK
     if rule == 'mean':
         return p.mean(0)
     if rule == 'majority':
         wins = np.bincount(p.argmax(1), minlength=p.shape[1])
-        # A mean is at most 1: this moves no class past one with more slices.
+        # A mean is at most 1, so the mean breaks ties and never outweighs a slice.
         return (wins + 0.5 * p.mean(0)) / (len(p) + 0.5)
     if rule == 'max':
         return p.max(0)
@@ -46,9 +49,9 @@ def vote_all(slice_probabilities: Sequence[np.ndarray], rule: str) -> np.ndarray
 
 
 def choose_rule(slice_probabilities: Sequence[np.ndarray], labels_M: np.ndarray) -> tuple[str, dict[str, float]]:
-    """Returns the rule of the best accuracy (the first in RULES of equal ones) and the accuracy of every rule.
+    """Returns the rule with the best accuracy (of equal ones the first in RULES) and the accuracy of every rule.
 
-    Call it with validation scans only.
+    Pass validation scans only.
     """
     accuracies = {rule: float((vote_all(slice_probabilities, rule).argmax(1) == labels_M).mean()) for rule in RULES}
     return max(RULES, key=accuracies.__getitem__), accuracies
@@ -60,8 +63,9 @@ def compare_paired(
     """Compares two classifiers' predictions on the same scans.
 
     Returns:
-      'difference' of the accuracies (first less second) with its bootstrap 'interval' by patient, the numbers of scans
-      that 'only_first' and 'only_second' gets right, and 'mcnemar_p', the two-sided exact binomial test on these.
+      'difference' of the accuracies (first minus second) with its bootstrap 'interval' by patient; 'only_first' and
+      'only_second', the numbers of scans that only one of them gets right; 'mcnemar_p', the two-sided exact
+      binomial test of these numbers.
     """
     first_right, second_right = first_M == labels_M, second_M == labels_M
     groups = group_by_patient(patients)
@@ -81,7 +85,7 @@ def compare_paired(
 
 
 def find_conflicts(slice_probabilities: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns bool [M]: some slice of the scan is called pneumonia and another one COVID-19."""
+    """Returns which scans have slices called pneumonia and slices called COVID-19, bool [M]."""
     pneumonia, covid19 = CLASSES.index('pneumonia'), CLASSES.index('covid19')
     calls = [set(p.argmax(1).tolist()) for p in slice_probabilities]
     return np.array([{pneumonia, covid19} <= called for called in calls])
@@ -106,9 +110,9 @@ def compare_on_scans(
       slice_probabilities: per scan [T, K].
 
     Returns:
-      'sequence' and 'vote' (`compute_metrics`, the vote with its 'rule'), 'sequence_minus_vote'
-      (`compare_paired`), 'test_accuracy_of_rules', 'conflicts' (scans with slices called pneumonia and slices
-      called COVID-19, and what each rule makes of them) and 'short_scans' (those of fewer than 16 slices).
+      'sequence' and 'vote' (`compute_metrics`, the vote with its 'rule'), 'sequence_minus_vote' (`compare_paired`),
+      'test_accuracy_of_rules'; 'conflicts' (`find_conflicts`) and 'short_scans' (fewer than 16 slices), each the number
+      of such scans and how many the sequence model and each rule get right.
     """
     patients = [scan.patient for scan in chosen]
     predicted = {'sequence': probabilities_MxK.argmax(1), **{r: scores.argmax(1) for r, scores in votes.items()}}
@@ -132,12 +136,12 @@ def compare_on_scans(
 
 
 def fit_vote_rules(logits_NxK: np.ndarray, scans: Sequence[Scan], temperature: float) -> dict[str, Any]:
-    """Chooses how slices vote, and fits the rules of `screening.fit_rules` to the votes.
+    """Chooses the voting rule and fits the rules of `screening.fit_rules` to its votes.
 
     Args:
       logits_NxK: of the slices of a split that the model was not trained on.
-      scans: of that split, whole.
-      temperature: of slices.
+      scans: of that split, with all their slices.
+      temperature: of the slices.
 
     Returns:
       The rules, with 'rule' and the 'validation_accuracy' of every rule.
@@ -151,5 +155,5 @@ def fit_vote_rules(logits_NxK: np.ndarray, scans: Sequence[Scan], temperature: f
 
 
 def compute_vote_logits(logits_TxK: np.ndarray, temperature: float, rule: str) -> np.ndarray:
-    """Returns the logarithm of a scan's votes [K], which stands for logits of the scan."""
+    """Returns the logarithms of a scan's votes [K], which serve as the scan's logits."""
     return np.log(np.maximum(vote(apply_temperature(logits_TxK, temperature), rule), _TINY))

@@ -1,6 +1,6 @@
-"""How well a map finds a lesion, and how well attention over slices finds the slices that show one.
+"""Localisation scores: maps against lesions, and attention over slices against the slices that show a lesion.
 
-Every score of a map without preference, flat or all zero, is its chance level, never NaN.
+A map without preference, flat or all zero, gets the chance level of every score, never NaN.
 
 Shapes: N slices, S their side in pixels, T slices of a scan.
 """
@@ -17,7 +17,7 @@ TOP_K = (1, 3)
 
 
 def compute_pointing(scores: np.ndarray, target: np.ndarray) -> float:
-    """Returns 1 if the highest score lies in the target, else 0; of equal highest ones the share (Zhang et al. 2018).
+    """Returns 1 if the highest score lies in the target, else 0; for ties, the share inside (Zhang et al. 2018).
 
     Args:
       scores: float, of any shape.
@@ -33,7 +33,7 @@ def compute_energy(scores: np.ndarray, target: np.ndarray) -> float:
 
 
 def compute_rank_auc(scores: np.ndarray, target: np.ndarray) -> float | None:
-    """Returns the share of pairs (inside, outside) with the higher score inside, ties half; None without such pairs."""
+    """Returns the share of (inside, outside) pairs with the higher score inside, ties half; None without such pairs."""
     inside = int(target.sum())
     outside = target.size - inside
     if not inside or not outside:
@@ -43,13 +43,13 @@ def compute_rank_auc(scores: np.ndarray, target: np.ndarray) -> float | None:
 
 
 def compute_dice(mask: np.ndarray, target: np.ndarray) -> float | None:
-    """Returns twice the overlap over the sum of the areas; None if both are empty."""
+    """Returns the Dice score, twice the overlap over the sum of the areas; None if both are empty."""
     total = int(mask.sum() + target.sum())
     return 2 * int((mask & target).sum()) / total if total else None
 
 
 def create_centre_map(size: int) -> np.ndarray:
-    """Returns a map that always looks at the centre: a Gaussian with a standard deviation of size / 4, [S, S]."""
+    """Returns a map highest at the centre: a Gaussian with a standard deviation of size / 4, [S, S]."""
     x = (np.arange(size) + 0.5) / size - 0.5
     return np.exp(-8 * (x[:, None] ** 2 + x**2))
 
@@ -59,11 +59,11 @@ def score_maps(maps: np.ndarray, masks: np.ndarray, slices: Sequence[LesionSlice
 
     Args:
       maps: at least 0, float [N, S, S].
-      masks: what the maps mark, bool [N, S, S].
+      masks: the regions that the maps mark, bool [N, S, S].
       slices: N slices with lesions.
 
     Returns:
-      'pointing', 'energy_lesion', 'energy_lung', 'auc' and 'dice' (of the masks), each `average_by_patient`.
+      'pointing', 'energy_lesion', 'energy_lung', 'auc' and 'dice' (of the masks), each an `average_by_patient`.
     """
     patients = [s.patient for s in slices]
     by_slice = {
@@ -81,15 +81,15 @@ def score_maps(maps: np.ndarray, masks: np.ndarray, slices: Sequence[LesionSlice
 def score_slice_attention(attention: Sequence[np.ndarray], shows_lesion: Sequence[np.ndarray]) -> dict[str, dict]:
     """Scores attention over slices against the slices that show a lesion, scan by scan.
 
-    Scans whose slices all show one, or none, say nothing and are left out.
+    Scans in which all slices show a lesion, or none does, are left out.
 
     Args:
       attention: per scan float [T].
       shows_lesion: per scan bool [T].
 
     Returns:
-      'auc' and, for k in TOP_K, 'hit@k' (the share of scans with a lesion among the k highest slices), each
-      `average_by_patient` with every scan a patient, and 'chance@k', the expected hit of k slices drawn at random.
+      'auc' and, for k in TOP_K, 'hit@k' (the share of scans with a lesion among the k highest slices) and 'chance@k'
+      (the expected hit of k slices drawn at random), each averaged by `average_by_patient` with every scan a patient.
     """
     pairs = [(a, y) for a, y in zip(attention, shows_lesion, strict=True) if 0 < y.sum() < len(y)]
     scans = [str(i) for i in range(len(pairs))]
@@ -108,7 +108,7 @@ def average_by_patient(values: Sequence[float | None], patients: Sequence[str], 
     """Averages values over the examples that have one.
 
     Returns:
-      {'mean', 'interval', 'number'}: the interval by bootstrap over patients; both None where no example has a value.
+      {'mean', 'interval', 'number'}, the interval by bootstrap over patients; both None if no example has a value.
     """
     known = [i for i, value in enumerate(values) if value is not None]
     if not known:

@@ -1,6 +1,6 @@
-"""Where a slice model looks: attention maps, Grad-CAM, occlusion, and checks of what such maps are worth.
+"""Attention maps, Grad-CAM and occlusion maps of a slice model, and checks of such maps.
 
-Attention is class-agnostic: one map whatever the class. Grad-CAM and occlusion are of one class.
+Attention is class-agnostic: one map for all classes. Grad-CAM and occlusion maps are of one class.
 
 Shapes: N slices, S their side, K classes, h and w the sides of a feature map.
 """
@@ -28,12 +28,12 @@ NUM_STEPS = 8  # of an erasure curve
 
 
 class Explanations(NamedTuple):
-    """What a model says of slices, and where it looks.
+    """Probabilities and maps of N slices.
 
     Attributes:
       probabilities: [N, K].
-      attention: per module [N, h, w], each map sums to 1.
-      grad_cam: of the class asked for, [N, h, w] at the last stage, at least 0.
+      attention: per module [N, h, w]; each map sums to 1.
+      grad_cam: of the requested class, [N, h, w] at the last stage, at least 0.
     """
 
     probabilities: np.ndarray
@@ -61,7 +61,7 @@ def _explain(model: Att2, full: bool, variables: Any, images: jax.Array, classes
         outputs = apply(change)
         return jnp.take_along_axis(outputs.logits, classes_N[:, None], axis=1).sum(), (outputs, features)
 
-    # The gradient by the features is that by what is added to them.
+    # The gradient with respect to the features equals that with respect to `change`, which is added to them.
     jax.eval_shape(apply, None)
     gradients, (outputs, found) = jax.grad(score, has_aux=True)(jnp.zeros(features.shape, features.dtype))
     weights_NxC = gradients.mean((1, 2))
@@ -72,17 +72,17 @@ def _explain(model: Att2, full: bool, variables: Any, images: jax.Array, classes
 def explain(
     model: Att2, variables: Any, images: np.ndarray, classes_N: Sequence[int], *, full: bool = False
 ) -> Explanations:
-    """Classifies slices and maps where the model looks.
+    """Computes class probabilities, attention maps and Grad-CAM of slices.
 
-    Grad-CAM (Selvaraju et al. 2017): the features of the last stage (the paper's convolution 49) weighted by the mean
-    gradient of the class's logit, summed over channels, negative sums cut off.
+    Grad-CAM (Selvaraju et al. 2017): the features of the last stage (the paper's convolution 49), weighted by the mean
+    gradient of the class's logit and summed over channels; negative sums become 0.
 
     Args:
       model: the slice model.
       variables: its parameters and batch statistics.
       images: uint8 [N, S, S, 1], N at least 1.
       classes_N: the class of each slice's Grad-CAM.
-      full: computes the tail also where it cannot change the output.
+      full: computes the tail even if it cannot change the output.
     """
     apply = functools.partial(_explain, model, full, variables)
     return apply_in_batches(apply, BATCH_SIZE, images, np.asarray(classes_N, np.int32))
@@ -93,35 +93,35 @@ def explain(
 
 
 def upsample(maps: np.ndarray, size: int) -> np.ndarray:
-    """Returns maps [N, h, w] as float32 [N, size, size]: bilinear with half-pixel centres."""
+    """Upsamples maps [N, h, w] to float32 [N, size, size], bilinearly with half-pixel centres."""
     return np.asarray(jax.image.resize(jnp.asarray(maps, jnp.float32), (len(maps), size, size), 'bilinear'))
 
 
 def scale_to_unit(maps: np.ndarray) -> np.ndarray:
-    """Returns maps [N, S, S] scaled to [0, 1] each; a flat one becomes 0."""
+    """Scales each map of [N, S, S] to [0, 1]; a flat map becomes 0."""
     low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
     return np.where(high > low, (maps - low) / np.where(high > low, high - low, 1), 0)
 
 
 def combine_attention(attention: tuple[np.ndarray, np.ndarray], size: int) -> np.ndarray:
-    """Returns sqrt(a1 * a2) of both modules' upsampled maps, scaled to [0, 1] each: [N, size, size] (as for Fig. 7)."""
+    """Returns sqrt(a1 * a2) of both modules' upsampled maps, each scaled to [0, 1]: [N, size, size] (as in Fig. 7)."""
     first, second = (upsample(maps, size) for maps in attention)
     return scale_to_unit(np.sqrt(first * second))
 
 
 def segment(maps: np.ndarray) -> np.ndarray:
-    """Returns bool [N, S, S]: each map from its Otsu threshold on; empty for a flat map."""
+    """Returns the pixels at or above the Otsu threshold of each map, bool [N, S, S]; none for a flat map."""
     return np.stack([m >= compute_otsu_threshold(m) if m.max() > m.min() else np.zeros(m.shape, bool) for m in maps])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What maps are worth
+# Checks of maps
 
 
 def compute_occlusion(
     predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, classes_N: Sequence[int], *, num_cells: int = 8
 ) -> np.ndarray:
-    """Measures how the probability of a class falls when a cell of the slice is blurred: slow, but assumes nothing.
+    """Measures how far the probability of a class falls when a cell of the slice is blurred; slow but model-agnostic.
 
     Args:
       predict: uint8 [M, S, S, 1] -> probabilities [M, K].
@@ -130,7 +130,7 @@ def compute_occlusion(
       num_cells: along each side; a slice is classified num_cells^2 + 1 times.
 
     Returns:
-      Falls of the probability [N, num_cells, num_cells], cut off at 0.
+      Falls of the probability [N, num_cells, num_cells]; rises become 0.
     """
     classes_N = np.asarray(classes_N)
     blurred, edges = _blur(images), np.linspace(0, images.shape[1], num_cells + 1).round().astype(int)
@@ -146,7 +146,7 @@ def compute_occlusion(
 
 
 def _blur(images: np.ndarray) -> np.ndarray:
-    """Returns slices without detail: blurred with a standard deviation of a tenth of their side."""
+    """Removes detail from slices: Gaussian blur, standard deviation a tenth of their side."""
     sigma = images.shape[1] / 10
     return np.stack([scipy.ndimage.gaussian_filter(image, (sigma, sigma, 0), mode='nearest') for image in images])
 
@@ -154,7 +154,7 @@ def _blur(images: np.ndarray) -> np.ndarray:
 def compute_erasure_curves(
     predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, maps: np.ndarray, classes_N: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Follows the probability of a class while a map's highest pixels are blurred away, or brought back (Petsiuk 2018).
+    """Computes the probability of a class while a map's highest pixels are blurred or restored (Petsiuk 2018).
 
     Args:
       predict: uint8 [M, S, S, 1] -> probabilities [M, K].
@@ -164,7 +164,7 @@ def compute_erasure_curves(
 
     Returns:
       'deletion' and 'insertion', float [N, NUM_STEPS + 1]: the probability with 0, 1/NUM_STEPS ... 1 of the pixels
-      blurred, or brought back into the blurred slice. A good map falls early and rises early.
+      blurred, or restored in the blurred slice. For a good map deletion falls early and insertion rises early.
     """
     classes_N = np.asarray(classes_N)
     blurred = _blur(images)
@@ -183,7 +183,7 @@ def compute_erasure_curves(
 
 
 def draw_random_maps(count: int, size: int, *, seed: int = 0) -> np.ndarray:
-    """Returns maps without meaning, as coarse as those of a last stage: float32 [count, size, size]."""
+    """Returns random maps, about as coarse as those of the last stage: float32 [count, size, size]."""
     return upsample(np.random.default_rng(seed).random((count, 4, 4)), size)
 
 
@@ -192,7 +192,7 @@ def randomise(variables: Any, chosen: Callable[[str], bool], *, seed: int = 0) -
 
     Args:
       variables: of a model.
-      chosen: path of a parameter ('backbone/layer1_0/conv1/kernel') -> whether it is shuffled.
+      chosen: path of a parameter ('backbone/layer1_0/conv1/kernel') -> whether to shuffle it.
       seed: of the shuffling.
     """
     rng = np.random.default_rng(seed)
@@ -215,13 +215,13 @@ def compute_randomisation(
 ) -> list[dict[str, Any]]:
     """Shuffles parameters from the output on and compares the maps with those of the intact model (Adebayo 2018).
 
-    Maps that hardly change do not show what was learnt. Of the full model, so that under 'additive' compatibility the
-    tail, shuffled alone, is a control: it must change nothing.
+    Maps that hardly change do not show what was learnt. The full model is used, so that shuffling only the tail is a
+    control: under 'additive' compatibility it must change nothing.
 
     Returns:
-      A dict per row, the first being the control: 'shuffled' (what), 'attention' and 'grad_cam' (Spearman's rank
-      correlation with the intact model's maps, mean over the slices that have one, None if none has) and 'changed',
-      the largest difference of a probability.
+      A dict per row, the control first: 'shuffled', the name of the shuffled parts; 'attention' and 'grad_cam',
+      Spearman's rank correlation with the intact model's maps, mean over the slices that have one, None if none has;
+      'changed', the largest difference of a probability.
     """
     intact = explain(model, variables, images, classes_N, full=True)
     parts = list_parts(variables['params'])
@@ -245,7 +245,7 @@ def compute_randomisation(
 
 
 def _correlate(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Returns the mean rank correlation of pairs of maps, leaving out pairs with a flat one."""
+    """Returns the mean rank correlation of pairs of maps, leaving out pairs with a flat map."""
     found = [
         scipy.stats.spearmanr(a.ravel(), b.ravel()).statistic
         for a, b in zip(first, second, strict=True)

@@ -1,4 +1,4 @@
-"""What the maps of a slice model are worth, in numbers: against lesions, by erasing pixels, by shuffling parameters."""
+"""Scores of a slice model's maps: localisation of lesions, erasure of pixels, shuffling of parameters."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ CONTROLS = ('always the centre', 'random map')
 
 
 def compute_maps(explained: Explanations, size: int) -> dict[str, np.ndarray]:
-    """Returns every map of N slices by name, with two controls: float [N, size, size], scaled to [0, 1] each."""
+    """Returns all maps of N slices by name, with two controls: float [N, size, size], each scaled to [0, 1]."""
     count = len(explained.probabilities)
     return {
         'attention 1': scale_to_unit(upsample(explained.attention[0], size)),
@@ -43,7 +43,7 @@ def compute_maps(explained: Explanations, size: int) -> dict[str, np.ndarray]:
 def score_localisation(
     model: Att2, variables: Any, slices: Sequence[LesionSlice], *, occlusion: bool = False
 ) -> dict[str, Any]:
-    """Scores all maps against lesions; Grad-CAM and occlusion are those of the true class.
+    """Scores all maps against lesions; Grad-CAM and occlusion are for the true class.
 
     Args:
       model, variables: the slice model.
@@ -51,8 +51,8 @@ def score_localisation(
       occlusion: includes occlusion maps, which classify every slice 65 times.
 
     Returns:
-      'num_slices', 'num_patients', 'maps' (name -> `localisation.score_maps`), and what a map without preference
-      reaches: 'chance' with 'pointing', 'energy_lesion', 'energy_lung' and 'auc'.
+      'num_slices', 'num_patients', 'maps' (name -> `localisation.score_maps`) and 'chance', the scores of a map without
+      preference: 'pointing', 'energy_lesion', 'energy_lung' and 'auc'.
     """
     size = slices[0].image.shape[0]
     images, labels = np.stack([s.image for s in slices]), [s.label for s in slices]
@@ -77,20 +77,20 @@ def score_localisation(
 
 
 def create_predictor(model: Att2, variables: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns uint8 [N, S, S, 1] -> probabilities [N, K]."""
+    """Returns a function from uint8 [N, S, S, 1] to probabilities [N, K]."""
     return lambda images: softmax(compute_outputs(model, variables, images).logits)
 
 
 def score_faithfulness(model: Att2, variables: Any, images: np.ndarray) -> dict[str, Any]:
-    """Erases and brings back pixels by each map, and shuffles parameters; for the class that the model calls.
+    """Scores maps by erasing pixels and by shuffling parameters, for the predicted class of each slice.
 
     Args:
       model, variables: the slice model.
       images: uint8 [N, S, S, 1], few.
 
     Returns:
-      'num_slices'; 'erasure': name -> {'deletion', 'insertion': mean curves, 'deletion_area', 'insertion_area'} (lower
-      and higher is better); 'randomisation': rows of `compute_randomisation`.
+      'num_slices'; 'erasure': name -> {'deletion' and 'insertion', mean curves; 'deletion_area', lower is better;
+      'insertion_area', higher is better}; 'randomisation': rows of `compute_randomisation`.
     """
     predict = create_predictor(model, variables)
     called = predict(images).argmax(1)

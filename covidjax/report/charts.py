@@ -1,4 +1,4 @@
-"""One style of plots: SVG that takes the page's light or dark colours, as data URIs."""
+"""Plot style: SVG figures that follow the page's light or dark colours, embedded as data URIs."""
 
 import base64
 import contextlib
@@ -11,9 +11,9 @@ from covidjax.data.lists import CLASSES
 from covidjax.report.page import Picture
 
 COLOURS = dict(zip(CLASSES, ('#2f8f9d', '#d98a2b', '#c2456b'), strict=True))
-FIRST, SECOND = '#3b76c4', '#8a5fb0'  # of what is no class
+FIRST, SECOND = '#3b76c4', '#8a5fb0'  # for series that are not classes
 GREY = '#8a8a8a'
-_INK = '#010203'  # stands for the colour of text, and is replaced by it
+_INK = '#010203'  # placeholder that `create_picture` replaces with currentColor
 _STYLE = {
     'axes.edgecolor': _INK,
     'axes.grid': True,
@@ -40,12 +40,12 @@ _SCHEME = '<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{co
 
 
 def use_style() -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which figures are drawn in the style."""
+    """Returns a context manager that applies the plot style."""
     return matplotlib.rc_context(_STYLE)
 
 
 def create_picture(figure: Figure, alt: str) -> Picture:
-    """Returns a figure as a picture with its text alternative."""
+    """Returns a figure as an embedded SVG picture with the text alternative `alt`."""
     buffer = io.StringIO()
     with use_style():
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})

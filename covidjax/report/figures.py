@@ -1,4 +1,4 @@
-"""Plots of numbers: training, scores, curves. All are drawn in the style of `report.charts`, without a display."""
+"""Plots of training, scores and curves in the style of `report.charts`. They need no display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, use_style
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG on white, whole or not at all."""
+    """Writes a figure as PNG on a white background, atomically."""
     with use_style(), replace_file(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches='tight', facecolor='white')
 
 
 def render_training_curves(history: Sequence[dict], best_epoch: int) -> Figure:
-    """Draws loss and accuracy per epoch for training and validation, the best epoch marked.
+    """Draws training and validation loss and accuracy per epoch, and marks the best epoch.
 
     Args:
-      history: per epoch 'epoch', 'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'.
-      best_epoch: the epoch that is tested.
+      history: per epoch: 'epoch', 'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'.
+      best_epoch: the epoch whose parameters are tested.
     """
     with use_style():
         figure = Figure(figsize=(7.5, 3), layout='constrained')
@@ -43,7 +43,7 @@ def render_training_curves(history: Sequence[dict], best_epoch: int) -> Figure:
 
 
 def render_confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str], *, title: str) -> Figure:
-    """Draws counts and, as colour and percentage, rates within each true class (rows)."""
+    """Draws the counts; colour and percentage show the rate within each true class (row)."""
     counts = np.asarray(confusion)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     with use_style():
@@ -64,13 +64,13 @@ def render_confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequenc
 
 
 def render_accuracies(scores: Mapping[str, dict]) -> Figure:
-    """Draws the accuracy of each classifier with its interval; `scores` holds `compute_metrics` by name."""
+    """Draws the accuracy of each classifier with its interval; `scores` maps names to `compute_metrics`."""
     with use_style():
         figure = Figure(figsize=(6, 0.8 + 0.4 * len(scores)), layout='constrained')
         axes = figure.subplots()
         for place, metrics in enumerate(scores.values()):
             colour = FIRST if place == 0 else GREY
-            if metrics['intervals']['accuracy']:  # that of a single patient is missing
+            if metrics['intervals']['accuracy']:  # None for a single patient
                 axes.plot(metrics['intervals']['accuracy'], [place, place], color=colour, linewidth=2)
             axes.plot(metrics['accuracy'], place, 'o', color=colour)
             axes.text(1.02, place, f'{metrics["accuracy"]:.3f}', va='center')
@@ -84,7 +84,7 @@ def render_accuracies(scores: Mapping[str, dict]) -> Figure:
 
 
 def render_curves(per_class: Mapping[str, dict]) -> Figure:
-    """Draws ROC and precision-recall curves, one class against the rest; `per_class` is that of `compute_curves`."""
+    """Draws one-vs-rest ROC and precision-recall curves; `per_class` is from `compute_curves`."""
     with use_style():
         figure = Figure(figsize=(7.5, 3.6), layout='constrained')
         roc, precision_recall = figure.subplots(1, 2)
@@ -98,7 +98,7 @@ def render_curves(per_class: Mapping[str, dict]) -> Figure:
             of_class = curves['precision_recall']
             precision_recall.plot(of_class['recall'], of_class['precision'], color=COLOURS[name], label=label)
         for axes, x, y, title in (
-            (roc, '1 - specificity', 'Sensitivity', 'ROC (area)'),
+            (roc, '1 - specificity', 'Sensitivity', 'ROC (area under the curve)'),
             (precision_recall, 'Recall', 'Precision', 'Precision-recall (average precision)'),
         ):
             axes.set(xlabel=x, ylabel=y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), title=title)
@@ -107,7 +107,7 @@ def render_curves(per_class: Mapping[str, dict]) -> Figure:
 
 
 def render_decision_curves(curves: Mapping[str, dict]) -> Figure:
-    """Draws the net benefit of following the model, of calling everyone and of calling nobody, per target."""
+    """Draws the net benefit of the model, of calling everyone positive and of calling no one positive, per target."""
     with use_style():
         figure = Figure(figsize=(7.5, 3.2), layout='constrained')
         for axes, (target, curve) in zip(
@@ -124,7 +124,7 @@ def render_decision_curves(curves: Mapping[str, dict]) -> Figure:
 
 
 def render_reliability(before: dict, after: dict) -> Figure:
-    """Draws accuracy against confidence before and after temperature scaling; areas are in proportion to counts."""
+    """Draws accuracy against confidence before and after temperature scaling; marker areas show the counts."""
     with use_style():
         figure = Figure(figsize=(4.4, 3.8), layout='constrained')
         axes = figure.subplots()
@@ -141,21 +141,21 @@ def render_reliability(before: dict, after: dict) -> Figure:
 
 
 def render_risk_coverage(curve: dict[str, Any]) -> Figure:
-    """Draws the error rate of the most confident share of the answers."""
+    """Draws the error rate against coverage, the share of examples that is answered."""
     with use_style():
         figure = Figure(figsize=(4.4, 3.2), layout='constrained')
         axes = figure.subplots()
         axes.plot(curve['coverage'], curve['risk'], color=FIRST)
-        axes.set(xlabel='Share answered, most confident first', ylabel='Error rate among them', xlim=(0, 1))
+        axes.set(xlabel='Coverage (most confident first)', ylabel='Error rate', xlim=(0, 1))
         axes.set_ylim(bottom=0)
         return figure
 
 
 def render_erasure_curves(curves: Mapping[str, dict[str, Sequence[float]]]) -> Figure:
-    """Draws mean deletion and insertion curves of several maps, whose highest pixels come first.
+    """Draws mean deletion and insertion curves of several maps. Both start with the highest pixels of a map.
 
     Args:
-      curves: 'deletion' and 'insertion', the probability at evenly spaced shares of the pixels, by map.
+      curves: map name -> 'deletion' and 'insertion', the probability at evenly spaced shares of the pixels.
     """
     with use_style():
         figure = Figure(figsize=(7.5, 3.2), layout='constrained')
@@ -163,7 +163,7 @@ def render_erasure_curves(curves: Mapping[str, dict[str, Sequence[float]]]) -> F
         for axes, name in zip(figure.subplots(1, 2), ('deletion', 'insertion'), strict=True):
             for (label, curve), colour in zip(curves.items(), colours, strict=False):
                 axes.plot(np.linspace(0, 1, len(curve[name])), curve[name], color=colour, label=label)
-            verb = 'blurred' if name == 'deletion' else 'brought back'
+            verb = 'blurred' if name == 'deletion' else 'restored'
             axes.set(xlabel=f'Share of pixels {verb}', title=name.capitalize())
         figure.axes[0].set_ylabel('Probability of the predicted class')
         figure.axes[1].legend(loc='center left', bbox_to_anchor=(1, 0.5))

@@ -1,4 +1,4 @@
-"""The most confident mistakes of a test, as a section of a report: what to look at before anything else."""
+"""Report section: the most confident mistakes on the test split."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ _MAX_PER_PATIENT = 2
 def find_confident_mistakes(
     probabilities_NxK: np.ndarray, labels_N: np.ndarray, count: int, patients: Sequence[str]
 ) -> list[int]:
-    """Returns the indices of the `count` most confident wrong predictions, surest first, at most two of a patient."""
+    """Returns indices of up to `count` wrong predictions, most confident first, at most two per patient."""
     predicted, confidence = probabilities_NxK.argmax(1), probabilities_NxK.max(1)
     chosen, seen = [], {}
     for i in np.argsort(-confidence, kind='stable').tolist():
@@ -40,17 +40,17 @@ def build_mistakes(
     column: str,
     note: str,
 ) -> Section:
-    """Returns the section.
+    """Returns the section 'mistakes': pictures and a table, or one sentence if there are none.
 
     Args:
-      probabilities_NxK: of test examples.
+      probabilities_NxK: predicted, of the test examples.
       labels_N: int, 0 .. K-1.
       patients: patient of each example.
-      names: of each example.
-      load_image: number of an example -> a slice of it, uint8 [S, S].
-      what: an example is, 'slice' or 'scan'.
-      column: head of the names.
-      note: what is shown.
+      names: name of each example.
+      load_image: index of an example -> one of its slices, uint8 [S, S].
+      what: 'slice' or 'scan', the kind of example.
+      column: heading of the names in the table.
+      note: paragraph above the pictures.
     """
     title = 'Most confident mistakes'
     mistakes = find_confident_mistakes(probabilities_NxK, labels_N, NUM_SHOWN, patients)
@@ -59,7 +59,7 @@ def build_mistakes(
     examples, rows = [], []
     for i in mistakes:
         true, called, share = CLASSES[labels_N[i]], CLASSES[probabilities_NxK[i].argmax()], probabilities_NxK[i].max()
-        examples.append(pictures.Example(f'{true}, called\n{called} {share:.2f}', load_image(i)))
+        examples.append(pictures.Example(f'{true}, predicted\n{called} {share:.2f}', load_image(i)))
         rows.append((names[i], true, called, float(share)))
     return Section(
         'mistakes',
@@ -67,6 +67,6 @@ def build_mistakes(
         [
             note,
             create_picture(pictures.render_panels({'': examples}, 3), 'The most confident mistakes'),
-            Table('Most confident mistakes, surest first', (column, 'true', 'called', 'probability'), rows),
+            Table('Mistakes by predicted probability', (column, 'true', 'predicted', 'probability'), rows),
         ],
     )

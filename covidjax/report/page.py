@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: text escaped, pictures inside, one style for light, dark, phone and paper."""
+"""Self-contained HTML pages: escaped text, embedded pictures, one style for light, dark, phone and print."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from covidjax.files import replace_file
 
 
 class Table(NamedTuple):
-    """Numbers.
+    """A table on a page.
 
     Attributes:
-      title: what the numbers are.
-      columns: heads.
-      rows: one value per column: text, a count (int), a ratio (float), an interval [low, high] or None.
+      title: caption.
+      columns: headings.
+      rows: one value per column: str, count (int), ratio (float), interval [low, high], or None.
     """
 
     title: str
@@ -24,7 +24,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A plot or an image: its text alternative, a data URI and its width in inches at a font size of 10 points."""
+    """A plot or an image: text alternative, data URI, and width in inches at a font size of 10 points."""
 
     alt: str
     uri: str
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Renders a template of this package with `values` and writes it, whole or not at all."""
+    """Renders a template of this package with `values` and writes it atomically."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('covidjax.report', '.'),
         autoescape=True,
@@ -48,7 +48,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def format_cell(value: Any) -> str:
-    """Returns a value of a table as text: '12,345', '0.500', '0.250 to 0.750', an en dash for None."""
+    """Formats a table value: '12,345', '0.500', '0.250 to 0.750', an en dash for None."""
     if value is None:
         return '\N{EN DASH}'
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Pictures of slices and of what models see in them: the paper's figures 1, 2, 5, 6 and 7, and the worst mistakes.
+"""Figures of slices and attention maps: the paper's figures 1, 2, 5, 6 and 7, and the most confident mistakes.
 
 Shapes: N slices, S their side, T slices of a scan.
 """
@@ -17,16 +17,16 @@ from covidjax.data.preprocess import Box
 from covidjax.report.charts import use_style
 
 _GREY_MAP = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
-_SCALE = ScalarMappable(Normalize(0, 1), 'inferno')  # of overlaid maps
+_SCALE = ScalarMappable(Normalize(0, 1), 'inferno')  # for overlaid maps
 
 
 class Example(NamedTuple):
     """A slice to show.
 
     Attributes:
-      title: above it.
+      title: text above the slice.
       image: uint8 [S, S].
-      overlay: what is shown over it, [S, S]: a map in [0, 1], a bool mask, or None.
+      overlay: drawn over the slice, [S, S]: a map in [0, 1], a bool mask (outlined), or None.
     """
 
     title: str
@@ -35,9 +35,9 @@ class Example(NamedTuple):
 
 
 def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]:
-    """Returns for each class the numbers of slices to show: the middle slices of patients spread evenly over the list.
+    """Returns slice indices per class: the middle slices of up to `per_class` patients, evenly spaced in the list.
 
-    The first rows of a list are all of one class, and often of one patient.
+    The first rows of a list would not do: they share one class and often one patient.
     """
     chosen = {}
     for label, name in enumerate(CLASSES):
@@ -53,7 +53,7 @@ def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]
 
 
 def outline_box(title: str, image: np.ndarray, box: Box) -> Example:
-    """Returns an image uint8 [H, W] with its box outlined, before it is cropped."""
+    """Returns an uncropped image, uint8 [H, W], with its box outlined."""
     xmin, ymin, xmax, ymax = box
     inside = np.zeros(image.shape, bool)
     inside[max(ymin, 0) : ymax, max(xmin, 0) : xmax] = True
@@ -63,12 +63,12 @@ def outline_box(title: str, image: np.ndarray, box: Box) -> Example:
 def arrange_maps(
     titles: Sequence[str], images: np.ndarray, maps: Mapping[str, np.ndarray]
 ) -> list[tuple[str, list[Example]]]:
-    """Returns the lines of `render_maps`: each slice by itself, then under each of its maps.
+    """Returns the rows of `render_maps`: each slice plain, then overlaid with each of its maps.
 
     Args:
-      titles: of the N slices.
+      titles: one per slice [N].
       images: uint8 [N, S, S, 1].
-      maps: name -> overlays [N, S, S] as in `Example`.
+      maps: map name -> overlays [N, S, S], as in `Example`.
     """
     return [
         (title, [Example('slice', image), *(Example(name, image, of_kind[i]) for name, of_kind in maps.items())])
@@ -79,13 +79,13 @@ def arrange_maps(
 def render_panels(
     panels: Mapping[str, Sequence[Example]], columns: int, *, scale: str = '', width: float = 7.5
 ) -> Figure:
-    """Draws panels of slices side by side, as in the paper: normal left, pneumonia in the centre, COVID-19 right.
+    """Draws panels of slices side by side; in the paper: normal, pneumonia, COVID-19 from left to right.
 
     Args:
-      panels: title of a panel -> its slices in reading order.
-      columns: slices beside each other in a panel.
-      scale: what the overlaid maps show, for the colour bar; empty: no maps.
-      width: of all panels, inches.
+      panels: panel title -> its slices in reading order.
+      columns: slices per row of a panel.
+      scale: label of the colour bar; empty if there are no maps.
+      width: of all panels together, in inches.
     """
     with use_style():
         lines = max(-(-len(examples) // columns) for examples in panels.values())
@@ -121,11 +121,11 @@ def _show(axes: Axes, example: Example, *, fontsize: float) -> None:
 
 
 def render_maps(rows: Sequence[tuple[str, Sequence[Example]]], *, scale: str) -> Figure:
-    """Draws a line of pictures per slice, titled on its left: the slice and the maps of it.
+    """Draws one row per slice, with its title on the left: the slice and its maps.
 
     Args:
-      rows: title and pictures; all lines are equally long.
-      scale: what the colours show.
+      rows: title and pictures; all rows have the same length.
+      scale: label of the colour bar.
     """
     with use_style():
         columns = len(rows[0][1])

@@ -1,4 +1,4 @@
-"""prediction.html: the verdict on one scan, what it rests on, how it was read, and what it is not good for."""
+"""prediction.html: the prediction for one scan, its top slices, how the input was read, and limits of use."""
 
 import datetime
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ _NUM_MONTAGE, _COLUMNS = 16, 4
 
 
 class Prediction(NamedTuple):
-    """What is said of a scan, T slices of which the model saw.
+    """The prediction for a scan, of which the model saw T slices.
 
     Attributes:
       summary: the content of prediction.json.
-      used: numbers of the slices, from 0 [T].
-      boxes: of all slices of the scan.
+      used: indices of these slices in the scan, from 0, int [T].
+      boxes: crop boxes of all slices of the scan.
       images: the slices as the model saw them, uint8 [T, S, S].
-      probabilities: of each slice by itself [T, K].
-      attention: of the sequence model to the slices [T], None for a slice model.
-      maps: both attention maps of each slice.
-      novelty: of each slice [T], None if the run does not tell.
+      probabilities: of each single slice [T, K].
+      attention: of the sequence model to the slices [T]; None for a slice model.
+      maps: attention maps of both modules for each slice.
+      novelty: distance / threshold of each slice [T]; None if the run has no novelty statistics.
     """
 
     summary: dict[str, Any]
@@ -51,15 +51,15 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
     """Writes a self-contained page.
 
     Args:
-      path: of the page.
+      path: where the page goes.
       volume: the scan.
-      prediction: what is said of it.
+      prediction: its prediction.
       results: results.json of the run.
     """
     summary = prediction.summary
     warnings = [f'Forced in spite of: {doubt}' for doubt in summary['forced']]
     if is_unusual(summary):
-        warnings.append('Do not trust the numbers below: the model has seen nothing like this scan.')
+        warnings.append('Do not trust the numbers below: this scan is unlike the training data.')
     write_page(
         path,
         'prediction.html',
@@ -83,21 +83,21 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
 
 
 def is_unusual(summary: dict[str, Any]) -> bool:
-    """Says whether most slices of a scan lie farther from the training data than usual ones."""
+    """Returns whether the median slice lies beyond the novelty threshold; False without novelty statistics."""
     return summary['novelty'] is not None and summary['novelty']['median'] > 1
 
 
 def _build_headline(summary: dict[str, Any]) -> str:
     share = summary['probabilities'][summary['class']]
     conformal = summary['conformal']
-    text = f'The likeliest class is {summary["class"]}, with a probability of {share:.1%}.'
+    text = f'The most likely class is {summary["class"]}, with probability {share:.1%}.'
     if is_unusual(summary):
-        return f'Uncertain: the scan is unlike those that the model was made with. {text}'
+        return f'Uncertain: the scan is unlike the training data. {text}'
     if conformal is None:
-        return f'{text} The run has no calibration for scans: neither a conformal set nor a threshold can be given.'
+        return f'{text} The run has no calibration for scans, so there is no conformal set and no threshold.'
     held = ', '.join(conformal['set'])
     if len(conformal['set']) == 1:
-        return f'{text} It is the only one in the {conformal["coverage"]:.0%} conformal set.'
+        return f'{text} It is the only class in the {conformal["coverage"]:.0%} conformal set.'
     if held:
         return f'Uncertain: the {conformal["coverage"]:.0%} conformal set holds {held}. {text}'
     return f'Uncertain: no class is in the {conformal["coverage"]:.0%} conformal set. {text}'
@@ -111,16 +111,16 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
     ]
     parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
     if vote is None:
-        parts.append('The sequence model weighs the slices; its temperature was fitted on validation scans.')
+        parts.append('The sequence model combines the slices. Its temperature was fitted on validation scans.')
     elif vote['is_chosen_on_validation']:
         parts.append(
-            f'Slices vote by the rule {vote["rule"]!r}, the best on validation scans, where the temperature of the '
-            'votes was fitted too.'
+            f'Slices vote by the rule {vote["rule"]!r}, the best on validation scans. The temperature of the votes was '
+            'fitted on the same scans.'
         )
     else:
         parts.append(
-            f'Slices vote by the rule {vote["rule"]!r}: this run stores none. --mode=evaluate chooses one on its '
-            'validation scans, with a calibration for scans.'
+            f'Slices vote by the default rule {vote["rule"]!r}, because this run stores none. Run --mode=evaluate to '
+            'choose one on validation scans and to calibrate it for scans.'
         )
     if conformal is not None:
         parts += conformal['notes']
@@ -135,7 +135,11 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
             for target, answer in screening.items()
         ]
         parts.append(
-            Table('At the thresholds chosen on validation', ('screened for', 'score', 'threshold', 'answer'), answers)
+            Table(
+                'Screening at the thresholds chosen on validation',
+                ('screened for', 'score', 'threshold', 'answer'),
+                answers,
+            )
         )
     return Section('verdict', 'Verdict', parts)
 
@@ -146,11 +150,11 @@ def _build_course(prediction: Prediction) -> Section:
     total = sum(counts.values())
     others = total - counts[summary['class']]
     called = ', '.join(f'{count:,} {name}' for name, count in counts.items())
-    text = f'Slices by themselves are called: {called}. {others:,} of {total:,} disagree with the scan.'
+    text = f'Predicted classes of the slices: {called}. {others:,} of {total:,} differ from the class of the scan.'
     if counts['pneumonia'] and counts['covid19']:
-        text += ' Both pneumonia and COVID-19 are called: look at the slices.'
+        text += ' Both pneumonia and COVID-19 are predicted: check the slices.'
     if total < summary['input']['num_slices']:
-        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices, spread evenly.'
+        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices, evenly spaced.'
     picture = create_picture(_render_course(prediction), 'Probability of each class, slice by slice, from head to feet')
     return Section('course', 'Along the scan', [picture, text])
 
@@ -170,7 +174,7 @@ def _render_course(prediction: Prediction) -> Figure:
         if attention is not None:
             lines[1].bar(numbers, attention, width=max(0.6, np.ptp(numbers) / len(numbers) / 2), color=FIRST)
             lines[1].set(ylabel='Attention to it')
-        lines[-1].set_xlabel('Slice, from head to feet; dotted: what the verdict rests on')
+        lines[-1].set_xlabel('Slice, from head to feet (dotted: top slices)')
         return figure
 
 
@@ -188,19 +192,17 @@ def _build_top(prediction: Prediction) -> Section:
         region = Example('region', images[i], segment(both[i : i + 1])[0])
         rows.append((title, [*(Example(kind, images[i], overlay) for kind, overlay in kinds), region]))
     why = (
-        'the highest probability of the class that is called'
+        'the highest probability of the predicted class'
         if prediction.attention is None
         else 'the highest attention of the sequence model'
     )
     return Section(
         'slices',
-        'What the verdict rests on',
+        'Top slices',
         [
-            f'The slices with {why}, as the model sees them: the attention of its two modules, both together, and the '
-            'region from its Otsu threshold on. Attention shows what was weighed, not a lesion.',
-            create_picture(
-                render_maps(rows, scale='scaled to 0..1'), 'The slices that count most, with maps of attention'
-            ),
+            f'The slices with {why}, as the model sees them: the attention of each module, both combined, and the '
+            'region at or above the Otsu threshold. Attention shows what the model weighed, not a lesion.',
+            create_picture(render_maps(rows, scale='scaled to 0..1'), 'The top slices with their attention maps'),
         ],
     )
 
@@ -211,15 +213,15 @@ def _build_montage(prediction: Prediction) -> Section:
     figure = render_panels({'': examples}, min(_COLUMNS, len(examples)), width=7.5 if len(examples) > 1 else 3)
     return Section(
         'montage',
-        'The scan',
-        ['Slices as the model sees them, with their numbers from the head on.', create_picture(figure, 'Montage')],
+        'Montage',
+        ['Slices as the model sees them, numbered from the head.', create_picture(figure, 'Montage of slices')],
     )
 
 
 def _build_novelty(prediction: Prediction) -> Section:
     title, found = 'Distance from the training data', prediction.summary['novelty']
     if found is None:
-        return Section('novelty', title, ['Not available: this run does not tell what is usual (see the README).'])
+        return Section('novelty', title, ['Not available: this run has no novelty statistics (see the README).'])
     with use_style():
         figure = Figure(figsize=(7.5, 2.2), layout='constrained')
         axes = figure.subplots()
@@ -231,9 +233,10 @@ def _build_novelty(prediction: Prediction) -> Section:
         'novelty',
         title,
         [
-            'Mahalanobis distance of the means and deviations of the features of all stages, divided by the one within '
-            f'which {QUANTILE:.0%} of held-out validation slices lie. Median {found["median"]:.2f}; '
-            f'{found["share_unusual"]:.0%} of the slices lie beyond. A small distance does not make an answer right.',
+            'Mahalanobis distance of the means and standard deviations of the features of all stages. It is divided by '
+            f'a threshold that holds {QUANTILE:.0%} of held-out validation slices. Median {found["median"]:.2f}; '
+            f'{found["share_unusual"]:.0%} of the slices are above 1. A small distance does not mean that the '
+            'prediction is right.',
             create_picture(figure, 'Distance of each slice from the training data'),
         ],
     )
@@ -247,7 +250,7 @@ def _build_reading(volume: Volume, prediction: Prediction) -> Section:
         ('kind', volume.kind),
         ('slices', f'{len(volume.slices):,}'),
         *volume.facts,
-        ('cropped', "each slice to the body: the largest region above Otsu's threshold"),
+        ('crop', "each slice to the body, the largest region above Otsu's threshold"),
         ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
         ('seconds', ', '.join(f'{stage} {s:.1f}' for stage, s in prediction.summary['seconds'].items())),
     ]
@@ -261,12 +264,12 @@ def _build_reading(volume: Volume, prediction: Prediction) -> Section:
         axes.axis('off')
     return Section(
         'reading',
-        'How it was read',
+        'Input and cropping',
         [
             *(f'{note[0].upper()}{note[1:]}.' for note in volume.notes),
-            Table('Facts', ('what', 'value'), facts),
-            'The middle slice and the box that it is cropped to:',
-            create_picture(figure, 'The middle slice, whole, with the box around the body'),
+            Table('Input', ('property', 'value'), facts),
+            'The middle slice and its crop box:',
+            create_picture(figure, 'The uncropped middle slice with the box around the body'),
         ],
     )
 
@@ -276,17 +279,17 @@ def _build_limits(summary: dict[str, Any], results: dict[str, Any]) -> Section:
     card: Sequence[tuple[str, str]] = [
         ('model', results['model']),
         ('trained on', results['data']),
-        ('its test accuracy', f'{results["accuracy"]:.1%} ({interval})'),
+        ('test accuracy', f'{results["accuracy"]:.1%} ({interval})'),
         ('code', f'covidjax {covidjax.__version__}'),
     ]
     return Section(
         'limits',
         'Limits of use',
         [
-            'The model knows three classes. Any other disease, a tumour say, is called one of them.',
-            'Probabilities and conformal sets hold for scans like those of the validation list, at its share of the '
-            'sick; another hospital, scanner or protocol may change them.',
-            'Slices are read by a rule that can be wrong: look at the montage and at the box before the numbers.',
-            Table('Model', ('what', 'value'), card),
+            'The model knows three classes. It assigns any other disease, such as a tumour, to one of them.',
+            'Probabilities and conformal sets hold for scans like those of the validation list, at its prevalence. '
+            'Another hospital, scanner or protocol may change them.',
+            'Reading and cropping follow a rule that can be wrong: check the montage and the box before the numbers.',
+            Table('Model', ('property', 'value'), card),
         ],
     )

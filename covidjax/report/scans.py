@@ -1,4 +1,4 @@
-"""The part of a scan run's report that shows scans: their slices, attention over them, what it is worth, mistakes."""
+"""Report sections of a scan run: sample scans, attention over slices with its scores, and mistakes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +25,12 @@ _COLUMNS, _WIDTH = 4, 10.0
 def score_slice_attention(
     scans: Sequence[Scan], data: covidx_ct.Prepared, attention: Sequence[np.ndarray]
 ) -> dict[str, dict] | None:
-    """Returns `localisation.score_slice_attention` of phantoms, whose lesions are known; None of other data.
+    """Returns `localisation.score_slice_attention` for phantoms, whose lesions are known; None for other data.
 
     Args:
-      scans: M test scans.
-      data: with the test slices.
-      attention: per scan [T].
+      scans: the M test scans.
+      data: holds the test slices.
+      attention: one array [T] per scan.
     """
     rows, masks = data.rows['test'], data.raw_dir / phantom.MASK_FOLDER
     if not masks.is_dir():
@@ -42,13 +42,13 @@ def score_slice_attention(
 def create_examples(
     extractor: Att2, variables: Any, source: Sequence[dict], scan: Scan, attention_T: np.ndarray
 ) -> tuple[list[Example], list[Example]]:
-    """Returns at most 16 slices of a scan, spread evenly, as they are and under their attention.
+    """Returns up to 16 evenly spaced slices of a scan: plain, and overlaid with attention maps.
 
     Args:
-      extractor, variables: the slice model, whose maps ('attention 1 x 2') are shown.
+      extractor, variables: the slice model; its 'attention 1 x 2' maps are shown.
       source: records of the split.
-      scan: T slices.
-      attention_T: of the sequence model; the highest of those shown keeps the strength of its map.
+      scan: a scan of T slices.
+      attention_T: of the sequence model. It scales the maps, relative to the highest weight shown.
     """
     thinned = thin_evenly(scan, NUM_SLICES) if len(scan.records) > NUM_SLICES else scan
     weights = np.array([attention_T[scan.records.index(record)] for record in thinned.records])
@@ -71,15 +71,15 @@ def build_scan_sections(
     attention: Sequence[np.ndarray],
     slice_attention: dict[str, dict] | None,
 ) -> list[Section]:
-    """Returns the sections.
+    """Returns the sections 'samples', 'attention' and 'mistakes'.
 
     Args:
       extractor, variables: the slice model.
-      data: with the test slices.
-      scans: M test scans.
+      data: holds the test slices.
+      scans: the M test scans.
       probabilities: of the sequence model, [M, K].
-      attention: per scan [T].
-      slice_attention: of `score_slice_attention`, None where no lesions are known.
+      attention: one array [T] per scan.
+      slice_attention: from `score_slice_attention`; None if lesions are unknown.
     """
     source = data.sources['test']
     shown = {}
@@ -89,45 +89,46 @@ def build_scan_sections(
             shown[name] = of_class[len(of_class) // 2]
     plain, weighted = {}, {}
     for name, number in shown.items():
-        title = f'{name}, called {CLASSES[probabilities[number].argmax()]}'
+        title = f'{name}, predicted {CLASSES[probabilities[number].argmax()]}'
         plain[title], weighted[title] = create_examples(extractor, variables, source, scans[number], attention[number])
     names = ', '.join(scans[number].scan for number in shown.values())
     samples = Section(
         'samples',
-        'Scans',
+        'Sample scans',
         [
-            f'The middle scan of each class in the test list, {names}: up to 16 slices spread evenly from first to '
+            f'The middle scan of each class in the test list: {names}. Up to 16 evenly spaced slices from first to '
             'last, with their numbers (as Fig. 2 of the paper).',
             create_picture(pictures.render_panels(plain, _COLUMNS, width=_WIDTH), 'Slices of a scan of each class'),
         ],
     )
     parts = [
-        'The maps of both attention modules of the slice model, weighted by the attention of the sequence model to the '
-        'slice (as Fig. 6 of the paper). Above a slice: its number and its attention, which sums to 1 over the scan.',
+        'Each map combines both attention modules of the slice model. It is weighted by the attention of the sequence '
+        'model to the slice (as Fig. 6 of the paper). Above each slice: its number and its attention, which sums to 1 '
+        'over the scan.',
         create_picture(
             pictures.render_panels(weighted, _COLUMNS, scale='attention 1 x 2 of a slice, weighted', width=_WIDTH),
             'The same slices with attention maps, weighted by the attention to the slice',
         ),
     ]
     if slice_attention is None:
-        parts.append('Not scored against infected slices: these data do not tell which slices show a lesion.')
+        parts.append('Not scored: these data do not say which slices show a lesion.')
     else:
         rows = [
             (what, score['mean'], score['interval'], score['number'])
             for what, score in (
-                ('area under ROC: slices with a lesion above those without (chance 0.5)', slice_attention['auc']),
+                ('area under ROC, slices with a lesion against those without (chance 0.5)', slice_attention['auc']),
                 *(
                     (f'{text} of {k} {"slice" if k == 1 else "slices"}', slice_attention[f'{key}@{k}'])
                     for k in localisation.TOP_K
                     for key, text in (
-                        ('hit', 'a lesion among the highest'),
+                        ('hit', 'lesion among the highest'),
                         ('chance', 'the same for a random choice'),
                     )
                 ),
             )
         ]
         parts += [
-            'Does attention find the slices that show a lesion? Only scans with both kinds of slices can tell.',
+            'Attention as a detector of slices with a lesion, over the scans that have slices with and without one.',
             Table('Attention over slices', ('score', 'mean over scans', 'interval', 'scans'), rows),
         ]
 
@@ -136,7 +137,7 @@ def build_scan_sections(
 
     return [
         samples,
-        Section('attention', 'Which slices the model looks at', parts),
+        Section('attention', 'Attention over slices', parts),
         build_mistakes(
             probabilities,
             np.array([scan.label for scan in scans]),
@@ -145,6 +146,6 @@ def build_scan_sections(
             load_image,
             what='scan',
             column='scan',
-            note='Of each scan, the slice with the highest attention.',
+            note='Shown: the slice with the highest attention of each scan.',
         ),
     ]

@@ -1,4 +1,4 @@
-"""report.html of a run: what both experiments tell, from results.json alone.
+"""Sections of report.html that both experiments share, built from results.json alone.
 
 A section is a title and its parts in reading order: paragraphs, tables and pictures.
 """
@@ -20,9 +20,9 @@ class Section(NamedTuple):
     """A section of a report.
 
     Attributes:
-      name: anchor.
+      name: HTML anchor.
       title: heading.
-      parts: str, Table or Picture.
+      parts: paragraphs (str), tables and pictures, in reading order.
     """
 
     name: str
@@ -35,28 +35,28 @@ def write_report(path: Path, results: dict[str, Any], sections: Sequence[Section
     beside = ', '.join(f'{name} {metrics["accuracy"]:.1%}' for name, metrics in results['baselines'].items())
     headline = (
         f'{results["accuracy"]:.1%} of {results["num_examples"]:,} test {unit} of {results["num_patients"]:,} patients '
-        f'are classified rightly ({describe_interval(results["intervals"]["accuracy"])}). Beside it: {beside}.'
+        f'are classified correctly ({describe_interval(results["intervals"]["accuracy"])}). Baselines: {beside}.'
     )
     title = f'{results["model"]} on {results["data"]}'
     write_page(path, 'run.html', title=title, notice=results['notice'], headline=headline, sections=sections)
 
 
 def describe_interval(interval: Sequence[float] | None) -> str:
-    """Returns e.g. '95 % interval 85.1% to 87.9%'; None, the interval of a single patient, is said to be missing."""
+    """Returns e.g. '95 % interval 85.1% to 87.9%'; for None (a single patient) says that there is no interval."""
     return f'95 % interval {interval[0]:.1%} to {interval[1]:.1%}' if interval else 'one patient, so no interval'
 
 
 def build_scores(
     results: dict[str, Any], published: Sequence[Sequence[float]] | None, *, table: str, unit: str, others: Mapping
 ) -> list[Section]:
-    """Returns accuracy beside the baselines, and the scores per class.
+    """Returns the sections 'accuracy' (against the baselines) and 'scores' (per class).
 
     Args:
-      results: of the run.
-      published: the paper's precision, recall and F1 of each class and of their average; None on other data.
-      table: name of the paper's table.
+      results: results.json of the run.
+      published: the paper's precision, recall and F1 of each class and of their average; None for other data.
+      table: name of the paper's table, e.g. 'Table III'.
       unit: 'slices' or 'scans'.
-      others: further classifiers to show beside the model, `compute_metrics` by name.
+      others: further classifiers to compare: name -> `compute_metrics`.
     """
     every = {'model': results, **others, **results['baselines']}
     rows = [
@@ -65,11 +65,11 @@ def build_scores(
     ]
     accuracy = Section(
         'accuracy',
-        'Accuracy beside what needs no model',
+        'Accuracy against trivial baselines',
         [
-            'What the model has to beat: always answering the commonest class, reading only the numbers in file names, '
-            'and seeing only 32 x 32 thumbnails, too small for most lesions.',
-            create_picture(figures.render_accuracies(every), 'Accuracies with 95 % intervals by classifier'),
+            'The model has to beat three baselines: the majority class, a classifier of the numbers in file names, and '
+            'one of 32 x 32 thumbnails, which are too small for most lesions.',
+            create_picture(figures.render_accuracies(every), 'Accuracy of each classifier with its 95 % interval'),
             Table(
                 f'Accuracy over test {unit}, intervals by bootstrap over patients',
                 ('classifier', 'accuracy', '95 % interval', 'mean recall of the classes', 'weighted F1'),
@@ -109,7 +109,7 @@ def build_scores(
         'scores',
         'Scores per class',
         [
-            Table(f'{table} of the paper, in its form', columns, rows),
+            Table(f'Precision, recall and F1, laid out as {table} of the paper', columns, rows),
             create_picture(confusion, f'Confusion matrix: {results["confusion_matrix"]}, rows are the true classes'),
             Table(
                 'Each class against the rest',
@@ -117,7 +117,7 @@ def build_scores(
                 binary,
             ),
             *results['notes'],
-            f'Predictive values hold for the mix of classes of this test list only. Brackets are 95 % intervals, '
+            f'Predictive values hold only for the class mix of this test list. Intervals are 95 % intervals: '
             f'{intervals["method"]}.',
         ],
     )
@@ -125,11 +125,11 @@ def build_scores(
 
 
 def build_statistics(results: dict[str, Any], rules: dict[str, Any], *, unit: str) -> list[Section]:
-    """Returns curves, operating points, calibration and uncertain cases.
+    """Returns the sections 'curves', 'screening', 'calibration' and 'uncertainty'.
 
     Args:
-      results: with 'curves' and 'screening'.
-      rules: of `screening.fit_rules`.
+      results: results.json, with 'curves' and 'screening'.
+      rules: from `screening.fit_rules`.
       unit: 'slices' or 'scans'.
     """
     return [
@@ -203,10 +203,11 @@ def _build_operating_points(screening: dict[str, Any], rules: dict[str, Any], un
     target = rules['thresholds']['covid19']['target_sensitivity']
     return Section(
         'screening',
-        'As a screening test',
+        'Operating points for screening',
         [
-            f'False negatives weigh most in screening. The highest threshold that finds {target:.0%} of the validation '
-            f'{unit} with the disease is applied to the test {unit}; the lower bound counts each patient once.',
+            f'False negatives are the costliest errors in screening. The threshold is the highest with a sensitivity '
+            f'of at least {target:.0%} on the validation {unit}; it is applied to the test {unit} unchanged. The '
+            'lower bound counts each patient once.',
             *notes,
             Table(
                 f'Thresholds chosen on validation, tested on test {unit}',
@@ -214,25 +215,25 @@ def _build_operating_points(screening: dict[str, Any], rules: dict[str, Any], un
                     'screened for',
                     'threshold',
                     'validation sensitivity',
-                    'its lower bound',
+                    'lower bound',
                     'sensitivity',
                     'interval',
                     'specificity',
                     'interval',
-                    'found',
-                    'missed',
-                    'false alarms',
-                    'rightly cleared',
+                    'TP',
+                    'FN',
+                    'FP',
+                    'TN',
                 ),
                 points,
             ),
             Table(
-                'What an answer is worth, by the share of sick among those screened',
-                ('screened for', 'share of sick', 'PPV', 'interval', 'NPV', 'interval'),
+                'Predictive values by prevalence',
+                ('screened for', 'prevalence', 'PPV', 'interval', 'NPV', 'interval'),
                 worth,
             ),
-            'Decision curves: the net benefit of following the model, at the test share of sick, for every trade of '
-            'missed cases against false alarms. A model is of use where its curve is the highest.',
+            'Decision curves: net benefit at the test prevalence. The threshold probability trades missed cases '
+            'against false alarms. The model is useful where its curve is the highest.',
             create_picture(
                 figures.render_decision_curves(
                     {what: screening['decision_curves'][target] for target, what in TARGETS.items()}
@@ -247,11 +248,11 @@ def _build_operating_points(screening: dict[str, Any], rules: dict[str, Any], un
 def _describe_prior_correction(correction: dict[str, Any]) -> list[str | Table]:
     shares = ', '.join(f'{share:.0%} {name}' for name, share in correction['to_shares'].items())
     text = (
-        f'Elsewhere the classes have other shares. At a place with {shares}, imitated by weighting the test list, '
-        'probabilities corrected from the equal shares that the weighted loss presumes give:'
+        'Correction to another class mix. The weighted loss assumes equal class shares. Here the probabilities are '
+        f'corrected to {shares}, and the test list is weighted to that mix:'
     )
     if correction['before'] is None:
-        return [f'{text} nothing. {correction["note"]}']
+        return [f'{text} not computed. {correction["note"]}']
     rows = [
         (
             when,
@@ -272,12 +273,15 @@ def _build_calibration(screening: dict[str, Any], unit: str) -> Section:
     rows = [(when, *(calibration[when][name] for name in ('ece', 'brier', 'nll'))) for when in ('before', 'after')]
     return Section(
         'calibration',
-        'Do probabilities mean what they say?',
+        'Calibration',
         [
-            f'Logits are divided by {calibration["temperature"]:.3f}, the temperature fitted on validation and kept in '
-            'calibration.json; above 1 it makes answers less certain. Expected calibration error (ECE), Brier score '
-            f'and log loss of the test {unit}, lower is better:',
-            Table('Calibration', ('temperature scaling', 'ECE', 'Brier score', 'log loss'), rows),
+            f'Logits are divided by the temperature {calibration["temperature"]:.3f}, which is fitted on validation '
+            'and stored in calibration.json. Above 1 it makes predictions less confident.',
+            Table(
+                f'Calibration on the test {unit}; lower is better',
+                ('temperature scaling', 'expected calibration error (ECE)', 'Brier score', 'log loss'),
+                rows,
+            ),
             create_picture(
                 figures.render_reliability(calibration['before'], calibration['after']),
                 'Reliability diagram: accuracy against confidence before and after temperature scaling',
@@ -295,40 +299,43 @@ def _build_uncertainty(screening: dict[str, Any], unit: str) -> Section:
     answered = [(f'{float(share):.0%}', accuracy) for share, accuracy in risk['accuracy_at'].items()]
     return Section(
         'uncertainty',
-        'Uncertain cases',
+        'Conformal sets and risk-coverage',
         [
-            f'Conformal sets hold every class that cannot be ruled out, so that each class is in the set of its own '
-            f'{unit} {conformal["target_coverage"]:.0%} of the time. {conformal["single"]:.1%} of the sets hold one, '
-            f'{conformal["multiple"]:.1%} several and {conformal["empty"]:.1%} none; the mean size is '
-            f'{conformal["mean_size"]:.2f}.',
+            f'A conformal set holds every class that cannot be ruled out. Per class, the target is that '
+            f'{conformal["target_coverage"]:.0%} of the {unit} have the true class in their set. '
+            f'{conformal["single"]:.1%} of the sets hold one class, {conformal["multiple"]:.1%} several and '
+            f'{conformal["empty"]:.1%} none; the mean size is {conformal["mean_size"]:.2f}.',
             *conformal['notes'],
             Table(
-                f'How often the sets of test {unit} hold the truth',
-                ('class', unit, 'held', 'interval', 'threshold'),
+                f'Coverage of the true class in the sets of the test {unit}',
+                ('class', unit, 'coverage', 'interval', 'threshold'),
                 rows,
             ),
-            'Answering only where the model is most confident:',
-            create_picture(figures.render_risk_coverage(risk), 'Error rate against the share that is answered'),
-            Table('Accuracy of the most confident share', ('answered', 'accuracy'), answered),
+            'Risk-coverage: errors if the model answers only its most confident cases.',
+            create_picture(figures.render_risk_coverage(risk), 'Error rate against coverage'),
+            Table('Accuracy by coverage', ('coverage', 'accuracy'), answered),
         ],
     )
 
 
 def build_training(results: dict[str, Any], config: Mapping[str, Any], history: Sequence[dict]) -> Section:
-    """Returns how the model was trained, on what, and where."""
+    """Returns the section 'run': training curves, data, environment and settings."""
     training, dataset = results['training'], results['dataset']
     curves = figures.render_training_curves(history, training['best_epoch'])
     facts = [
         ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
         ('data', results['data']),
         ('raw directory', dataset['raw_dir'] or 'none: generated phantoms'),
-        ('fingerprint of lists and size', dataset['fingerprint']),
+        ('fingerprint of lists and image size', dataset['fingerprint']),
         *(
             (f'{split} slices', ', '.join(f'{count:,} {name}' for name, count in counts.items()))
             for split, counts in dataset['slices'].items()
         ),
         ('images dropped', f'{dataset["num_dropped"]:,}'),
-        ('tested', f'epoch {training["best_epoch"]} of {training["num_epochs"]}, the lowest validation loss'),
+        (
+            'tested checkpoint',
+            f'epoch {training["best_epoch"]} of {training["num_epochs"]}, the lowest validation loss',
+        ),
         ('training time', f'{training["seconds"]:,.0f} s, {training["num_steps"]:,} steps'),
         *(
             (name, ', '.join(map(str, value)) if isinstance(value, list) else str(value))
@@ -337,17 +344,17 @@ def build_training(results: dict[str, Any], config: Mapping[str, Any], history: 
     ]
     return Section(
         'run',
-        'What was run',
+        'Training and environment',
         [
             create_picture(curves, 'Loss and accuracy per epoch, training and validation'),
-            Table('Facts', ('what', 'value'), facts),
+            Table('Run', ('property', 'value'), facts),
             Table('Settings', ('field', 'value'), [(name, str(value)) for name, value in config.items()]),
         ],
     )
 
 
 def build_limits(results: dict[str, Any]) -> Section:
-    """Returns limits of use and the model card."""
+    """Returns the section 'limits': limits of use and the model card."""
     is_phantom = bool(results['notice'])
     card = [
         ('intended use', 'research on methods for chest CT; to compare models and to study attention'),
@@ -357,9 +364,9 @@ def build_limits(results: dict[str, Any]) -> Section:
         ),
         (
             'input',
-            f'axial chest CT slices, grey, cropped to the body, {results["dataset"]["image_size"]} pixels a side',
+            f'axial chest CT slices, greyscale, cropped to the body, {results["dataset"]["image_size"]} pixels a side',
         ),
-        ('output', 'probabilities of normal, pneumonia and COVID-19, which sum to 1: no other disease is known to it'),
+        ('output', 'probabilities of normal, pneumonia and COVID-19, which sum to 1; the model knows no other disease'),
         (
             'training data',
             'generated phantoms'
@@ -370,23 +377,22 @@ def build_limits(results: dict[str, Any]) -> Section:
             'licences of the data',
             'none needed'
             if is_phantom
-            else 'COVIDx CT joins sources with licences of their own, some non-commercial: read them at the source',
+            else 'COVIDx CT combines sources with their own licences, some non-commercial: check each source',
         ),
         ('code', f'covidjax {results["environment"]["covidjax"]}, Apache License 2.0'),
     ]
     return Section(
         'limits',
-        'Limits of use, and model card',
+        'Limits of use and model card',
         [
-            'Labels belong to scans: a slice of a sick scan may show nothing, and is counted as sick all the same.',
-            'Classes come from different hospitals, scanners and preparations, which a network can learn instead of '
-            'the disease. The audit of the dataset measures how far that goes.',
-            'Intervals resample the patients of this one test list. They say nothing about another hospital, another '
-            'protocol or another year.',
-            'The share of sick patients here is not that of any clinic: predictive values have to be read at the '
-            'prevalence where a test is used.',
-            'Attention shows what was weighed, not why; how well it finds lesions stands above as numbers, beside maps '
-            'that know nothing.',
-            Table('Model card', ('what', 'value'), card),
+            'Labels are per scan: every slice of a sick scan counts as sick, even if it shows no lesion.',
+            'Classes come from different hospitals, scanners and preparations. A network can learn these instead of '
+            'the disease. The dataset audit (--mode=audit) measures how far that goes.',
+            'Intervals resample the patients of this test list. They do not cover another hospital, protocol or year.',
+            'The prevalence here is not that of a clinic: read predictive values at the prevalence where the test is '
+            'used.',
+            'Attention shows what the model weighed, not why. The sections above score how well it finds lesions, '
+            'next to uninformed controls.',
+            Table('Model card', ('property', 'value'), card),
         ],
     )

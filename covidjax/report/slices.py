@@ -1,4 +1,4 @@
-"""The part of a slice run's report that shows slices: samples, attention, what it is worth, and mistakes."""
+"""Report sections of a slice run: sample slices, attention maps, map quality, and mistakes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,13 +25,13 @@ _NUM_ERASED = 24
 def score_explanations(
     model: Att2, variables: Any, data: covidx_ct.Prepared, slices: Sequence[LesionSlice], *, occlusion: bool
 ) -> dict[str, Any]:
-    """Returns the part `explanations` of results.json.
+    """Returns `explanations` of results.json: scores of the maps of the model.
 
     Args:
       model, variables: the slice model.
-      data: its test slices, of which a few are erased and looked at with shuffled parameters.
-      slices: with lesions; may be empty.
-      occlusion: also scores occlusion maps, a hundred times slower.
+      data: holds the test slices; up to 24 of them are used for the erasure and sanity checks.
+      slices: slices with lesion masks; may be empty.
+      occlusion: whether to score occlusion maps too, which is a hundred times slower.
     """
     chosen = pictures.choose_examples(data.rows['test'], _NUM_ERASED // len(CLASSES))
     images = np.stack([data.sources['test'][i]['image'] for numbers in chosen.values() for i in numbers])
@@ -49,14 +49,14 @@ def build_slice_sections(
     slices: Sequence[LesionSlice],
     explanations: dict[str, Any],
 ) -> list[Section]:
-    """Returns the sections.
+    """Returns the sections 'samples', 'attention', 'worth' and 'mistakes'.
 
     Args:
       model, variables: the slice model.
-      data: with the N test slices.
+      data: holds the N test slices.
       probabilities: of the model, [N, K].
-      slices: with lesions; may be empty.
-      explanations: of `score_explanations`.
+      slices: slices with lesion masks; may be empty.
+      explanations: from `score_explanations`.
     """
     rows, source = data.rows['test'], data.sources['test']
     chosen = pictures.choose_examples(rows, SAMPLES_PER_CLASS)
@@ -79,14 +79,14 @@ def build_slice_sections(
             lambda i: source[i]['image'][..., 0],
             what='slice',
             column='file',
-            note='At most two of a patient. Worth a look before anything else: a wrong label, a slice without lesion, '
-            'or a real failure.',
+            note='At most two per patient. Check these first: each is a wrong label, a slice without a lesion, or a '
+            'failure of the model.',
         ),
     ]
 
 
 def _arrange(places: Mapping[str, range], images: np.ndarray, overlays: np.ndarray | None) -> dict[str, list[Example]]:
-    """Returns a panel per class; `places` says where its slices stand among the images, and so among the overlays."""
+    """Returns one panel per class; `places` maps a class to its indices in `images` and `overlays`."""
     return {
         name: [Example('', images[i, ..., 0], None if overlays is None else overlays[i]) for i in of_class]
         for name, of_class in places.items()
@@ -100,7 +100,7 @@ def _build_samples(places: Mapping[str, range], images: np.ndarray, files: str) 
         'Samples',
         [
             create_picture(panels, 'Four test slices of each class'),
-            f'The middle slices of patients spread evenly over the test list (as Fig. 1 of the paper). {files}.',
+            f'The middle slices of evenly spaced patients in the test list (as Fig. 1 of the paper). {files}.',
         ],
     )
 
@@ -111,16 +111,16 @@ def _build_attention(
     regions = _arrange(places, images, segment(maps['attention 1 x 2']))
     first = [of_class[0] for of_class in places.values()]
     lines = pictures.arrange_maps(
-        [f'{name}, called\n{CLASSES[called[i]]}' for name, i in zip(places, first, strict=True)],
+        [f'{name}, predicted\n{CLASSES[called[i]]}' for name, i in zip(places, first, strict=True)],
         images[first],
         {kind: maps[kind][first] for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')},
     )
     return Section(
         'attention',
-        'Where the model looks',
+        'Attention maps',
         [
-            'Attention is class-agnostic: one map per module, whatever the answer. Module 1 sees a finer grid than '
-            'module 2. Each map is scaled to its own range (as Fig. 5 of the paper).',
+            'Attention is class-agnostic: each module has one map, whatever the predicted class. Module 1 has a finer '
+            'grid than module 2. Each map is scaled to its own range (as Fig. 5 of the paper).',
             *(
                 create_picture(
                     pictures.render_panels(_arrange(places, images, maps[kind]), 2, scale=kind),
@@ -128,13 +128,13 @@ def _build_attention(
                 )
                 for module, kind in ((1, 'attention 1'), (2, 'attention 2'))
             ),
-            'Both modules together: the square root of the product of the maps, and the region from its Otsu threshold '
-            'on (as Fig. 7 of the paper).',
+            'Both modules combined: the square root of the product of their maps. The outline is the region at or '
+            'above its Otsu threshold (as Fig. 7 of the paper).',
             create_picture(
                 pictures.render_panels(regions, 2),
                 'Outline of the region that both modules attend to, four slices of each class',
             ),
-            'Grad-CAM, beside them, is of one class: here the one that the model calls.',
+            'Grad-CAM, for comparison, depends on the class: here the predicted one.',
             create_picture(
                 pictures.render_maps(lines, scale='scaled to 0..1'),
                 'A slice of each class with both attention maps, their product and Grad-CAM',
@@ -148,8 +148,8 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
     localisation = explanations['localisation']
     if localisation is None:
         parts.append(
-            'Not scored against lesions: these data have no masks. --mode=evaluate --lesions=<folder> scores the maps '
-            'on slices that have.'
+            'Not scored against lesions: these data have no masks. To score the maps on slices with masks, run '
+            '--mode=evaluate --lesions=<folder>.'
         )
     else:
         columns = ['map']
@@ -158,7 +158,7 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
             'energy_lesion': 'energy inside lesion',
             'energy_lung': 'energy inside lung',
             'auc': 'area under ROC',
-            'dice': 'Dice of its region',
+            'dice': 'Dice of the region',
         }
         for name in names.values():
             columns += [name, 'interval']
@@ -167,19 +167,19 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
             for name, scores in localisation['maps'].items()
         ]
         chance = localisation['chance']
-        rows.append(('no preference', *(value for key in names for value in (chance.get(key), None))))
+        rows.append(('chance (no preference)', *(value for key in names for value in (chance.get(key), None))))
         parts += [
             f'Scored on {localisation["num_slices"]:,} slices of {localisation["num_patients"]:,} patients with '
-            'outlined lesions. Pointing game: is the highest pixel in the lesion? Energy: the share of the map inside. '
-            'Area under ROC: does the map order lesion pixels above others? Grad-CAM is of the true class. A map is '
-            'worth something where it beats the last three rows. Lungs are found by a rule (dark regions inside the '
-            'body), not by hand.',
+            'outlined lesions. Pointing game: the highest pixel lies in the lesion. Energy: share of the map inside '
+            'the lesion or the lung. Area under ROC: lesion pixels against all others. Grad-CAM is of the true class. '
+            'A map is worth using only if it beats the last three rows, which are controls. Lungs are segmented by a '
+            'rule (dark regions inside the body), not by hand.',
             Table('Maps against lesions, 95 % intervals by bootstrap over patients', columns, rows),
         ]
     erasure = explanations['erasure']
     parts += [
-        f'Erasure: the probability of the class that the model calls, as the highest pixels of a map are blurred away '
-        f'(deletion: a good map falls early) or brought back into the blurred slice (insertion: rises early); mean of '
+        f'Erasure: the probability of the predicted class while the highest pixels of a map are blurred (deletion: for '
+        f'a good map it falls early) or restored in the blurred slice (insertion: it rises early). Mean over '
         f'{explanations["num_slices"]} test slices.',
         create_picture(figures.render_erasure_curves(erasure), 'Deletion and insertion curves of each map'),
         Table(
@@ -187,13 +187,14 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
             ('map', 'deletion (lower is better)', 'insertion (higher is better)'),
             [(name, curve['deletion_area'], curve['insertion_area']) for name, curve in erasure.items()],
         ),
-        'Sanity check: parameters are shuffled from the output on. A map that stays alike does not show what was '
-        'learnt. Shuffling the classifier cannot change class-agnostic attention. The tail alone is a control: under '
-        'the additive compatibility of the paper its global feature cancels, so that nothing may change.',
+        'Sanity check: parameters are shuffled layer by layer, starting at the output. A map that does not change does '
+        'not show what was learnt. Shuffling the classifier cannot change class-agnostic attention. Shuffling only the '
+        'tail is a control: with the additive compatibility of the paper its global feature cancels, so nothing '
+        'should change.',
         Table(
             'Rank correlation of the maps with those of the intact model',
             ('shuffled', 'attention 1 x 2', 'Grad-CAM', 'largest change of a probability'),
             [(r['shuffled'], r['attention'], r['grad_cam'], r['changed']) for r in explanations['randomisation']],
         ),
     ]
-    return Section('worth', 'What these maps are worth', parts)
+    return Section('worth', 'Map quality', parts)

@@ -40,7 +40,7 @@ def three_lists(tmp_path):
     return tmp_path
 
 
-# Reading, and what is absent
+# Reading and missing files
 
 
 def test_bad_rows_are_findings_and_the_others_are_read(tmp_path):
@@ -191,7 +191,7 @@ def test_metadata_by_hand(tmp_path):
     source = checks['metadata.source']
     assert source.tables[0].rows == [('A', 2, 2, 0, 4, 8), ('not given', 2, 0, 0, 2, 4), ('B', 0, 2, 0, 2, 4)]
     assert source.verdict == 'ok'  # two patients are no pattern
-    # A: 2 of 4; the others: all 4.
+    # Guessing by source is right for 2 of the 4 patients of A and all 4 others.
     assert 'right for 75% of the patients (without it, 50%)' in source.reason
     assert checks['metadata.sex'].faults == ['sex M: 4 patients, all normal', 'sex F: 4 patients, all pneumonia']
     assert checks['metadata.country'].verdict == 'not checked'
@@ -222,7 +222,7 @@ def test_names_that_tell_the_class(tmp_path, splits):
     assert scans['interval of accuracy'] == [1, 1]
     assert scans['scored on'] == splits[-1]
     assert (scans['number'], scans['majority class']) == (30, 1 / 3)
-    # Of 450 slices, 10 scans of 25 are the commonest class.
+    # 450 slices; the majority class has 10 scans of 25 slices.
     assert (slices['number'], slices['majority class']) == (450, 250 / 450)
 
 
@@ -241,7 +241,7 @@ def test_accuracies_by_hand():
     found = baseline_checks.compute_accuracies(scored, np.array([0, 1, 1]))
     assert found['accuracy'] == 0.9
     assert found['balanced'] == pytest.approx((4 / 5 + 1) / 2)
-    # Resamples are {a, a}, {a, b} and {b, b}: all right, 9 of 10, 5 of 6.
+    # Resamples: {a, a} all correct, {a, b} 9 of 10, {b, b} 5 of 6.
     assert found['accuracy_interval'] == pytest.approx([5 / 6, 1])
 
 
@@ -254,7 +254,7 @@ def save_image(folder, name, pixels):
 
 
 def draw_slice(seed, size=64):
-    """A smooth random picture in grey."""
+    """Returns a smooth random image, uint8 [size, size]."""
     small = np.random.default_rng(seed).uniform(0, 255, (8, 8)).astype(np.uint8)
     return np.asarray(Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -293,7 +293,7 @@ def test_sizes_depths_and_brightness(tmp_path):
         ['CP_1_1_0003.png', 'nearly black'],
         ['CP_1_1_0004.png', 'nearly white'],
     ]
-    # 16 bits are judged as the 8 bits that the networks see.
+    # 16-bit images are judged after conversion to the 8 bits that the networks see.
     eight = draw_slice(5)
     assert images.ranges[5] == pytest.approx([eight.min(), eight.max(), eight.mean()])
 
@@ -322,7 +322,7 @@ def test_boxes_by_hand(tmp_path):
     ]
     without_images = image_checks.check_boxes(dataset, None)
     assert without_images.verdict == 'look'
-    assert len(without_images.faults) == 3  # what lies beyond the upper edges is not known
+    assert len(without_images.faults) == 3  # without image sizes, the upper edges are unknown
 
 
 def test_identical_pixels_whatever_the_file(tmp_path):
@@ -330,7 +330,7 @@ def test_identical_pixels_whatever_the_file(tmp_path):
     save_image(folder, 'CP_1_1_0000.png', draw_slice(0))
     Image.fromarray(draw_slice(0)).convert('RGB').save(folder / 'CP_2_1_0000.png', compress_level=1)
     save_image(folder, 'CP_1_1_0001.png', np.zeros((64, 64), np.uint8))
-    save_image(folder, 'CP_2_1_0001.png', np.zeros((64, 64), np.uint8))  # blank ones are no copies
+    save_image(folder, 'CP_2_1_0001.png', np.zeros((64, 64), np.uint8))  # blank images are not copies
     write_list(tmp_path, 'train', make_scan('CP_1_1', 1, range(2)) + make_scan('CP_2_1', 1, range(2)))
     _, images, places = measure(tmp_path)
     identical, near = copies.check_copies(images, places)
@@ -359,21 +359,21 @@ def test_a_copy_is_not_paired_with_the_neighbours_of_its_original():
     copy = (scan[3] * 0.8 + 20).round().astype(np.uint8)
     images, groups = np.stack([*scan, copy]), np.array([0] * 8 + [1])
     near = np.array([copies.find_copies(images[[i, 8]], np.array([0, 1]))[0].shape[0] for i in range(8)])
-    assert near.sum() > 1  # by itself, a neighbour would pass for the original
+    assert near.sum() > 1  # on its own, a neighbour would be paired too
     assert copies.find_copies(images, groups)[0].tolist() == [[3, 8]]
-    # A whole scan that was saved again is paired slice by slice.
+    # A re-saved scan is paired slice by slice.
     again = np.stack([*scan, *(image // 2 + 30 for image in scan)])
     pairs, _ = copies.find_copies(again, np.repeat([0, 1], 8))
     assert sorted(pairs.tolist()) == [[i, i + 8] for i in range(8)]
 
 
 def test_candidates_miss_no_pair():
-    # Against all pairs compared directly, on images that are all alike.
+    # Compare with the direct distances of all pairs, on similar images.
     base = draw_slice(1, 32).astype(float)
     rng = np.random.default_rng(1)
     noise = rng.normal(0, 1, (120, 32, 32)) * rng.uniform(0, 6, (120, 1, 1))
     images = (base + noise).round().clip(0, 255).astype(np.uint8)
-    # Every image is a group of its own, so each pair counts.
+    # Each image is its own group, so every pair counts.
     normal = images - images.mean((1, 2), keepdims=True)
     normal /= normal.std((1, 2), keepdims=True)
     direct = np.sqrt(((normal[:, None] - normal[None]) ** 2).mean((2, 3)))

@@ -1,4 +1,4 @@
-"""Every fault planted in clean phantoms is found and named, and nothing else."""
+"""The audit finds and names each fault planted in clean phantoms, and nothing else."""
 
 import shutil
 
@@ -10,9 +10,9 @@ from covidjax.audit.dataset import read_dataset
 from covidjax.audit.run import check_dataset, run_audit
 from covidjax.data.phantom import PhantomOptions, write_phantoms
 
-# What is true of clean phantoms: counts of no published dataset, short scans, lesions that show in thumbnails.
+# Checks that clean phantoms fail: class counts of no published dataset, short scans, lesions visible in thumbnails.
 TRUE_OF_CLEAN = {'lists.version', 'scans.short', 'baselines.thumbnails'}
-# Phantoms have no such columns, and these are too few for a verdict on file names.
+# Phantoms lack these columns, and there are too few of them for a verdict on file names.
 NOT_CHECKED = {'metadata.country', 'metadata.sex', 'metadata.age', 'baselines.names'}
 
 
@@ -41,7 +41,7 @@ def write_lines(raw_dir, split, lines):
 
 
 def add_copy(raw_dir, noise, number):
-    """Adds a train image to the last scan of test under another name; returns both names."""
+    """Adds a copy of a train image, with noise, to the last test scan; returns both file names."""
     original, _, *box = read_lines(raw_dir, 'train')[3].split()
     last = read_lines(raw_dir, 'test')[-1].split()
     copy = f'{last[0].rsplit("-", 1)[0]}-{number:04d}.png'
@@ -118,7 +118,7 @@ PLANTED = (
 
 
 def check_findings(checks, expected):
-    """Compares faults and verdicts with those expected, and with what is true of clean phantoms."""
+    """Compares faults and verdicts with the expected ones and those of clean phantoms."""
     by_name = {check.name: check for check in checks}
     for name, words in expected.items():
         check = by_name[name]
@@ -144,7 +144,7 @@ def test_each_fault_alone(raw_dir, plant):
 
 def test_all_faults_together(raw_dir, tmp_path, capsys):
     expected = {}
-    # Those that name a line or a row by its number come before those that move rows.
+    # Plant faults that use line numbers before those that move lines.
     for plant in (*PLANTED[3:], *PLANTED[:3]):
         expected |= plant(raw_dir)
     audit = run_audit(raw_dir, tmp_path / 'audit')
@@ -157,4 +157,4 @@ def test_all_faults_together(raw_dir, tmp_path, capsys):
     for words in expected.values():
         for word in words:
             assert word in printed
-            assert word in page  # no name in it needs escaping
+            assert word in page  # none of the words needs HTML escaping

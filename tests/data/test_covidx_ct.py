@@ -21,7 +21,7 @@ SIZE = 16
 
 
 def make_raw(directory, slices_per_scan=3, version='2A'):
-    """Writes a raw directory: two scans of each class in train, one in val and test, of random pixels."""
+    """Writes a raw directory of random pixels: two scans per class in train, one each in val and test."""
     rng = np.random.default_rng(0)
     images = directory / f'{version}_images'
     images.mkdir(parents=True)
@@ -32,7 +32,7 @@ def make_raw(directory, slices_per_scan=3, version='2A'):
             for _ in range(scans_per_class):
                 number += 1
                 for i in range(slices_per_scan):
-                    # Descending, so that neither names nor labels are in sorted order.
+                    # Descending numbers, so that neither names nor labels are sorted.
                     file = f'{prefix}_{100 - number}_1_{i:04d}.png'
                     Image.fromarray(rng.integers(0, 256, (24, 20 + i), dtype=np.uint8)).save(images / file)
                     lines.append(f'{file} {label} 1 2 18 99\n')
@@ -63,12 +63,12 @@ def get_error(function, **changes):
 
 
 def list_datasets(tmp_path):
-    """Returns what would pass for a whole dataset."""
+    """Returns the datasets that look complete."""
     return sorted(path.parent.name for path in (tmp_path / 'out').glob('covidx_ct/*/[0-9]*'))
 
 
 def list_leftovers(tmp_path):
-    # A kill may also leave one in .config, where TFDS keeps notes on configs that nothing here reads.
+    # Ignores .config: a kill may leave a folder there too, but it only holds TFDS config notes, which are never read.
     return list((tmp_path / 'out').glob('covidx_ct/[!.]*/incomplete*'))
 
 
@@ -192,13 +192,13 @@ def test_skip_bad_drops_and_records(run, raw):
     text = spoil(raw, split='train', position=3, data=b'text')
     absent = lists.read_lists(raw)['val'][0].file
     os.remove(os.path.join(raw, '2A_images', absent))
-    for _ in range(2):  # prepared, then reused
+    for _ in range(2):  # first prepared, then reused
         prepared = run(skip_bad=True)
         assert prepared.dropped == [(absent, 'missing'), (text, 'not an image')]
         assert [len(prepared.sources[s]) for s in lists.SPLITS] == [17, 8, 9]
         assert [row.file for row in prepared.rows['val']] == [r.file for r in lists.read_lists(raw)['val'][1:]]
         assert [r['label'] for r in prepared.sources['train']] == [row.label for row in prepared.rows['train']]
-    get_error(run)  # the same lists without skip_bad do not reuse it
+    get_error(run)  # without skip_bad, the dataset is not reused
 
 
 def test_a_shard_without_a_good_image(run, raw, monkeypatch):
@@ -272,7 +272,7 @@ def test_leftovers_of_this_dataset_only_are_removed(run, tmp_path):
     other.mkdir()
     path = run().path
     own = os.path.join(os.path.dirname(path), 'incomplete.BBBBBB_1.0.0')
-    os.rename(path, own)  # as a run that was killed leaves it
+    os.rename(path, own)  # as a killed run leaves it
     assert len(run().sources['train']) == 18
     assert not os.path.exists(own)
     assert other.is_dir()
@@ -285,13 +285,12 @@ def test_one_log_line_and_nothing_on_stdout(run, caplog, capsys):
     assert len(messages) == 1
     assert path in messages.pop()
     output = capsys.readouterr()
-    assert output.out == ''
-    assert '36/36' in output.err
+    assert output.out == output.err == ''  # a bar is for terminals
 
 
 CHILD = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have set it to ignored
 from covidjax.data import covidx_ct, preprocess
 load = preprocess.load_slice
 def load_slowly(*args):
@@ -335,7 +334,7 @@ def test_a_killed_worker_is_told_from_a_full_disk(run, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(joblib, 'cpu_count', lambda: 2)
-    monkeypatch.setattr(covidx_ct, 'BATCH_SIZE', 1)  # or one batch is done in this process
+    monkeypatch.setattr(covidx_ct, 'BATCH_SIZE', 1)  # with one batch, this process would do the work
     monkeypatch.setattr(preprocess, 'encode_slices', die)
     assert 'a worker process was killed, most likely for want of memory' in get_error(run)
     assert list_datasets(tmp_path) == list_leftovers(tmp_path) == []
@@ -367,7 +366,7 @@ def test_a_worker_ends_after_its_main_process(tmp_path):
         'os._exit(0)\n'
     )
     start = time.monotonic()
-    # The worker holds the other end of stdout: run returns when it is gone, too.
+    # The worker inherits stdout, so `run` returns only after the worker has ended.
     subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, timeout=30, check=True)
     assert time.monotonic() - start < 20
 

@@ -24,11 +24,11 @@ def test_folder_by_hand(tmp_path):
     (folder / 'slices.csv').write_text(
         (folder / 'slices.csv').read_text().replace('image,lesion', 'image,lesion,patient,class')
     )
-    first, second = lesions.read_lesion_folder(folder, 20)  # an empty mask is left out
+    first, second = lesions.read_lesion_folder(folder, 20)  # the slice with an empty mask is skipped
     assert (first.patient, first.label) == ('p1', 1)
     assert (second.patient, second.label) == ('a.png', 2)
     assert first.image.shape == (20, 20, 1)
-    # 40 x 60 pixels to 20 x 20: rows 20..30 become 10..15, columns 20..30 become 6.67..10.
+    # Resized from 40 x 60 to 20 x 20 pixels: rows 20..30 become 10..15, columns 20..30 become 6.67..10.
     rows, columns = np.nonzero(first.lesion)
     assert (rows.min(), rows.max()) == (10, 14)
     assert (columns.min(), columns.max()) == (7, 9)
@@ -85,7 +85,7 @@ def test_flat_slice_has_no_lung():
 
 
 def test_otsu_by_hand():
-    # Between two clusters every threshold parts alike: the middle is taken.
+    # All thresholds between two clusters tie, so the middle is returned.
     assert lesions.compute_otsu_threshold(np.array([0.0, 0, 0, 1, 1])) == pytest.approx(0.5, abs=0.01)
     assert lesions.compute_otsu_threshold(np.full(4, 7.0)) == 7
     rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_phantom_masks_lie_in_the_frame_of_the_slices(tmp_path):
     for folder in ('lesion_masks', '2A_images'):
         (tmp_path / folder).mkdir()
         Image.fromarray(mask).save(tmp_path / folder / 'b_0001.png')
-    box = (20, 10, 60, 30)  # its left upper quarter is lesion
+    box = (20, 10, 60, 30)  # its upper left quarter is lesion
     rows = [lists.Row('a_0001.png', 0, box, 'a', 'a', 1), lists.Row('b_0001.png', 1, box, 'b', 'b', 1)]
     (found,) = lesions.read_phantom_lesions(tmp_path, rows, 8)
     assert (found.name, found.label) == ('b_0001.png', 1)

@@ -35,7 +35,7 @@ def read_bytes(folder):
 
 
 def make_thumbnails(split, patients):
-    """32x32 thumbnails of the box-cropped slices, flat and in 0..1, with their labels; one patient a class in turn."""
+    """Returns flat 32x32 thumbnails of box-cropped slices in 0..1, and their labels. Patient n has class n % 3."""
     options = phantom.PhantomOptions()
     pixels, labels = [], []
     for number in patients:
@@ -49,7 +49,7 @@ def make_thumbnails(split, patients):
 
 @pytest.fixture(scope='module')
 def sick_scans():
-    """(label, images, masks, boxes) of 40 sick scans at the default sizes."""
+    """Returns (label, images, masks, boxes) of 40 sick scans at the default sizes."""
     options = phantom.PhantomOptions()
     return [(1 + n % 2, *phantom.render_scan(options, 'train', n, 1 + n % 2)) for n in range(40)]
 
@@ -77,7 +77,7 @@ def test_lists_are_contiguous_in_slice_order_and_boxes_lie_in_the_image(raw_dir)
         assert len(scans) == num_patients
         assert [index for indices in scans.values() for index in indices] == [
             int(name[-8:-4]) for name, _, _ in rows
-        ]  # a scan met again later would break the order
+        ]  # fails if the rows of a scan are not contiguous
         for indices in scans.values():
             assert indices == list(range(len(indices)))
             assert OPTIONS.min_slices <= len(indices) <= OPTIONS.max_slices
@@ -142,7 +142,7 @@ def test_the_label_changes_the_lesion_and_nothing_else(label):
         assert sick.shape == well.shape == masks.shape
         np.testing.assert_array_equal(boxes, sick_boxes)
         lesion_free = ~masks.any((1, 2))
-        # The soft edge of a lesion may reach below the mask's threshold, not beyond a few pixels.
+        # The soft edge of a lesion below the mask threshold may change a few pixels.
         assert np.mean(sick[lesion_free] != well[lesion_free]) < 0.001 if lesion_free.any() else True
         changed = np.abs(sick.astype(int) - well) > 12
         assert changed[masks].mean() > 0.75
@@ -162,7 +162,7 @@ def test_pneumonia_lies_in_one_lung_and_covid_in_both(sick_scans):
         area = masks.sum(1)
         left, right = (area * (columns < middle)).sum(), (area * (columns > middle)).sum()
         share = min(left, right) / (left + right)
-        # A turned body's middle is not a column, so a lesion beside the heart may cross it by a little.
+        # The midline of a rotated body is not a column, so a lesion beside the heart may cross it slightly.
         assert share < 0.1 if label == 1 else share > 0.1
 
 
@@ -193,7 +193,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):
-    stale = tmp_path / '.raw.partial-99999999'  # above the highest process number of Linux
+    stale = tmp_path / '.raw.partial-99999999'  # above the highest process ID of Linux
     (stale / '2A_images').mkdir(parents=True)
     phantom.write_phantoms(tmp_path / 'raw', dataclasses.replace(OPTIONS, num_train=3))
     assert [path.name for path in tmp_path.iterdir()] == ['raw']

@@ -19,7 +19,7 @@ def make_noise(*shape, seed=0):
 
 
 def make_bomb(width, height):
-    """A PNG whose header claims a size that its few bytes do not hold."""
+    """Returns a tiny PNG whose header declares a huge size."""
 
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
@@ -38,7 +38,7 @@ def test_crop_without_resizing_is_exact():
 
 def test_crop_comes_before_resizing():
     pixels = np.full((40, 40), 255, np.uint8)
-    pixels[10:30, 10:30] = 50  # a filter over the whole image would bleed the white border in
+    pixels[10:30, 10:30] = 50  # filtering before cropping would mix in the white border
     out = preprocess.crop_grey_resize(Image.fromarray(pixels), (10, 10, 30, 30), 8)
     np.testing.assert_array_equal(out, 50)
 
@@ -57,7 +57,7 @@ def test_box_beside_the_image(box):
 
 def test_aspect_ratio_is_not_kept_and_reduction_is_antialiased():
     pixels = np.zeros((64, 128), np.uint8)
-    pixels[:, ::2] = 200  # alternating columns average to grey when antialiased, and alias to 0 or 200 otherwise
+    pixels[:, ::2] = 200  # alternating columns: 100 with antialiasing, 0 or 200 without
     out = preprocess.crop_grey_resize(Image.fromarray(pixels), None, 16)
     assert out.shape == (16, 16)
     np.testing.assert_allclose(out[:, 2:-2].astype(float), 100, atol=4)

@@ -9,7 +9,7 @@ from covidjax.data.sequences import Scan
 
 
 def make_rows(counts, size=4):
-    """Returns rows and records of scans with these slice counts; a record's pixels are its number."""
+    """Returns rows and records of scans with these slice counts. All pixels of a record equal its number."""
     rows = [
         Row(f's{s}_{i:04d}.png', s % 3, (0, 0, 9, 9), f's{s}', f'p{s}', i)
         for s, n in enumerate(counts)
@@ -58,7 +58,7 @@ def test_public_validation_list_gives_431_scans(real_data):
     kept = [scan for scan in whole if len(scan.records) >= 16]
     assert np.bincount([scan.label for scan in kept]).tolist() == [172, 112, 147]
     assert {len(scan.records) for scan in sequences.thin_scans(kept, 16)} == {16}
-    # The published figure, 430, is that of a loop that never closes the last scan of the list.
+    # The published number, 430, comes from a loop that drops the last scan of the list.
     assert np.bincount([scan.label for scan in kept if scan.scan != whole[-1].scan]).tolist() == [172, 112, 146]
 
 
@@ -105,7 +105,7 @@ def test_training_stream_goes_on_where_it_stopped():
         stream = sequences.load_train_scans(load_images, whole, batch_size=2, seed=4, first_step=first_step)
         return [(b['index'].tolist(), b['mask'].tolist()) for b in itertools.islice(stream, count)]
 
-    everything = take(0, 9)  # three batches a pass
+    everything = take(0, 9)  # three batches per pass
     assert take(4, 5) == everything[4:]
     for number in range(3):
         one_pass = everything[3 * number : 3 * number + 3]
@@ -144,13 +144,13 @@ def test_embeddings_stand_where_the_images_of_their_scans_would():
         stream = sequences.load_train_scans(load_slices, whole, batch_size=2, seed=4, first_step=1, **options)
         return list(itertools.islice(stream, 4))
 
-    # Two batches a pass: from step 1 on the passes are 0, 1, 1, 2, and take the draws 0, 1, 1, 0.
+    # Two batches per pass: the steps from 1 on belong to passes 0, 1, 1, 2, which use draws 0, 1, 1, 0.
     images = take(sequences.load_images(source, whole))
     batches = take(sequences.load_embeddings(embeddings, whole))
     for image, batch, draw in zip(images, batches, (0, 1, 1, 0), strict=True):
         for name in ('length', 'label', 'index', 'mask'):
             np.testing.assert_array_equal(batch[name], image[name])
-        # A record's pixels are its number, and here the number of its embedding.
+        # The pixels of a record equal its number, which is also the number of its embedding.
         there = np.arange(batch['embedding'].shape[1]) < batch['length'][:, None]
         there &= batch['mask'][:, None] > 0
         expected = np.where(there, 100 * (draw + 1) + image['image'][:, 0, 0].astype(int), 0)

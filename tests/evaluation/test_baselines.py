@@ -12,7 +12,7 @@ from covidjax.evaluation.baselines import (
 
 
 def make_slices(count, seed):
-    """Returns slices whose class is the third of the image that is bright, and their labels."""
+    """Returns slices and labels; the label is the index of the bright third of the image."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     images = [rng.integers(0, 100, (42, 42, 1)).astype(np.uint8) for _ in labels]

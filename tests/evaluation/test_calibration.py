@@ -18,7 +18,7 @@ from covidjax.evaluation.calibration import (
 
 
 def draw_calibrated(num_examples, seed):
-    """Returns logits whose softmax is the truth, and labels drawn from it."""
+    """Returns logits, and labels drawn from their softmax."""
     rng = np.random.default_rng(seed)
     logits = 2 * rng.normal(size=(num_examples, 3))
     p = apply_temperature(logits, 1.0)
@@ -39,7 +39,7 @@ def test_temperature_is_recovered(temperature):
 def test_all_right_stays_within_what_their_number_supports():
     labels = np.arange(99) % 3
     t = fit_temperature(1000 * np.eye(3, dtype=np.float32)[labels], labels)
-    # Smoothed targets are met exactly: (N + 1) / (N + K) = 100 / 102, unless T reaches its bound.
+    # The fit reaches the smoothed target (N + 1) / (N + K) = 100 / 102 exactly, unless T reaches its bound.
     assert t == pytest.approx(TEMPERATURES[1], rel=1e-3)
     t = fit_temperature(20 * np.eye(3, dtype=np.float32)[labels], labels)
     assert apply_temperature(20 * np.eye(3), t)[0, 0] == pytest.approx(100 / 102, abs=1e-4)
@@ -57,7 +57,7 @@ def test_apply_temperature_by_hand():
 
 
 def test_calibration_by_hand():
-    # Bins of 1/15: 0.7 falls in (10/15, 11/15], twice, one right; 0.9 in (13/15, 14/15], right.
+    # Bins of 1/15: 0.7 falls in (10/15, 11/15], twice, one of them correct; 0.9 in (13/15, 14/15], correct.
     p = np.array([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2], [0.05, 0.05, 0.9]])
     result = compute_calibration(p, np.array([0, 2, 2]))
     assert result['ece'] == pytest.approx((2 * abs(0.5 - 0.7) + abs(1 - 0.9)) / 3)
@@ -127,13 +127,13 @@ def test_weighted_loss_teaches_equal_shares():
     model = LogisticRegression(C=1e6).fit(x, labels, weights[labels])
     assert (model.coef_[0, 0], model.intercept_[0]) == pytest.approx((2, -2), abs=0.1)
     grid = np.array([[0.0], [1.0], [2.0]])
-    bayes = 1 / (1 + 9 * np.exp(2 - 2 * grid[:, 0]))  # under the shares of the place
+    bayes = 1 / (1 + 9 * np.exp(2 - 2 * grid[:, 0]))  # under shares of 0.9 and 0.1
     corrected = correct_prior(model.predict_proba(grid), [0.5, 0.5], [0.9, 0.1])[:, 1]
     np.testing.assert_allclose(corrected, bayes, atol=0.02)
 
 
 def test_prior_correction_by_hand():
-    # Recall before: 1 of 2 normal, 1 of 1, 1 of 1. After, x 0.8 : 0.1 : 0.1, every normal one and no other is right.
+    # Recall before: 1 of 2 normal, 1 of 1, 1 of 1. Weighted by 0.8 : 0.1 : 0.1, only the normal ones are correct.
     p = np.array([[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6]])
     shares = {'train_shares_K': [0.2, 0.3, 0.5], 'to_shares_K': [0.8, 0.1, 0.1]}
     result = compute_prior_correction(p, np.array([0, 0, 1, 2]), list('abcd'), CLASSES, **shares)

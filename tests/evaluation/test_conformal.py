@@ -13,14 +13,14 @@ from covidjax.evaluation.conformal import (
 
 
 def draw(labels, seed):
-    """Returns probabilities that lean to the labels, those of later classes less."""
+    """Returns probabilities that favour the true class, less so for later classes."""
     rng = np.random.default_rng(seed)
     scores = np.exp(rng.normal(size=(len(labels), 3)) + (2.5 - labels)[:, None] * np.eye(3)[labels])
     return scores / scores.sum(1, keepdims=True)
 
 
 def test_threshold_is_the_rank_that_corrects_for_finite_samples():
-    # Nine scores 0.1 .. 0.9 of class 0: the ceil(10 * 0.8) = 8th. Class 1 has three of ceil(4 * 0.8) = 4.
+    # Class 0 has nine scores 0.1 .. 0.9: take the ceil(10 * 0.8) = 8th. Class 1 has three, and ceil(4 * 0.8) = 4.
     p_true = np.concatenate([1 - np.arange(1, 10) / 10, [0.9, 0.8, 0.7]])
     labels = np.repeat([0, 1], [9, 3])
     p = np.where(np.eye(2, dtype=bool)[labels], p_true[:, None], 1 - p_true[:, None])
@@ -37,7 +37,7 @@ def test_sets_by_hand():
 
 
 def test_coverage_of_each_class_holds_on_average():
-    # 300 times 24 validation and 100 test examples of each class; rank 23 of 24 covers 23 / 25 on average.
+    # 300 studies, each with 24 validation and 100 test examples per class; rank 23 of 24 covers 23 / 25 on average.
     val_labels, test_labels = np.repeat([0, 1, 2], 24), np.repeat([0, 1, 2], 100)
     covered = np.zeros(3)
     for study in range(300):
@@ -68,7 +68,7 @@ def test_sets_of_nothing():
 
 
 def test_risk_coverage_by_hand():
-    # From the surest: right, wrong, right, right.
+    # In order of confidence: right, wrong, right, right.
     p = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
     result = compute_risk_coverage(p, np.array([0, 0, 0, 0]))
     assert result['coverage'] == [0.25, 0.5, 0.75, 1]

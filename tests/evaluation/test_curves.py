@@ -10,7 +10,7 @@ from covidjax.evaluation.metrics import compute_ranking
 
 
 def draw(num_examples, seed, *, decimals=3):
-    """Returns labels, probabilities that lean to them, with ties, and patients of about five examples."""
+    """Returns labels, probabilities that favour them (with ties) and patients of about five examples each."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, num_examples)
     scores = np.exp(rng.normal(size=(num_examples, 3)) + np.eye(3)[labels])
@@ -108,10 +108,10 @@ def test_one_class_or_none_leaves_nothing(count):
 
 
 def test_area_of_clustered_examples_is_covered_by_patient_and_missed_by_slice():
-    # 100 studies of 40 patients of 5 slices whose scores share a patient effect: N(+-0.5, 1) and noise N(0, 0.3^2).
+    # 100 studies of 40 patients with 5 slices each. A score is a patient effect N(+-0.5, 1) plus noise N(0, 0.3^2).
     rng = np.random.default_rng(0)
     patients, positive = np.repeat(np.arange(40), 5), np.repeat(np.arange(40) % 2 == 1, 5)
-    truth = 0.7536  # P(z > -1 / sqrt(2 * 1.09)), z standard normal: the pairs' difference is N(1, 2 * 1.09)
+    truth = 0.7536  # P(z > -1 / sqrt(2 * 1.09)), z standard normal: the difference of a pair is N(1, 2 * 1.09)
     covered = {'patient': 0, 'slice': 0}
     for study in range(100):
         scores = positive - 0.5 + rng.normal(size=40)[patients] + 0.3 * rng.normal(size=200)

@@ -25,7 +25,7 @@ from covidjax.evaluation.metrics import (
 
 
 def test_table_iv_of_the_paper():
-    # The confusion matrix that Table IV inverts to; the paper prints three decimals.
+    # The confusion matrix that reproduces Table IV; the paper prints three decimals.
     scores = compute_scores(np.array([[171, 0, 3], [0, 98, 2], [0, 0, 134]]))
     np.testing.assert_allclose(scores['precision'], [1.000, 1.000, 0.964], atol=5e-4)
     np.testing.assert_allclose(scores['recall'], [0.983, 0.980, 1.000], atol=5e-4)
@@ -59,7 +59,7 @@ def test_averages_equal_the_classification_report():
 
 
 def test_specificity_and_npv_by_hand():
-    # Class 0 against the others: 6 rejected of 8 others, which are 6 of the 7 not called class 0.
+    # Class 0 against the others: 6 of 8 others are not called class 0; 7 examples in all are not.
     confusion = np.array([[3, 1, 0], [2, 4, 0], [0, 1, 1]])
     scores = compute_scores(confusion)
     np.testing.assert_allclose(scores['specificity'], [6 / 8, 4 / 6, 10 / 10])
@@ -108,7 +108,7 @@ def test_perfect_inverted_and_constant_classifiers(predict, accuracy):
 
 
 def test_resamples_without_a_class_say_nothing_about_it():
-    # Two normal patients of four, each half right: a resample that misses them leaves their class undefined, not wrong.
+    # Two of four patients are normal, each half right. In a resample without them the normal recall is undefined.
     labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 1, 1, 0, 1, 1])
     metrics = compute_metrics(labels, predicted, ['a', 'a', 'd', 'd', 'b', 'c'], CLASSES)
     assert metrics['intervals']['per_class']['normal']['recall'] == [0.5, 0.5]
@@ -118,7 +118,7 @@ def test_resamples_without_a_class_say_nothing_about_it():
 
 
 def test_interval_resamples_patients_not_slices():
-    # 10 patients of 100 slices, half of them wholly right: the interval is that of 10 coins, not of 1,000.
+    # 10 patients of 100 slices each, 5 of them all right: the interval is that of 10 coins, not of 1,000.
     labels = np.zeros(1000, int)
     predicted = np.repeat([0, 1] * 5, 100)
     patients = np.repeat(np.arange(10).astype(str), 100)
@@ -128,7 +128,7 @@ def test_interval_resamples_patients_not_slices():
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    # 200 studies of 60 patients of 5 slices whose accuracy differs by patient; the mean is 0.8.
+    # 200 studies of 60 patients with 5 slices each. Accuracy differs by patient; its mean is 0.8.
     rng = np.random.default_rng(1)
     covered = 0
     for study in range(200):
@@ -142,7 +142,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
         )
         low, high = metrics['intervals']['accuracy']
         covered += low <= 0.8 <= high
-    assert 0.89 <= covered / 200 <= 0.99  # 0.95 less a little for 60 patients; standard error 0.015
+    assert 0.89 <= covered / 200 <= 0.99  # slightly below 0.95 for 60 patients; standard error 0.015
 
 
 def test_resamples_draw_as_many_patients_as_there_are():
@@ -169,15 +169,15 @@ def test_ranking_equals_scikit_learn_and_has_known_ends():
 
 
 def test_ranking_by_hand():
-    # Positives 3 and 1, negatives 1 and 0: of four pairs three are right and one is tied. Thresholds 3, 1 and 0:
-    # half the positives at precision 1, the other half at 2/3.
+    # Positives 3 and 1, negatives 1 and 0: three of four pairs are right and one is tied. At threshold 3 half the
+    # positives are found at precision 1, at threshold 1 the other half at 2/3.
     result = compute_ranking(np.array([3, 1, 1, 0]), np.array([True, True, False, False]), list('abcd'))
     assert result['auc'] == 3.5 / 4
     assert result['average_precision'] == pytest.approx(0.5 + 0.5 * 2 / 3)
 
 
 def test_weighted_ranking_equals_scikit_learn(monkeypatch):
-    monkeypatch.setattr('covidjax.evaluation.metrics._CHUNK', 150)  # less than two of the resamples
+    monkeypatch.setattr('covidjax.evaluation.metrics._CHUNK', 150)  # fewer examples than two resamples hold
     rng = np.random.default_rng(0)
     groups, positive = rng.integers(0, 12, 100), rng.random(100) < 0.4
     scores = np.round(rng.normal(size=100) + positive, 1)
@@ -236,7 +236,7 @@ def test_share_interval_falls_back_to_wilson_over_patients():
 
 
 def test_share_of_clustered_examples_is_covered_by_patient_and_missed_by_slice():
-    # 200 studies of 60 patients of 10 slices that are right as often as their patient is easy; 0.8 on average.
+    # 200 studies of 60 patients with 10 slices each. Accuracy differs by patient; its mean is 0.8.
     rng = np.random.default_rng(2)
     patients, slices = np.repeat(np.arange(60), 10), np.arange(600)
     covered = {'patient': 0, 'slice': 0}
@@ -251,7 +251,7 @@ def test_share_of_clustered_examples_is_covered_by_patient_and_missed_by_slice()
 
 
 def test_lower_end_of_a_high_share_holds_with_a_trial_per_patient():
-    # 300 studies of 25 patients of 20 slices, 98 % right on average: most studies have at most one hard patient.
+    # 300 studies of 25 patients with 20 slices each, 98 % right on average. Most have at most one hard patient.
     rng = np.random.default_rng(0)
     patients, held = np.repeat(np.arange(25), 20), {'wilson': 0, 'bootstrap': 0}
     for study in range(300):
@@ -276,7 +276,7 @@ def test_a_perfect_score_has_a_wilson_interval_by_patient():
     labels = np.array([0, 0, 1, 1, 2, 2])
     metrics = compute_metrics(labels, labels, ['a', 'a', 'b', 'c', 'd', 'd'], ('x', 'y', 'z'))
     intervals = metrics['intervals']
-    # Of n patients all right, Wilson's lower end is n / (n + z^2).
+    # If all of n patients are right, Wilson's lower end is n / (n + z^2).
     z2 = 1.959964**2
     assert intervals['accuracy'] == pytest.approx([4 / (4 + z2), 1])
     assert intervals['per_class']['y']['recall'] == pytest.approx([2 / (2 + z2), 1])

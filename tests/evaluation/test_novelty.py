@@ -18,7 +18,7 @@ def test_usual_slices_lie_within_and_others_beyond():
     novelty = fit_novelty(draw(400, 0), PATIENTS)
     assert 0.003 < (compute_novelty(novelty, draw(4000, 1)) > 1).mean() < 0.03
     assert (compute_novelty(novelty, draw(50, 2, scale=20.0)) > 1).mean() > 0.9
-    # Off the directions along which slices differ, a small step is far.
+    # A small step off the directions along which slices differ counts as a large distance.
     assert (compute_novelty(novelty, draw(50, 3) + np.eye(40)[0] * 3) > 1).all()
 
 

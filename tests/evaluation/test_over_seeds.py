@@ -13,7 +13,7 @@ def test_mean_by_hand():
     values = np.array([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     estimate = estimate_mean(values, GROUPS, RESAMPLES)
     np.testing.assert_allclose(estimate.by_seed, [0.5, 1.0])
-    # Means over the seeds are 1, 0.5, 1 and 0.5; the second resample has patient 0 twice.
+    # Means over the seeds are 1, 0.5, 1 and 0.5. The second resample holds patient 0 twice.
     np.testing.assert_allclose(estimate.resampled, [0.75, (2 * 1.5 + 1) / 5, 0.5])
 
 

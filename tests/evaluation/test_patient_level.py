@@ -5,7 +5,7 @@ from covidjax.evaluation.patient_level import compute_patient_level, compute_pat
 
 
 def test_by_hand():
-    # Pneumonia: a, mean difference (-0.8 + 0.2) / 2 < 0, right. COVID-19: b, -0.1, wrong; c, 0.6, right.
+    # Pneumonia: a scores (-0.8 + 0.2) / 2 < 0, right. COVID-19: b scores -0.1, wrong; c scores 0.6, right.
     labels = np.array([1, 1, 2, 2, 0])
     patients = ['a', 'a', 'b', 'c', 'n']
     scores = np.array([[0, 0.9, 0.1], [0, 0.4, 0.6], [0.1, 0.5, 0.4], [0, 0.2, 0.8], [0, 0, 1]])
@@ -19,7 +19,7 @@ def test_patient_scores_by_hand():
     labels = np.array([2, 1, 0, 2, 1])
     scores = np.array([[0, 0.1, 0.9], [0, 0.7, 0.3], [1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]])
     score, is_covid19, patients = compute_patient_scores(scores, labels, ['a/1', 'b', 'n', 'a/1', 'a/1'])
-    np.testing.assert_allclose(score, [0, -0.4, 0.4])  # the patient a/1 has slices of both
+    np.testing.assert_allclose(score, [0, -0.4, 0.4])  # patient a/1 has slices of both classes
     assert is_covid19.tolist() == [False, False, True]
     assert patients == ['a/1', 'b', 'a/1']
 

@@ -20,7 +20,7 @@ from covidjax.evaluation.screening import (
 
 
 def draw(num_patients, seed):
-    """Returns logits four times too sure, labels and patients of five slices."""
+    """Returns logits four times too large, labels, and patients of five slices each."""
     rng = np.random.default_rng(seed)
     patients = np.repeat(np.arange(num_patients), 5)
     labels = patients % 3
@@ -37,7 +37,7 @@ def test_targets_by_hand():
 
 
 def test_threshold_by_hand():
-    # Of four positives at least three must reach it: 0.4 is the highest such threshold, and two negatives do as well.
+    # At least three of four positives must reach the threshold: 0.4 is the highest such. Two negatives reach it too.
     scores = np.array([0.9, 0.8, 0.4, 0.3, 0.4, 0.5, 0.2, 0.1])
     positive = np.repeat([True, False], 4)
     result = choose_threshold(scores, positive, list('aabbcdef'), 0.75)
@@ -63,7 +63,7 @@ def test_threshold_is_the_highest_that_reaches_the_target(target):
 
 
 def test_enough_patients_need_no_note():
-    # Wilson's lower bound of n of n is n / (n + 1.96^2): 0.98 takes 189 patients.
+    # Wilson's lower bound for n of n is n / (n + 1.96^2): a bound of 0.98 needs 189 patients.
     for num_patients, is_enough in ((188, False), (189, True)):
         result = choose_threshold(np.ones(num_patients), np.ones(num_patients, bool), np.arange(num_patients))
         assert ('note' not in result) == is_enough
@@ -79,7 +79,7 @@ def test_threshold_without_positives_is_stated():
 
 
 def test_predictive_values_by_hand():
-    # Of 1,000 screened 100 are ill, of whom 90 are found; of 900 well ones 180 are alarmed.
+    # Of 1,000 people screened 100 are ill, and 90 of them are found. Of 900 healthy people 180 are false alarms.
     ppv, npv = compute_predictive_values(0.9, 0.8, 0.1)
     assert (ppv, npv) == pytest.approx((90 / 270, 720 / 730))
     assert compute_predictive_values(0.0, 1.0, 0.1) == (None, 0.9)
@@ -92,12 +92,12 @@ def test_operating_point_by_hand():
     result = compute_operating_point(scores, positive, np.arange(10), 0.5)
     assert [result[k] for k in ('tp', 'fp', 'fn', 'tn')] == [3, 1, 1, 5]
     assert (result['sensitivity'], result['specificity']) == pytest.approx((3 / 4, 5 / 6))
-    assert result['sensitivity_interval'] == pytest.approx([0.25, 1])  # of 4 coins of 3/4
+    assert result['sensitivity_interval'] == pytest.approx([0.25, 1])  # of 4 coins with probability 3/4
     assert result['sensitivity_wilson'] == pytest.approx(compute_wilson_interval(3, 4))
     values = result['predictive_values']
     assert [v['prevalence'] for v in values] == [*PREVALENCES, 0.4]
     assert [v['is_test_share'] for v in values] == [False] * len(PREVALENCES) + [True]
-    assert (values[-1]['ppv'], values[-1]['npv']) == pytest.approx((3 / 4, 5 / 6))  # the test's own
+    assert (values[-1]['ppv'], values[-1]['npv']) == pytest.approx((3 / 4, 5 / 6))  # at the test's prevalence
     for v in values:
         assert v['ppv_interval'][0] <= v['ppv'] <= v['ppv_interval'][1]
         assert v['npv_interval'][0] <= v['npv'] <= v['npv_interval'][1]
@@ -112,7 +112,7 @@ def test_operating_point_of_perfect_and_inverted_tests():
     assert (perfect['sensitivity'], perfect['specificity']) == (1, 1)
     assert perfect['sensitivity_interval'] == compute_wilson_interval(10, 10)  # not [1, 1]
     assert perfect['predictive_values'][0]['ppv'] == 1
-    assert perfect['predictive_values'][0]['ppv_interval'][0] < 0.1  # one in a hundred ill: ten negatives prove little
+    assert perfect['predictive_values'][0]['ppv_interval'][0] < 0.1  # at a prevalence of 0.01 ten negatives are too few
     inverted = compute_operating_point(1.0 - positive, positive, np.arange(20), 0.5)
     assert (inverted['sensitivity'], inverted['specificity']) == (0, 0)
     assert inverted['predictive_values'][0]['ppv'] == 0
@@ -142,7 +142,7 @@ def test_operating_point_of_one_mixed_patient_has_no_interval_by_patient():
 
 
 def test_decision_curve_by_hand():
-    # At 0.5: two found, one alarm of five, odds 1. At 0.2: three found, one alarm, odds 1/4.
+    # Of five: at 0.5 two found, one false alarm, odds 1; at 0.2 three found, one false alarm, odds 1/4.
     scores, positive = np.array([0.9, 0.6, 0.3, 0.7, 0.1]), np.array([True, True, True, False, False])
     curve = compute_decision_curve(scores, positive, [0.2, 0.5])
     assert curve['model'] == pytest.approx([3 / 5 - 1 / 20, 2 / 5 - 1 / 5])
@@ -185,7 +185,7 @@ def test_rules_hold_on_other_patients():
         curve = result['decision_curves'][target]
         assert np.mean(np.array(curve['model']) >= np.maximum(curve['all'], 0) - 0.005) > 0.9
     for found in result['conformal']['per_class'].values():
-        assert found['coverage'] == pytest.approx(0.9, abs=0.1)  # 100 patients on either side: standard error 0.03
+        assert found['coverage'] == pytest.approx(0.9, abs=0.1)  # 100 patients per class and split: standard error 0.03
     assert result['risk_coverage']['accuracy_at']['0.5'] > result['risk_coverage']['accuracy_at']['1.0']
     assert result['prior_correction']['after']['brier'] < result['prior_correction']['before']['brier']
     json.dumps(result, allow_nan=False)

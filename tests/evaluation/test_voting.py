@@ -38,19 +38,19 @@ def test_unknown_rule():
 
 
 def test_rule_is_chosen_by_validation_accuracy():
-    # Each scan has two normal slices and one that is surely COVID-19: only 'max' calls them sick.
+    # Each scan has two normal slices and one clear COVID-19 slice: only 'max' calls COVID-19.
     scans = [np.array([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.05, 0.05, 0.9]])] * 4
     rule, accuracies = choose_rule(scans, np.array([2, 2, 2, 2]))
     assert rule == 'max'
     assert accuracies['max'] == 1
     assert accuracies['mean'] == 0
-    assert choose_rule(scans, np.array([0, 0, 0, 0]))[0] == 'mean'  # the first of equal ones
+    assert choose_rule(scans, np.array([0, 0, 0, 0]))[0] == 'mean'  # the first of tied rules
 
 
 def test_paired_comparison_by_hand():
     labels = np.zeros(10, int)
     first = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])  # 7 right
-    second = np.array([0, 0, 1, 1, 1, 1, 1, 0, 1, 1])  # 3 right, one of them alone
+    second = np.array([0, 0, 1, 1, 1, 1, 1, 0, 1, 1])  # 3 right, one of which the first gets wrong
     result = compare_paired(first, second, labels, [str(i) for i in range(10)])
     assert result['difference'] == pytest.approx(0.4)
     assert (result['only_first'], result['only_second']) == (5, 1)

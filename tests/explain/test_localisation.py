@@ -12,7 +12,7 @@ def test_scores_by_hand():
     assert localisation.compute_pointing(SCORES, LESION) == 1
     assert localisation.compute_pointing(-SCORES, LESION) == 0
     assert localisation.compute_energy(SCORES, LESION) == pytest.approx(0.6)
-    # Of the four pairs, 0.1 is below 0.4 only.
+    # Three of four pairs are ordered correctly; 0.1 is below 0.4.
     assert localisation.compute_rank_auc(SCORES, LESION) == 0.75
     assert localisation.compute_dice(SCORES > 0.3, LESION) == 0.5
 
@@ -66,7 +66,7 @@ def test_slice_attention_by_hand():
     attention = [np.array([0.1, 0.6, 0.2, 0.1]), np.array([0.7, 0.1, 0.1, 0.1]), np.array([0.5, 0.5])]
     shows = [np.array([0, 1, 0, 0], bool), np.array([0, 1, 0, 0], bool), np.array([1, 1], bool)]
     found = {name: value['mean'] for name, value in localisation.score_slice_attention(attention, shows).items()}
-    assert found['auc'] == pytest.approx((1 + 1 / 3) / 2)  # the second: ties with two, below one
+    assert found['auc'] == pytest.approx((1 + 1 / 3) / 2)  # in the second scan the slice ties with two and is below one
     assert found['hit@1'] == 0.5
     assert found['chance@1'] == pytest.approx(1 / 4)
     assert found['hit@3'] == 1

@@ -1,4 +1,4 @@
-"""Maps of tiny models against hand-computed ones, and their controls."""
+"""Maps of tiny models against hand-computed maps, and their controls."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_explanations_are_those_of_the_model(model_and_variables, images):
 
 
 def test_grad_cam_by_finite_differences(images):
-    """The weight of a channel is the mean derivative of the logit by its features; the head is computed by hand."""
+    """Computes channel weights (mean derivative of the logit by the features) numerically, with the head by hand."""
     model = create_model()
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
     _, found = model.apply(
@@ -97,7 +97,7 @@ def test_shuffled_tail_changes_nothing_under_additive_only(model_and_variables, 
 
 def test_half_pixel_centres():
     up = maps.upsample(np.array([[[0.0, 1.0]] * 2]), 4)
-    # Centres of the outputs at 0.25, 0.75, 1.25, 1.75 of the input; inputs at 0.5 and 1.5.
+    # Output centres lie at 0.25, 0.75, 1.25 and 1.75 in input pixels, input centres at 0.5 and 1.5.
     np.testing.assert_allclose(up[0, 0], [0, 0.25, 0.75, 1], atol=1e-6)
 
 
@@ -135,14 +135,14 @@ def test_erasure_tells_a_good_map_from_an_inverted_one():
         name: maps.compute_erasure_curves(predict_brightness, image, m, [0])
         for name, m in (('good', good), ('inverted', 1 - good))
     }
-    # Both begin and end alike: the whole slice and the blurred one.
+    # Both maps share the ends of their curves: the intact slice and the blurred one.
     for a, b in (curves['good'], curves['inverted']), (curves['inverted'], curves['good']):
         for kind in ('deletion', 'insertion'):
             assert a[kind][0, [0, -1]] == pytest.approx(b[kind][0, [0, -1]])
     assert curves['good']['deletion'][0, 0] == pytest.approx(250 / 255)
     assert curves['good']['deletion'].mean() < curves['inverted']['deletion'].mean()
     assert curves['good']['insertion'].mean() > curves['inverted']['insertion'].mean()
-    # A quarter of the pixels are the quarter: from there on nothing changes.
+    # After a quarter of the pixels the whole bright quarter is blurred, so nothing more changes.
     quarter = maps.NUM_STEPS // 4
     np.testing.assert_allclose(curves['good']['deletion'][0, quarter:], curves['good']['deletion'][0, -1])
 

@@ -1,13 +1,14 @@
-"""Kills, damages and starves training runs, starts each again with the same command, and compares what comes out.
+"""Injects faults into training runs, resumes each run with the same command and compares the results.
 
   python tests/faults/campaign.py                     a few faults of each kind, some minutes on two cores
   python tests/faults/campaign.py --kills=50 --damages=12 --full_disks=4
-  python tests/faults/campaign.py --processes=2 --freezes=2     runs on two processes, of which one is killed or frozen
+  python tests/faults/campaign.py --processes=2 --freezes=2     runs on two processes, one of them killed or frozen
 
-A run survives a fault if it ends with parameters, optimizer state, batch statistics, history (timings aside) and
-predictions that are bit for bit those of a run that nothing happened to. Of several processes, those that are left must
-end in time, each with one line that says why. The last line counts; exit status 1 if any run was lost or any process
-ended without a word. Full disks are small memory disks, which takes the right to mount.
+Faults are kills, damaged checkpoints, full disks and frozen processes. A run survives if its parameters, optimizer
+state, batch statistics, history (without timings) and predictions equal those of an undisturbed run bit for bit. With
+several processes, the remaining ones must end in time, each with one error line. The last line is the summary. The exit
+status is 1 if any run was lost or any process ended without an error line. Full disks are small memory disks; they
+require the right to mount.
 """
 
 import argparse
@@ -34,13 +35,13 @@ MODEL = (
     '--config.{0}model.tail_blocks=1',
     '--config.{0}model.pretrained=',
 )
-STOP_SECONDS = 70  # within which the other processes stop when one was killed or frozen, see docs/devices.md
+STOP_SECONDS = 70  # limit for the other processes to stop after one is killed or frozen, see docs/devices.md
 TIMINGS = ('seconds', 'val_seconds', 'examples_per_second')
 KINDS = ('kill', 'kill while saving', 'freeze', 'stop', 'truncate', 'empty', 'flip', 'full disk')
 
 
 class Run:
-    """A training command, on one process or several, in one workdir."""
+    """A running training command with one or several processes in one workdir."""
 
     def __init__(self, arguments, workdir, log, num_processes):
         with socket.socket() as free:
@@ -64,21 +65,21 @@ class Run:
         return all(process.poll() is None for process in self.processes)
 
     def wait(self, timeout=600):
-        """Waits for all processes; returns whether they ended well."""
+        """Waits for all processes. Returns whether all succeeded."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.wait(max(deadline - time.monotonic(), 0.1))
         return not any(process.returncode for process in self.processes)
 
     def kill(self, victim=0):
-        """Kills one process; returns the seconds until all have stopped."""
+        """Kills one process. Returns the seconds until all have stopped."""
         start = time.monotonic()
         self.processes[victim].kill()
         self.wait(STOP_SECONDS)
         return time.monotonic() - start
 
     def freeze(self, victim):
-        """Halts one process, its sockets open, until the others have stopped; returns the seconds that took."""
+        """Freezes one process with open sockets until the others have stopped. Returns the seconds that took."""
         start = time.monotonic()
         self.processes[victim].send_signal(signal.SIGSTOP)
         others = [process for process in self.processes if process is not self.processes[victim]]
@@ -90,7 +91,7 @@ class Run:
         return seconds
 
     def stop(self, victim):
-        """Asks one process to stop, and waits until all have."""
+        """Asks one process to stop and waits until all have stopped."""
         self.processes[victim].terminate()
         self.wait()
 
@@ -104,7 +105,7 @@ def count_checkpoints(workdir):
 
 
 def read_outcome(workdir):
-    """Returns all that must be bit for bit the same at the end of a run."""
+    """Returns everything that must be bitwise equal at the end of a run, by name."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -115,7 +116,7 @@ def read_outcome(workdir):
             for line in (workdir / 'metrics.jsonl').read_text().splitlines()
         ],
     }
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # also what several processes have saved
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # also for checkpoints of several processes
     for kind, item in (('latest', 'state'), ('best', 'variables')):
         newest = max((workdir / 'checkpoints' / kind).iterdir(), key=lambda path: int(path.name))
         checkpointer = ocp.StandardCheckpointer()
@@ -131,7 +132,7 @@ def read_outcome(workdir):
 
 
 def damage(folder, kind, rng):
-    """Damages one file of a checkpoint; returns its name."""
+    """Damages one file of a checkpoint. Returns its name."""
     path = rng.choice([path for path in sorted(folder.rglob('*')) if path.is_file() and path.stat().st_size])
     content = bytearray(path.read_bytes())
     if kind == 'flip':
@@ -144,7 +145,7 @@ def damage(folder, kind, rng):
 
 @contextlib.contextmanager
 def mount_small_disk(folder, num_bytes):
-    """Mounts a memory disk; yields a function that gives it room."""
+    """Mounts a small memory disk. Yields a function that enlarges it."""
     folder.mkdir()
     subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={num_bytes}', 'tmpfs', folder], check=True)
     try:
@@ -162,7 +163,7 @@ def can_mount(folder):
 
 
 class Campaign:
-    """The faults done to runs of one experiment, and what became of them."""
+    """Injects faults into runs of one experiment and counts the outcomes."""
 
     def __init__(self, name, arguments, folder, num_processes, rng):
         self.name, self.arguments, self.folder, self.num_processes, self.rng = (
@@ -173,10 +174,10 @@ class Campaign:
             rng,
         )
         self.survived, self.lost = collections.Counter(), collections.Counter()
-        self.stops = []  # of several processes: kind of fault, seconds until the others stopped, whether all said why
+        self.stops = []  # several processes: (fault, seconds until the others stopped, whether all printed an error)
         self.num_runs = 0
         whole = folder / f'{name}-whole'
-        for attempt in (whole, folder / f'{name}-again'):  # the second one, which compiles nothing, is timed
+        for attempt in (whole, folder / f'{name}-again'):  # the second run is timed because it compiles nothing
             start = time.monotonic()
             run = self.start(attempt)
             if not run.wait():
@@ -188,7 +189,7 @@ class Campaign:
         self.size = sum(path.stat().st_size for path in whole.rglob('*') if path.is_file())
 
     def get_log(self, workdir):
-        """Returns the log of all runs in a workdir; it never lies on a disk that is full."""
+        """Returns the path of the log of all runs in a workdir. It is never on a full disk."""
         return self.folder / f'{workdir.name}.log'
 
     def start(self, workdir):
@@ -199,7 +200,7 @@ class Campaign:
         return self.folder / f'{self.name}-{self.num_runs}'
 
     def settle(self, workdir, faults, notes):
-        """Lets a run end and books its faults as survived or lost."""
+        """Resumes a run to its end and counts its faults as survived or lost."""
         run = self.start(workdir)
         ended = run.wait()
         missing = [note for note in notes if note not in self.get_log(workdir).read_text()]
@@ -209,14 +210,14 @@ class Campaign:
         good = ended and not missing and not different
         (self.survived if good else self.lost).update(faults)
         if not good:
-            print(f'LOST {workdir}: {faults}; ended {ended}, not said {missing}, different {different[:5]}')
+            print(f'LOST {workdir}: {faults}; ended {ended}, not logged {missing}, different {different[:5]}')
             print(run.read_log()[-2000:])
         else:
             shutil.rmtree(workdir)
         print(f'{self.name}: {"survived" if good else "lost"} {", ".join(faults)}', flush=True)
 
     def kill(self, count):
-        """Kills at random moments, half of them while a checkpoint is written, until that many kills were done."""
+        """Kills runs `count` times at random moments, about half of them while a checkpoint is written."""
         done = 0
         while done < count:
             workdir, faults = self.new_workdir(), []
@@ -249,7 +250,7 @@ class Campaign:
                 self.settle(workdir, faults, [])
 
     def freeze(self, count):
-        """Halts the first process, then the second and so on, and starts anew when the others have stopped."""
+        """Freezes one process of each run, the first, then the second and so on, and resumes after the others stop."""
         for i in range(count):
             workdir, victim = self.new_workdir(), i % self.num_processes
             run = self.start(workdir)
@@ -260,17 +261,17 @@ class Campaign:
                 self.settle(workdir, ['freeze'], [])
 
     def note_stop(self, run, kind, victim, seconds):
-        """Notes how those of several processes stopped that nothing was done to."""
+        """With several processes, records how those without a fault stopped."""
         if self.num_processes == 1:
             return
         lines = [line for line in run.read_log().replace('\r', '\n').splitlines() if line.startswith('error: ')]
-        # Once a run is tested, the first process goes on to a good end without the others.
+        # After the test phase, the first process finishes without the others.
         failed = [process for i, process in enumerate(run.processes) if i != victim and process.returncode]
         self.stops.append((kind, seconds, len(lines) == len(failed)))
         print(f'  {kind} of process {victim}: the others stopped after {seconds:.1f} s, saying {lines}', flush=True)
 
     def damage(self, count):
-        """Stops runs that have two checkpoints and damages the newer one."""
+        """Kills runs that have two checkpoints and damages the newer one."""
         for i in range(count):
             workdir = self.new_workdir()
             run = self.start(workdir)
@@ -286,7 +287,7 @@ class Campaign:
             self.settle(workdir, [kind], [f'{newest}: ', name])
 
     def fill_disk(self, count):
-        """Runs on disks that are too small, then makes room."""
+        """Runs on disks that are too small, then enlarges them and resumes."""
         for _ in range(count):
             workdir = self.new_workdir()
             disk = workdir.with_name(f'{workdir.name}-disk')
@@ -299,13 +300,13 @@ class Campaign:
 
 
 def wait_for_data(run):
-    """Waits until the data are there: processes that wait for others to appear do so for minutes."""
+    """Waits until the data are loaded. Before that, processes wait minutes for a missing process."""
     while run.is_running() and 'train: ' not in run.read_log():
         time.sleep(0.1)
 
 
 def describe_stops(stops):
-    """Returns how long the other processes took to stop, and how often all of them said why; '' of a single process."""
+    """Describes how fast the other processes stopped and how often all printed an error; '' for one process."""
     parts = []
     for what, kinds in (('kill', KINDS[:2]), ('freeze', ('freeze',))):
         chosen = [(seconds, said) for kind, seconds, said in stops if kind in kinds]
@@ -319,13 +320,13 @@ def describe_stops(stops):
 
 
 def main():
-    """Runs the campaign and prints one line at its end."""
+    """Runs the campaign and prints a summary line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--kills', type=int, default=4, help='by SIGKILL or SIGTERM, of each experiment')
-    parser.add_argument('--damages', type=int, default=3, help='of the newest checkpoint, of each experiment')
-    parser.add_argument('--full_disks', type=int, default=1, help='of each experiment')
+    parser.add_argument('--kills', type=int, default=4, help='kills by SIGKILL or SIGTERM per experiment')
+    parser.add_argument('--damages', type=int, default=3, help='damaged newest checkpoints per experiment')
+    parser.add_argument('--full_disks', type=int, default=1, help='full disks per experiment')
     parser.add_argument('--processes', type=int, default=1)
-    parser.add_argument('--freezes', type=int, default=0, help='of one of several processes, of each experiment')
+    parser.add_argument('--freezes', type=int, default=0, help='frozen processes per experiment')
     parser.add_argument('--experiments', nargs='+', default=['att2', 'seq'], choices=['att2', 'seq'])
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
@@ -360,7 +361,7 @@ def main():
                 '--config.train.num_epochs=6',
             ],
         }
-        if 'att2' not in options.experiments:  # the extractor is needed in any case
+        if 'att2' not in options.experiments:  # seq always needs the extractor
             Run(commands['att2'], folder / 'att2-whole', folder / 'att2-whole.log', options.processes).wait()
         with_disks = options.full_disks and can_mount(folder)
         campaigns = []

@@ -1,10 +1,10 @@
-"""Damages small scans at random and reads them: each must be read, or refused in one line, in seconds and silence.
+"""Reads small scans with random damage. Each must be read, or refused in one line, within seconds and without logs.
 
   python -m tests.faults.damage_scans              100 of each kind, some minutes
   python -m tests.faults.damage_scans --count=20 --seed=1000
 
-Reading is all of a prediction that comes before the model. It runs in a process of its own, so that the crash of a
-decoder is seen too. The last line counts; exit status 1 if any was neither read nor refused.
+Reading covers all steps of a prediction before the model. It runs in a separate process, which makes decoder crashes
+detectable. The last line is the summary. The exit status is 1 if any scan was neither read nor refused.
 """
 
 import argparse
@@ -44,7 +44,7 @@ STRANGE = (None, '', 0, -1, 1, 65535, 1e30, float('nan'), 'nan', 'x' * 300, [0, 
 
 
 def damage_bytes(rng, data):
-    """Flips up to twenty bits, mostly near the beginning, or cuts the end off."""
+    """Flips up to 20 bits, mostly near the beginning, or truncates the data."""
     if rng.random() < 0.25:
         return data[: rng.randrange(len(data))]
     changed = bytearray(data)
@@ -55,7 +55,7 @@ def damage_bytes(rng, data):
 
 
 def damage_tags(rng, data):
-    """Deletes elements of a DICOM file or gives them a strange value."""
+    """Deletes elements of a DICOM file or gives them unusual values."""
     dataset = pydicom.dcmread(io.BytesIO(data))
     for _ in range(rng.randint(1, 3)):
         element = rng.choice(list(dataset))
@@ -66,13 +66,13 @@ def damage_tags(rng, data):
         try:
             element.value = value
             data = encode_dicom(dataset)
-        except Exception:  # such a value can not be written
+        except Exception:  # pydicom cannot write this value
             element.value = before
     return data
 
 
 def write_dicom(rng, folder, syntax):
-    """Writes a series, of which one to all files are damaged."""
+    """Writes a series and damages one file or all."""
     for number, pixels in enumerate(HU):
         path = folder / f'{number}.dcm'
         path.write_bytes(encode_dicom(make_dicom(pixels, -5.0 * number)))
@@ -84,13 +84,13 @@ def write_dicom(rng, folder, syntax):
 
 
 def write_zip(rng, folder):
-    """Writes a zip of a series, and damages the archive."""
+    """Writes a zip of a series and damages the archive."""
     path = folder / 'scan.zip'
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         for number, pixels in enumerate(HU):
             archive.writestr(f'{number}.dcm', encode_dicom(make_dicom(pixels, -5.0 * number)))
     data = bytearray(path.read_bytes())
-    if rng.random() < 0.5:  # the directory of the archive
+    if rng.random() < 0.5:  # damage the central directory
         for _ in range(rng.randint(1, 5)):
             data[-rng.randint(1, 60 * NUM_SLICES)] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
@@ -100,7 +100,7 @@ def write_zip(rng, folder):
 
 
 def write_nifti(rng, folder, ending):
-    """Writes a NIfTI with another header, damaged bytes or both."""
+    """Writes a NIfTI with a random header field, damaged bytes or both."""
     path = folder / f'scan{ending}'
     image = create_nifti(HU)
     header = image.header.copy()
@@ -119,7 +119,7 @@ def write_nifti(rng, folder, ending):
 
 
 def write_images(rng, folder):
-    """Writes a folder of PNG, some damaged; half of them with right checksums, so that decoders go on."""
+    """Writes a folder of PNG files, some damaged. Half of these have valid checksums, so that decoders go on."""
     for number, pixels in enumerate(apply_window(HU)):
         Image.fromarray(pixels).save(folder / f'{number}.png')
     for path in rng.sample(sorted(folder.iterdir()), rng.choice((1, NUM_SLICES))):
@@ -148,7 +148,7 @@ KINDS = {
 
 
 class Refuse(logging.Handler):
-    """Raises what is logged: nobody but the caller shall tell what is wrong with a scan."""
+    """Raises AssertionError for any log record: only the error message may report a damaged scan."""
 
     def emit(self, record):
         raise AssertionError(record.getMessage())
@@ -156,7 +156,7 @@ class Refuse(logging.Handler):
 
 @contextlib.contextmanager
 def write_anything():
-    """Keeps pydicom from telling that values are strange."""
+    """Silences the warnings of pydicom about unusual values."""
     settings = pydicom.config.settings
     modes = settings.reading_validation_mode, settings.writing_validation_mode
     settings.reading_validation_mode = settings.writing_validation_mode = pydicom.config.IGNORE
@@ -169,7 +169,7 @@ def write_anything():
 
 
 def read_damaged(kind, seed):
-    """Returns what becomes of one damaged scan, one of OUTCOMES if all is well."""
+    """Reads one damaged scan and returns the outcome: one of OUTCOMES, or another string on failure."""
     folder, handler = Path(tempfile.mkdtemp()), Refuse()
     with write_anything():
         path = KINDS[kind](random.Random(f'{kind} {seed}'), folder)
@@ -186,10 +186,10 @@ def read_damaged(kind, seed):
 
 
 def main():
-    """Reads the scans that the flags ask for and prints what became of them."""
+    """Reads the scans selected by the flags and prints the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--count', type=int, default=100, help='of each kind')
-    parser.add_argument('--seed', type=int, default=0, help='of the first')
+    parser.add_argument('--count', type=int, default=100, help='scans of each kind')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the first scan of each kind')
     arguments = parser.parse_args()
     counts, lost, pool = collections.defaultdict(collections.Counter), [], None
     for kind in KINDS:

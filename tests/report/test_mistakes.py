@@ -6,7 +6,7 @@ from covidjax.report.mistakes import build_mistakes, find_confident_mistakes
 def test_mistakes_are_the_surest_and_at_most_two_of_a_patient():
     confidence = np.array([0.95, 0.9, 0.85, 0.8, 0.75, 0.99])
     p = np.stack([confidence, 1 - confidence], 1)
-    labels = np.array([1, 1, 1, 1, 1, 0])  # the last is right
+    labels = np.array([1, 1, 1, 1, 1, 0])  # the last is correct
     patients = ['a', 'a', 'a', 'b', 'c', 'd']
     assert find_confident_mistakes(p, labels, 3, patients) == [0, 1, 3]
     assert find_confident_mistakes(p, labels, 9, patients) == [0, 1, 3, 4]

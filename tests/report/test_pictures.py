@@ -12,7 +12,7 @@ def make_rows(label, patients):
 def test_examples_are_middle_slices_of_patients_spread_over_the_list():
     rows = make_rows(0, {'a': 100, 'b': 3, 'c': 5, 'd': 1, 'e': 7}) + make_rows(2, {'f': 4})
     chosen = pictures.choose_examples(rows, 3)
-    assert list(chosen) == ['normal', 'covid19']  # no slice is of pneumonia
+    assert list(chosen) == ['normal', 'covid19']  # there is no pneumonia slice
     assert [rows[i].file for i in chosen['normal']] == ['a-50.png', 'c-2.png', 'e-3.png']
     assert [rows[i].file for i in chosen['covid19']] == ['f-2.png']
 

@@ -1,4 +1,4 @@
-"""Where the body lies in a slice, and whether it holds lungs: by simple rules, not by a model.
+"""Rules, without a model, that find the body in a slice and check that a scan is a chest CT.
 
 Shapes: T slices, H rows, W columns, S side of a prepared slice.
 """
@@ -12,24 +12,24 @@ from covidjax.data.lesions import MIN_LUNG, compute_otsu_threshold, find_lung
 from covidjax.data.preprocess import Box
 
 _MIN_BODY = 0.05  # share of the slice
-_MIN_LUNG_SLICES = 0.25  # of a scan; a chest CT that reaches far into the abdomen has twice that
+_MIN_LUNG_SLICES = 0.25  # share of the slices; a chest CT that extends far into the abdomen has twice that
 _MIN_SEPARATION = 0.8
-_MIN_CONTRAST = 64  # grey values between air and tissue; fat and muscle differ by less
+_MIN_CONTRAST = 64  # grey values between the means of air and tissue; fat and muscle differ by less
 
 
 def find_body_box(grey: np.ndarray) -> Box:
-    """Finds the box around the body, as those of COVIDx CT: the largest region above Otsu's threshold.
+    """Finds the bounding box of the body, as in COVIDx CT: the largest region above Otsu's threshold.
 
     Args:
       grey: uint8 [H, W], lungs and air darker than the body.
 
     Returns:
-      xmin, ymin, xmax, ymax in pixels, half-open; the whole slice where nothing of a body's size is found.
+      xmin, ymin, xmax, ymax in pixels, half-open; the whole slice if no region is large enough to be a body.
     """
     height, width = grey.shape
     smooth = scipy.ndimage.gaussian_filter(grey.astype(np.float32), 1)
     body = smooth > compute_otsu_threshold(smooth)
-    # The table hangs on by a few pixels.
+    # Opening separates the table, which touches the body in a few pixels.
     reach = max(1, min(height, width) // 170)
     opened = scipy.ndimage.binary_opening(body, iterations=reach)
     regions, count = scipy.ndimage.label(opened)
@@ -43,13 +43,13 @@ def find_body_box(grey: np.ndarray) -> Box:
 
 
 def find_doubts(slices: Sequence[np.ndarray]) -> list[str]:
-    """Returns why prepared slices may be no chest CT, empty if they look like one.
+    """Returns reasons to doubt that prepared slices are a chest CT, or an empty list.
 
-    In a chest CT, dark lungs of some size lie in a bright body, with few greys between. Head and abdomen have no such
-    air; a projection X-ray or a photograph has all greys. What passes may still be none: a coronal picture does.
+    A chest CT shows large dark lungs in a bright body, with few greys between. Head and abdomen lack such air; a
+    projection X-ray or a photograph has all greys. The check is not complete: a coronal image passes.
 
     Args:
-      slices: T of uint8 [S, S].
+      slices: T slices, each uint8 [S, S].
     """
     found = [has_lung(grey) for grey in slices]
     if np.mean(found) < _MIN_LUNG_SLICES:
@@ -60,9 +60,9 @@ def find_doubts(slices: Sequence[np.ndarray]) -> list[str]:
 
 
 def has_lung(grey: np.ndarray) -> bool:
-    """Says whether a prepared slice [S, S] has dark regions of a lung's size inside a body that is much brighter.
+    """Returns whether a prepared slice, uint8 [S, S], shows lung-sized dark regions inside a much brighter body.
 
-    A body fills the ellipse in the slice that is cropped to it. Air between it and the table lies outside.
+    Only pixels in the ellipse of radius 0.9 count. In a cropped slice, air between body and table lies outside it.
     """
     low = grey < compute_otsu_threshold(grey)
     if not low.any() or grey[~low].mean() - grey[low].mean() < _MIN_CONTRAST:
@@ -73,7 +73,7 @@ def has_lung(grey: np.ndarray) -> bool:
 
 
 def compute_separation(grey: np.ndarray) -> float:
-    """Returns the share of the variance of grey values that Otsu's threshold explains: 1 for two greys only."""
+    """Returns the share of grey-value variance explained by Otsu's threshold, 0..1; 1 if there are only two greys."""
     values = grey.astype(np.float64)
     low = values < compute_otsu_threshold(values)
     if not low.any() or low.all():

@@ -1,6 +1,6 @@
-"""CT series in DICOM files: which there are, which one is meant, and its pixels in Hounsfield units, in true order.
+"""Finds CT series in DICOM files, selects one and loads its pixels in Hounsfield units, ordered by position.
 
-Only technical attributes are ever read from a file: what names a patient, a physician or a hospital never leaves it.
+Only technical attributes are read. Attributes that identify a patient, a physician or a hospital are not.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from covidjax.data.scan.sources import MAX_RATIO, Entry
 from covidjax.errors import UserError, join_faults
 
 MAX_VOXELS = 400_000_000  # 1,525 slices of 512 x 512
-HU_RANGE = (-1024, 3071)  # of 12 bits; what lies beyond is padding or metal
+HU_RANGE = (-1024, 3071)  # range of 12 bits; values beyond it are padding or metal
 _CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 _PROJECTIONS = ('CR', 'DX', 'DR', 'RG', 'RF', 'XA', 'MG', 'PX')
 _CHEST = ('CHEST', 'THORAX', 'LUNG', 'HEART')
-_AXIAL = 0.8  # cosine between slice normal and body axis; a gantry tilts by 30 degrees at most, 0.87
+_AXIAL = 0.8  # minimum cosine between slice normal and body axis; the maximum gantry tilt of 30 degrees gives 0.87
 _SAME_MM = 1e-3
 _PLAIN, _DEFLATED = b'1.2.840.10008.1.2.1', b'1.2.840.10008.1.2.1.99'
 _HEADER = [
@@ -62,18 +62,19 @@ _PIXELS = ['PixelData', 'ExtendedOffsetTable', 'ExtendedOffsetTableLengths']
 
 
 class Frame(NamedTuple):
-    """One slice of a file: where it lies and how its pixels become Hounsfield units.
+    """One slice of a file: its geometry and the conversion of its pixels to Hounsfield units.
 
     Attributes:
       entry: the file.
-      index: number of the slice in the file.
-      uid: what two copies of a file have in common.
-      study, series, number: ids of study and series, and the number that people call the series by.
-      is_elsewhere: the file says that it shows another part of the body than the chest.
-      shape: rows and columns.
-      position, right, down: of the first pixel, along a row and along a column, in mm, LPS.
-      spacing: between rows and between columns, mm.
-      thickness: mm, None if not told.
+      index: slice number in the file.
+      uid: SOP instance UID, the same in copies of a file.
+      study, series, number: study UID, series UID and series number.
+      is_elsewhere: the header names a body part other than the chest.
+      shape: (rows, columns).
+      position: of the first pixel in mm, LPS.
+      right, down: unit vectors along a row and along a column, LPS.
+      spacing: (between rows, between columns) in mm.
+      thickness: mm, or None if the header lacks it.
       slope, intercept: HU = slope * stored + intercept.
     """
 
@@ -95,17 +96,17 @@ class Frame(NamedTuple):
 
     @property
     def normal(self) -> np.ndarray:
-        """Of the slice, pointing to the head."""
+        """Unit normal of the slice, pointing to the head."""
         normal = np.cross(self.right, self.down)
         return normal if normal[2] >= 0 else -normal
 
 
 class Series(NamedTuple):
-    """Slices that belong together.
+    """Slices of one series, orientation and size.
 
     Attributes:
-      name: what --series calls it.
-      frames: in order from head to feet.
+      name: value of --series that selects it.
+      frames: slices from head to feet.
     """
 
     name: str
@@ -120,12 +121,12 @@ class Series(NamedTuple):
 
 
 class LeftOut(Exception):
-    """A file that is no slice of an axial CT; the message is the reason."""
+    """A DICOM file is not a slice of an axial CT. The message is the reason."""
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps pydicom from logging or warning: its messages show attributes, and its decoders log tracebacks."""
+    """Silences pydicom. Its messages contain attributes, which may be private, and its decoders log tracebacks."""
     level, mode = logging.root.manager.disable, pydicom.config.settings.reading_validation_mode
     logging.disable()
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -142,7 +143,7 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
     """Returns the slices of a file, or None if it is not DICOM.
 
     Raises:
-      LeftOut: it is, but holds no slices of an axial CT.
+      LeftOut: the file is DICOM but has no slices of an axial CT.
     """
     with _quiet():
         try:
@@ -152,7 +153,7 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
             return None
         except LeftOut:
             raise
-        except Exception as error:  # damaged bytes raise anything
+        except Exception as error:  # damaged files can raise anything
             raise LeftOut('damaged') from error
         try:
             return _read_frames(entry, header)
@@ -163,11 +164,11 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
 
 
 def _inflate(data: bytes) -> bytes:
-    """Returns a file of the deflated transfer syntax as one of the plain one, any other as it is.
+    """Converts a file from the deflated to the plain transfer syntax; returns other files unchanged.
 
-    pydicom would inflate it without bounds.
+    This limits the inflated size, which pydicom does not.
     """
-    start = 144 + int.from_bytes(data[140:144], 'little')  # what precedes it names the syntax
+    start = 144 + int.from_bytes(data[140:144], 'little')  # the header before names the transfer syntax
     head = data[:start]
     if _DEFLATED not in head:
         return data
@@ -236,7 +237,7 @@ def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
         )
         numbers = np.hstack([frame.position, orientation, frame.spacing, frame.slope, frame.intercept])
         axes = np.array([frame.right, frame.down])
-        # Two directions at right angles, of length 1, and sizes that can be.
+        # All numbers must be finite, and the two directions orthonormal.
         sound = numbers.shape == (13,) and np.isfinite(numbers).all() and np.abs(axes @ axes.T - np.eye(2)).max() < 0.01
         if not sound or min(frame.spacing) <= 0 or frame.slope == 0:
             raise LeftOut('damaged')
@@ -247,7 +248,7 @@ def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
 
 
 def _find(sources: Sequence[Dataset], sequence: str, name: str):
-    """Returns an attribute of a frame, of the frames together or of the file, None where it is absent."""
+    """Returns an attribute from the first source that has it (frame, shared groups, file), or None."""
     for source in sources:
         inner = source.get(sequence)
         value = (inner[0] if inner else source).get(name)
@@ -257,7 +258,7 @@ def _find(sources: Sequence[Dataset], sequence: str, name: str):
 
 
 def group_series(frames: Sequence[Frame]) -> list[Series]:
-    """Returns the series of slices of one direction and size, each from head to feet, copies of a file left out."""
+    """Groups slices by series, orientation and size, each group from head to feet and without copies of a file."""
     groups: dict[tuple, dict[tuple, Frame]] = {}
     for frame in frames:
         key = (frame.study, frame.series, frame.shape, *np.round([*frame.right, *frame.down], 2) + 0.0)
@@ -277,10 +278,10 @@ def group_series(frames: Sequence[Frame]) -> list[Series]:
 
 
 def choose_series(series: Sequence[Series], wanted: str | None) -> Series:
-    """Returns the series of that name, or of one study the one of the chest with the most slices.
+    """Returns the series named `wanted`, or by default the one with the most slices, preferring series of the chest.
 
     Raises:
-      UserError: there is none of that name, or several studies and no name.
+      UserError: no series has that name, or `wanted` is None and there are several studies.
     """
     names = '; '.join(one.describe() for one in series)
     if wanted is not None:
@@ -297,10 +298,10 @@ def load_series(series: Series) -> tuple[np.ndarray, list[Frame], list[str]]:
     """Reads the pixels of a series.
 
     Returns:
-      int16 [T, H, W] in Hounsfield units, clipped to `HU_RANGE`, from head to feet; the T frames; notes on copies.
+      int16 [T, H, W] in Hounsfield units, clipped to `HU_RANGE`, from head to feet; the T frames; notes on duplicates.
 
     Raises:
-      UserError: damaged files, too many slices, or different pictures of one place.
+      UserError: damaged files, more than `MAX_VOXELS`, or different images at one position.
     """
     rows, columns = series.frames[0].shape
     if len(series.frames) * rows * columns > MAX_VOXELS:
@@ -318,7 +319,7 @@ def load_series(series: Series) -> tuple[np.ndarray, list[Frame], list[str]]:
                 if padding is not None:
                     values[stored[frame.index] == padding] = HU_RANGE[0]
                 hu[place] = np.clip(np.round(values), *HU_RANGE)
-        except Exception as error:  # decoders raise anything
+        except Exception as error:  # decoders can raise anything
             faults.append(f'{name} ({type(error).__name__})')
     if faults:
         raise UserError(f'slices that cannot be decoded, copy them again or leave them out: {join_faults(faults)}')
@@ -335,7 +336,7 @@ def load_series(series: Series) -> tuple[np.ndarray, list[Frame], list[str]]:
 
 
 def _decode(data: bytes) -> tuple[np.ndarray, int | None]:
-    """Returns the stored pixels [F, H, W] of a file, and the value that stands for no pixel."""
+    """Returns the stored pixels [F, H, W] of a file, F frames, and the padding value or None."""
     with _quiet():
         dataset = pydicom.dcmread(io.BytesIO(_inflate(data)), specific_tags=[*_HEADER, *_PIXELS])
         pixels = dataset.pixel_array
@@ -345,7 +346,7 @@ def _decode(data: bytes) -> tuple[np.ndarray, int | None]:
 
 
 def create_affine(frames: Sequence[Frame]) -> np.ndarray:
-    """Returns the matrix [4, 4] from (slice, row, column) to mm, RAS, of slices from head to feet."""
+    """Returns the affine [4, 4] from (slice, row, column) to mm, RAS. The frames must run from head to feet."""
     first, last = frames[0], frames[-1]
     step = -first.normal * (first.thickness or 1)
     if len(frames) > 1:
@@ -356,7 +357,7 @@ def create_affine(frames: Sequence[Frame]) -> np.ndarray:
 
 
 def describe_geometry(frames: Sequence[Frame]) -> tuple[np.ndarray, list[str]]:
-    """Returns how far below the first slice each lies [T], in mm, and notes on tilt and uneven gaps."""
+    """Returns the depth of each slice below the first, [T] in mm, and notes on tilt and uneven gaps."""
     normal, notes = frames[0].normal, []
     depths = np.array([float((frames[0].position - frame.position) @ normal) for frame in frames])
     tilt = np.degrees(np.arccos(min(1.0, normal[2])))

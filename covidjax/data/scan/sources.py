@@ -1,4 +1,4 @@
-"""The files of an input, whether it is a file, a folder or a zip archive; nothing is ever unpacked to disk."""
+"""Lists the files of an input: a file, a folder or a zip archive. Nothing is unpacked to disk."""
 
 import hashlib
 import lzma
@@ -15,10 +15,10 @@ from typing import NamedTuple
 from covidjax.errors import UserError
 
 MAX_FILES = 20_000
-MAX_BYTES = 4_000_000_000  # of all files together; a CT of 2,000 slices has 1 GB
-MAX_RATIO = 200  # of a zip: CT shrinks 2 to 10 times
+MAX_BYTES = 4_000_000_000  # total size of all files; a CT of 2,000 slices has 1 GB
+MAX_RATIO = 200  # compression ratio of a zip; CT compresses by 2 to 10
 _OF_DECODERS = (zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError)
-_SMALL = 100_000_000  # below this a high ratio does no harm
+_SMALL = 100_000_000  # bytes; below this size any ratio is harmless
 
 
 class Entry(NamedTuple):
@@ -30,11 +30,11 @@ class Entry(NamedTuple):
 
 @contextmanager
 def open_entries(path: Path) -> Iterator[list[Entry]]:
-    """Yields the regular files of an input in natural order: itself, those below a folder, or those of a zip archive.
+    """Yields the regular files of an input in natural order: a single file, or all below a folder or in a zip archive.
 
     Raises:
-      UserError: nothing there, unreadable, too many or too large files; a zip that is damaged, encrypted, names paths
-        outside itself or unpacks to far more than it holds.
+      UserError: the input does not exist, is unreadable, or has too many or too large files; the zip is damaged or
+        encrypted, has paths outside itself or is a zip bomb.
     """
     try:
         if path.is_dir():
@@ -51,7 +51,7 @@ def open_entries(path: Path) -> Iterator[list[Entry]]:
             yield [Entry(path.name, path.read_bytes)]
     except OSError as error:
         raise UserError(
-            f'{path}: cannot be read ({error.strerror or type(error).__name__}): get permission, or copy it again'
+            f'{path}: cannot be read ({error.strerror or type(error).__name__}): fix its permissions, or copy it again'
         ) from error
     except (zipfile.BadZipFile, *_OF_DECODERS) as error:
         if isinstance(error, UserError):
@@ -97,13 +97,13 @@ def _check_limits(count: int, size: int, path: Path) -> None:
 
 
 def split_numbers(name: str) -> list[tuple[int, str]]:
-    """Returns a key that sorts names as people count: 'a2' before 'a10'."""
+    """Returns a key for natural sorting of names: 'a2' before 'a10'."""
     parts = re.split(r'(\d+)', name.lower())
     return [(int(part), '') if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
 def hash_contents(digests: list[bytes]) -> str:
-    """Returns the sha256, in hex, of an input of files with these sha256: the same for a folder and for its zip."""
+    """Returns the SHA-256, in hex, of an input from those of its files. A folder and its zip give the same."""
     if len(digests) == 1:
         return digests[0].hex()
     return hashlib.sha256(b''.join(sorted(digests))).hexdigest()

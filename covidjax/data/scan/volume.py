@@ -1,6 +1,6 @@
-"""One scan, from DICOM files, NIfTI or images, as grey slices from head to feet.
+"""Reads one scan from DICOM, NIfTI or image files as grey slices from head to feet.
 
-What is read is safe to print: names of files, technical attributes and numbers, nothing that tells who was scanned.
+Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
 
 import gzip
@@ -25,22 +25,22 @@ from covidjax.errors import UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
 _IMAGE_MAGIC = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'BM')
-_MIN_AIR, _MIN_TISSUE, _MAX_METAL = 0.02, 0.02, 0.02  # shares of the voxels of a CT
-_MIN_CONTRAST = 32  # grey values between dark and bright
+_MIN_AIR, _MIN_TISSUE, _MAX_METAL = 0.02, 0.02, 0.02  # limits, as shares of the voxels
+_MIN_CONTRAST = 32  # grey values between the 1st and 99th percentile
 
 
 class Volume(NamedTuple):
     """One scan.
 
     Attributes:
-      name: of the file or folder.
-      sha256: of the contents, the same for a folder and its zip.
+      name: file or folder name.
+      sha256: SHA-256, in hex, of the contents; the same for a folder and its zip.
       kind: 'DICOM', 'NIfTI' or 'images'.
-      slices: T of uint8 [H, W] from head to feet, right side of the patient on the left; images may differ in size.
-      depths_mm: of each slice below the first [T], None for images.
-      facts: what was read and how, (what, value).
+      slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
+      depths_mm: [T] depth of each slice below the first, None for images.
+      facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
-      doubts: why the scan should not be used unless somebody insists.
+      doubts: reasons not to use the scan without --force.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Volume(NamedTuple):
 def read_volume(path: Path, series: str | None = None) -> Volume:
     """Reads a scan.
 
-    DICOM slices are ordered by position, never by name; NIfTI is turned by its orientation; images are in natural order
-    of their names. Hounsfield units go through the window of COVIDx CT, grey images stay as they are.
+    DICOM slices are ordered by position, not by name. NIfTI is reoriented by its header. Images are in natural order of
+    their names. Hounsfield units are mapped to grey by the COVIDx CT window; images are used unchanged.
 
     Args:
-      path: DICOM or image folder (searched below), zip of one, NIfTI (.nii, .nii.gz), or a single file of these.
-      series: name of a DICOM series, where there are several.
+      path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), or a single file.
+      series: name of the DICOM series to read if there are several.
 
     Raises:
-      UserError: no CT in it, or it can't be read or understood; one line with the reason.
+      UserError: no CT found, or the input is unreadable; the message is the reason on one line.
     """
     path = Path(path)
     with open_entries(path) as entries:
@@ -82,7 +82,7 @@ def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Vo
         digests.append(hashlib.sha256(data).digest())
         if entry.name.lower().endswith(('.nii', '.nii.gz')):
             niftis.append(entry)
-        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin as TIFF does
+        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
             images.append(entry)
         else:
             try:
@@ -146,7 +146,7 @@ _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, a
 
 
 def _orient(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Turns voxels of any axes to [T, H, W]: slices to the feet, rows to the back, columns to the patient's left."""
+    """Reorients voxels to [T, H, W]: slices to the feet, rows to the back, columns to the patient's left."""
     return apply_orientation(voxels, ornt_transform(io_orientation(affine), _ORDER))
 
 
@@ -177,7 +177,7 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
                     hu[..., place] = _round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
         finally:
             logger.disabled = before
-        axis = io_orientation(affine)[:, 0].tolist().index(2.0)  # the one from feet to head
+        axis = io_orientation(affine)[:, 0].tolist().index(2.0)  # voxel axis along feet to head
         direction = affine[:3, axis]
         upright = abs(direction[2]) / np.linalg.norm(direction)
         spacing = float(np.linalg.norm(direction))
@@ -186,8 +186,8 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError('a damaged or truncated .nii.gz: copy it again') from error
-    except Exception as error:  # damaged headers raise anything
-        raise UserError('a damaged or truncated NIfTI, or none of one file: copy it again') from error
+    except Exception as error:  # damaged headers can raise anything
+        raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
     if not upright > 0.8 or not 0 < spacing < np.inf:
         raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
     check_hu(slices)
@@ -203,7 +203,7 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
 
 
 def _round_plane(voxels: np.ndarray) -> np.ndarray:
-    """Returns a plane of a NIfTI as int16 Hounsfield units; of a whole scan, scaled voxels are four times as large."""
+    """Returns one plane of a NIfTI as int16 Hounsfield units; converting the whole scan takes four times the memory."""
     if voxels.dtype.kind not in 'iuf':
         raise UserError('a NIfTI in colour or of complex numbers: it must hold Hounsfield units')
     if not np.isfinite(voxels).all():
@@ -212,10 +212,10 @@ def _round_plane(voxels: np.ndarray) -> np.ndarray:
 
 
 def check_hu(hu: np.ndarray) -> None:
-    """Checks that voxels are Hounsfield units of a body in air.
+    """Checks that voxels [T, H, W] look like Hounsfield units of a body in air.
 
     Raises:
-      UserError: no air, no soft tissue, or mostly metal.
+      UserError: too little air or soft tissue (2 % each), or too much metal (more than 2 %).
     """
     some = hu[:, ::2, ::2]
     air, tissue, metal = (some < -700).mean(), ((some > -200) & (some < 300)).mean(), (some >= dicom.HU_RANGE[1]).mean()
@@ -259,13 +259,13 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: lis
 
 
 def _read_image(data: bytes) -> np.ndarray:
-    """Returns uint8 [H, W] of a grey image; raises ValueError with the reason for any other."""
+    """Returns a grey image as uint8 [H, W]. Raises ValueError with the reason for any other image."""
     with open_image(io.BytesIO(data)) as image:
         if getattr(image, 'n_frames', 1) > 1:
             raise ValueError(f'{image.n_frames} pictures in one file; save each slice in a file of its own')
         if not image.mode.startswith('I') and image.mode not in ('1', 'L', 'LA', 'F'):
             colours = np.asarray(image.convert('RGB')).astype(np.int16)
-            if (np.ptp(colours, axis=-1) > 24).mean() > 0.001:  # JPEG colours a grey pixel by less
+            if (np.ptp(colours, axis=-1) > 24).mean() > 0.001:  # JPEG artefacts of grey pixels are smaller
                 raise ValueError('in colour: a screenshot? export the slices without annotations, in grey')
         grey = np.asarray(convert_grey(image))
     if min(grey.shape) < 32:

@@ -214,7 +214,7 @@ def test_tilt_and_missing_slices_are_noted(tmp_path):
 
 
 def test_two_pictures_of_one_place(scan):
-    write_series(scan / 'again', HU)  # the same pixels under another id
+    write_series(scan / 'again', HU)  # the same pixels with other UIDs
     assert 'stood there twice' in read_volume(scan).notes[0]
     write_series(scan / 'phase', np.where(HU == 40, 90, HU))
     refuse(scan, 'different pictures of one place')
