@@ -1,4 +1,4 @@
-"""What a config must satisfy."""
+"""Checks of a config: the range of every field."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ _ONE_OF = {
 
 
 def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
-    """Returns {'data.image_size': 64, ...} with JSON-able values."""
+    """Returns {'data.image_size': 64, ...} with JSON-serialisable values."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
@@ -55,7 +55,7 @@ def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks the range of every field; those under 'att2' have the rules of the slice experiment.
+    """Checks the range of every field; fields under 'att2' follow the rules of the slice experiment.
 
     Raises:
       UserError: values out of range; all of them are listed.

@@ -1,7 +1,7 @@
-"""Embeddings of scans, computed once: a frozen extractor says the same of the same images in every epoch.
+"""Cached embeddings of scans: a frozen extractor computes them once instead of in every epoch.
 
-What augmentation draws anew for every step is drawn a few times for each scan instead, and the draws take turns. Only
-the part behind the extractor is computed in training.
+A fixed number of augmentations is drawn for each scan, and the epochs use them in turn. Training then computes only the
+part after the extractor.
 
 Shapes: D draws, N slices of all scans one after the other, T slices of a scan, S side of a slice, E embedding.
 """
@@ -29,21 +29,21 @@ from covidjax.training.step import cast, prepare_images
 
 log = logging.getLogger(__name__)
 
-_PURPOSE = np.uint32(2**32 - 1)  # folded into the root key of a run; no step has this number
+_PURPOSE = np.uint32(2**32 - 1)  # folded into the root key of a run; no step number is this large
 
 
 def run_pass(
     apply: Callable[[dict], Any], batches: Iterator[dict], chosen: Sequence[Scan], batch_size: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yields for every scan its number and what `apply` says of it.
+    """Yields (scan number, outputs of `apply`) for every scan.
 
-    A process loads some of the scans of a batch and gets the outputs of all.
+    Each process loads its share of the scans of a batch and gets the outputs of all of them.
 
     Args:
       apply: batch on the devices -> a tree of replicated arrays [B, ...].
       batches: this process's rows of all batches, in the order of `sequences.plan_pass` without `rng`.
       chosen: the scans.
-      batch_size: of all processes together.
+      batch_size: scans per batch, over all processes.
     """
     for members, batch in zip(sequences.plan_pass(chosen, batch_size, None), batches, strict=True):
         outputs = jax.device_get(apply(place_batch(batch)))
@@ -60,7 +60,7 @@ def _embed(
     draw: int,
     dtype: str,
 ) -> jax.Array:
-    """Returns the embeddings [B, T, E] under one draw, by the computation of `train_step` up to there."""
+    """Returns the embeddings [B, T, E] under one draw, computed as in `train_step`."""
     keys_B = augmentation = None
     if key is not None:
         draw_key = jax.random.fold_in(jax.random.fold_in(key, _PURPOSE), draw)
@@ -84,19 +84,19 @@ def compute_embeddings(
     batch_size: int,
     title: str,
 ) -> np.ndarray:
-    """Returns the embeddings of all slices of scans, float32 [D, N, E], in every process.
+    """Returns the embeddings of all slices of all scans, float32 [D, N, E], in every process.
 
-    A draw depends on `key`, the number of the scan and its own number only.
+    A draw depends only on `key`, the scan number and the draw number.
 
     Args:
       model, variables: the frozen extractor.
       source: records of the scans' split.
-      chosen: the scans, with the slices that are used.
-      key: root key of the run; None leaves the images as they are.
+      chosen: the scans, with the selected slices.
+      key: root key of the run; None disables augmentation.
       num_draws: D.
-      dtype: of the activations, as in `train_step`.
-      batch_size: scans at once.
-      title: of the progress bar.
+      dtype: dtype of the activations, as in `train_step`.
+      batch_size: scans per batch.
+      title: title of the progress bar.
 
     Raises:
       UserError: the embeddings do not fit into memory.

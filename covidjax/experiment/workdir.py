@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and always the same config."""
+"""The folder of a run: locked to one run at a time, and tied to one config."""
 
 import contextlib
 import json
@@ -13,16 +13,16 @@ from covidjax.experiment.config import flatten_config
 from covidjax.files import report_write_errors, write_json
 from covidjax.training.hosts import is_first
 
-# Neither where prepared slices lie nor how often a run is saved changes a result.
+# These fields do not change the results.
 _MAY_DIFFER = ('data.prepared_dir', 'train.checkpoint_steps', 'att2.train.checkpoint_steps')
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Creates the workdir if absent and keeps other runs out of it; of several processes the first holds the lock.
+    """Creates the workdir if absent and locks it; with several processes the first one holds the lock.
 
     Raises:
-      UserError: it can't be created or written, or another run is in it.
+      UserError: the workdir cannot be created or written, or another run is using it.
     """
     if not is_first():
         yield
@@ -38,10 +38,10 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Checks that a workdir is new or was made by the same config.
+    """Checks that a workdir is new or belongs to the same config.
 
     Raises:
-      UserError: the workdir holds a run with other fields; the differences are listed.
+      UserError: the workdir holds a run with another config; the differences are listed.
     """
     if not (workdir / 'config.json').exists():
         return
@@ -54,12 +54,15 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     if differences:
         raise UserError(
             f'{workdir} holds a run with another config ({"; ".join(differences)}): choose another --workdir, or '
-            'repeat the fields it was made with'
+            'pass the same fields again'
         )
 
 
 def save_config(workdir: Path, config: ConfigDict) -> None:
-    """Saves the config of a run. Call it when the data are there: a mistyped command shall not claim the workdir."""
+    """Saves the config of a run.
+
+    Call it after loading the data, so that a mistyped command does not claim the workdir.
+    """
     if is_first():
         write_json(workdir / 'config.json', config.to_dict())
 

@@ -1,7 +1,7 @@
 """Random augmentation of slices on the device (the paper's section IV-B), in torchvision's parametrisation.
 
-Every function maps one image [H, W, C] of floats to an image of the same shape and range. Channels share one draw: C is
-1 for a slice and T for a scan of T slices.
+Every function maps one float image [H, W, C] to an image of the same shape and range. All channels share one random
+draw. C is 1 for a slice and T for a scan of T slices.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class AugmentOptions:
     """Ranges of the augmentation; the defaults are the paper's.
 
     Attributes:
-      flip_probability: of each of the two flips.
-      blur_sigma: range of the gaussian's standard deviation, pixels.
+      flip_probability: probability of each of the two flips.
+      blur_sigma: range of the Gaussian's standard deviation, pixels.
       rotation_degrees, shear_degrees: half-widths of the symmetric ranges of the rotation and of the x-shear.
       scale: range of the zoom; above 1 enlarges.
       translation: largest shift as a fraction of each side.
@@ -35,7 +35,7 @@ class AugmentOptions:
 
 
 def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int = 7) -> jax.Array:
-    """Blurs with a sampled and normalised gaussian of `sigma` pixels, borders reflected without the edge pixel."""
+    """Blurs with a sampled, normalised Gaussian of `sigma` pixels; borders are reflected without the edge pixel."""
     radius = kernel_size // 2
     weights = jax.nn.softmax(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     for axis in (0, 1):
@@ -43,7 +43,7 @@ def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int 
         padded = jnp.pad(image_HxWxC, pad, mode='reflect')
         size = image_HxWxC.shape[axis]
         terms = [weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(kernel_size)]
-        image_HxWxC = materialise(sum(terms))  # or each pixel of the second pass would do the first anew
+        image_HxWxC = materialise(sum(terms))  # keeps XLA from repeating the first pass for each pixel of the second
     return image_HxWxC
 
 
@@ -58,7 +58,7 @@ def affine(
     """Rotates, zooms, x-shears and shifts about the image centre; bilinear, black (0) outside.
 
     The forward map is translation * rotation * shear * scale as in `torchvision.transforms.functional.affine`; each
-    output pixel is looked up through its inverse.
+    output pixel is sampled at its source position under the inverse map.
 
     Args:
       image_HxWxC: floats; 0 is black.
@@ -84,7 +84,7 @@ def affine(
 
 
 def augment(key: jax.Array, image_HxWxC: jax.Array, *, options: AugmentOptions) -> jax.Array:
-    """Draws one flip, blur and affine and applies them to all channels of an image in [0, 1]."""
+    """Applies one random flip, blur and affine map to all channels of an image in [0, 1]."""
     keys = jax.random.split(key, 7)
     image = image_HxWxC
     image = jnp.where(jax.random.bernoulli(keys[0], options.flip_probability), image[:, ::-1], image)

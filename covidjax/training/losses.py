@@ -1,4 +1,4 @@
-"""The paper's loss: cross-entropy weighted by class."""
+"""The paper's loss: class-weighted cross-entropy."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import optax
 
 
 def compute_class_weights(counts: Sequence[int]) -> tuple[float, ...]:
-    """Returns w_c = min(counts) / counts_c, so that the rarest class weighs 1.
+    """Returns w_c = min(counts) / counts_c; the rarest class gets weight 1.
 
     Raises:
       ValueError: a class has no examples.
@@ -21,10 +21,10 @@ def compute_class_weights(counts: Sequence[int]) -> tuple[float, ...]:
 def weighted_cross_entropy(
     logits_BxK: jax.Array, labels_B: jax.Array, class_weights: Sequence[float]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns per example w_c * -log p_c [B] and w_c [B]; the loss of a set is the quotient of their sums.
+    """Returns w_c * -log p_c [B] and w_c [B] per example; the loss of a set is sum of the first / sum of the second.
 
-    In the dtype of the logits, at least float32. The paper calls it "weighted binary cross-entropy"; its code computes
-    this.
+    Both have the dtype of the logits, but at least float32. The paper calls the loss "weighted binary cross-entropy";
+    this is what its code computes.
     """
     logits_BxK = jnp.asarray(logits_BxK)
     dtype = jnp.promote_types(logits_BxK.dtype, jnp.float32)

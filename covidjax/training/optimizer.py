@@ -10,7 +10,11 @@ DECAYS = ('decoupled', 'l2')
 
 
 def create_schedule(schedule: str, *, learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up from 0, then 'constant' or 'cosine' (to 0 at `total_steps`)."""
+    """Returns step -> learning rate: linear warm-up from 0, then 'constant' or 'cosine' (to 0 at `total_steps`).
+
+    Raises:
+      ValueError: unknown schedule.
+    """
     if schedule == 'constant':
         after = optax.constant_schedule(learning_rate)
     elif schedule == 'cosine':
@@ -24,14 +28,17 @@ def create_schedule(schedule: str, *, learning_rate: float, warmup_steps: int, t
 def create_optimizer(
     schedule: optax.Schedule, *, weight_decay: float, decay: str, is_frozen: Callable[[str], bool]
 ) -> optax.GradientTransformation:
-    """Returns Adam with the paper's (default) moments, blind to frozen parameters.
+    """Returns Adam with the paper's (default) moments; frozen parameters get no updates.
 
     Args:
       schedule: step -> learning rate.
       weight_decay: 0 is plain Adam.
       decay: 'decoupled' (AdamW) or 'l2' (added to the gradient before the moments, as PyTorch's Adam does).
-      is_frozen: path ('tail_0/conv1/dense/kernel') -> whether that parameter stays as it is. Frozen parameters have
-        no moments and no decay: a zero gradient alone would not keep AdamW from moving them.
+      is_frozen: path ('tail_0/conv1/dense/kernel') -> whether that parameter is frozen. Frozen parameters have no
+        moments and no decay. A zero gradient would not be enough: AdamW would still decay them.
+
+    Raises:
+      ValueError: unknown decay.
     """
     if decay not in DECAYS:
         raise ValueError(f'decay must be one of {DECAYS}, got {decay!r}')

@@ -58,7 +58,7 @@ def test_saved_config_comes_back(tmp_path):
     config = seq.get_config('/data')
     save_config(tmp_path, config)
     assert flatten_config(load_config(tmp_path)) == flatten_config(config)
-    check_workdir(tmp_path, config)  # the same config may come again
+    check_workdir(tmp_path, config)  # the same config is accepted
 
 
 def test_other_config_is_refused_with_its_differences(tmp_path):

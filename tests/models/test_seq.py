@@ -35,7 +35,7 @@ def scan_model():
 
 
 def transcribe(params, x, length):
-    """Equations (1) to (6) and (13) to (17) in numpy, candidate with tanh, for one sequence [T, E]."""
+    """Computes equations (1) to (6) and (13) to (17), candidate with tanh, in numpy for one sequence [T, E]."""
     x = np.asarray(x[:length], np.float64)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 
@@ -91,7 +91,7 @@ def test_parameters_of_the_papers_sequence_part():
         lambda key: SequenceClassifier().init(key, jnp.zeros((1, 16, 3072)), jnp.array([16])), jax.random.key(0)
     )
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables))
-    lstm = 2 * 4 * (3072 * 128 + 128 * 128 + 128)  # one bias for each gate
+    lstm = 2 * 4 * (3072 * 128 + 128 * 128 + 128)  # one bias per gate
     assert count == lstm + (256 * 256 + 256) + 256 * 256 + (256 * 3 + 3)
 
 
@@ -183,6 +183,6 @@ def test_training_with_decay_leaves_the_extractor_bit_identical(scan_model):
     jax.tree.map(np.testing.assert_array_equal, new.batch_stats, variables['batch_stats'])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), new.params['sequence'], variables['params']['sequence'])
     assert all(jax.tree.leaves(moved))
-    # No moments are kept for it either: those of the sequence part are all there are.
+    # The extractor has no moments: all moments belong to the sequence part.
     num_moments = sum(leaf.size for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim)
     assert num_moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(variables['params']['sequence']))

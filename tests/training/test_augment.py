@@ -9,7 +9,7 @@ import scipy.ndimage
 from covidjax.training import augment as augmentation
 from covidjax.training.augment import AugmentOptions, gaussian_blur
 
-# Compiled once, not operation by operation.
+# Compiled as a whole instead of operation by operation.
 affine = jax.jit(augmentation.affine)
 augment = jax.jit(augmentation.augment, static_argnames='options')
 
@@ -42,7 +42,7 @@ def test_blur_equals_scipy(image, sigma):
 
 
 def test_blur_by_hand():
-    # An impulse far from the borders becomes the outer product of the normalised kernel.
+    # Away from the borders an impulse becomes the outer product of the normalised kernel.
     impulse = np.zeros((15, 15, 1), np.float32)
     impulse[7, 7] = 1
     kernel = np.exp(-0.5 * np.arange(-3, 4) ** 2 / 1.5**2)
@@ -78,7 +78,7 @@ def test_scale_enlarges_about_the_centre():
 
 
 def test_shear_moves_rows_by_their_height():
-    # tan(45 degrees) = 1: a row one below the centre moves by one pixel to the left, one above to the right.
+    # tan(45 degrees) = 1: the row below the centre moves one pixel to the left, the row above one to the right.
     column = np.zeros((9, 9, 1), np.float32)
     column[:, 4] = 1
     sheared = call_affine(column, shear=45.0)[..., 0]
