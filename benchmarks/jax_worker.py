@@ -74,7 +74,7 @@ def create_inference(model, *, dtype='float32', full=False):
 
 def create_train_round(options, augmentation=None):
     """Returns a function that makes one step per batch and waits for the last one; and the worker's facts."""
-    model = Att2()
+    model = Att2(backbone=options.model)
     state, step = create_training(
         model, create_variables(model, options.image_size), augmentation=augmentation, dtype=options.dtype
     )
@@ -102,7 +102,7 @@ def start_training(options):
 
 def start_compilation(options):
     """Compiles a training step or loads it from the cache; the facts hold the seconds, rounds do nothing."""
-    model = Att2()
+    model = Att2(backbone=options.model)
     state, step = create_training(
         model, create_variables(model, options.image_size), augmentation=None, dtype=options.dtype
     )
@@ -115,7 +115,7 @@ def start_compilation(options):
 
 
 def start_inference(options):
-    model = Att2()
+    model = Att2(backbone=options.model)
     variables = jax.tree.map(lambda x: x.astype(options.dtype), create_variables(model, options.image_size))
     images = jnp.asarray(draw_images(options.batch_size, options.image_size))
     apply = create_inference(model, dtype=options.dtype)

@@ -136,6 +136,19 @@ def run_inference(options: argparse.Namespace) -> Row:
     return compare_steps(options, 'inference', {'task': 'inference', 'steps': 4}, narrow, goals)
 
 
+LIGHT = {'model': 'efficientnet_lite0'}
+
+
+def run_light_training(options: argparse.Namespace) -> Row:
+    goals = {'channels_last': (1, 1.2)}
+    return compare_steps(options, 'training step, light', {**LIGHT, 'task': 'train', 'steps': 4}, (), goals)
+
+
+def run_light_inference(options: argparse.Namespace) -> Row:
+    goals = {'channels_last': (1.3, 1.5)}
+    return compare_steps(options, 'inference, light', {**LIGHT, 'task': 'inference', 'steps': 8}, (), goals)
+
+
 def run_augmentation(options: argparse.Namespace) -> Row:
     shared = {'task': 'augment', 'image_size': options.image_size, 'batch_size': 4 * options.batch_size, 'steps': 8}
     measurements = measure(
@@ -246,6 +259,8 @@ def run_main(*flags: str) -> None:
 ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
     'train': run_training,
     'inference': run_inference,
+    'light_train': run_light_training,
+    'light_inference': run_light_inference,
     'augment': run_augmentation,
     'prepare': run_preparation,
     'epoch': run_epoch,

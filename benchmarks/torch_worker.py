@@ -1,4 +1,5 @@
-"""The PyTorch worker of the benchmarks: eager, like the paper's code, with torchvision's ResNet, transforms and loader.
+"""The PyTorch worker of the benchmarks: eager, like the paper's code, with torchvision's ResNet, transforms and loader,
+and the light model of efficientnet_lite_pytorch.
 
 Needs `requirements-torch.txt`. From this project it imports only the model, which the tests compare with ours.
 """
@@ -14,7 +15,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks import workers
-from tests.goldens.torch_models import ResNet50Att2
+from tests.goldens.torch_models import Lite0Att2, ResNet50Att2
 
 NUM_WORKERS = 2
 CLASS_WEIGHTS = torch.ones(3)
@@ -49,7 +50,7 @@ def to_input(images, options):
 
 def create_model(options):
     torch.manual_seed(0)
-    model = ResNet50Att2()
+    model = {'resnet': ResNet50Att2, 'efficientnet_lite0': Lite0Att2}[options.model]()
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 

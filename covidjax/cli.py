@@ -151,7 +151,7 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, seq) or a file, and the raw COVIDx-CT directory; without one: phantoms. '
+                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory; without one: phantoms. '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),

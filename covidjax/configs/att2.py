@@ -17,10 +17,12 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.image_size = 224  # side of a slice, pixels
+    data.region = 'body'  # what is left of a slice: 'body' (its box) or 'lungs' (on black)
     data.skip_bad = False  # skip (and record) missing and unreadable images instead of stopping
     data.phantom_seed = 0  # seed of the phantoms; unused with a raw directory
 
     config.model = model = ConfigDict()
+    model.backbone = 'resnet'  # 'resnet' or 'efficientnet_lite0' (see lite.py)
     model.stage_sizes = (3, 4, 6, 3)  # residual blocks per stage
     model.width = 64  # channels of the first stage
     model.block = 'bottleneck'  # 'bottleneck' or 'basic'
@@ -28,6 +30,8 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     model.tail_blocks = 3  # blocks after the last stage, which compute the global feature
     model.compatibility = 'additive'  # (eq. 11), 'dot' (eq. 12), 'tanh' (Bahdanau) or 'uniform' (average pooling)
     model.combination = 'concat'  # how the two attention modules combine: 'concat' or 'average'
+    model.dropout = 0.0  # of the embedding
+    model.mirror = False  # evaluation averages over a slice and its mirror image
     model.pretrained = 'timm/resnet50.tv_in1k'  # Hugging Face name or .safetensors file; empty: from scratch
 
     config.train = train = ConfigDict()
@@ -42,6 +46,11 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.weight_decay = 0.0
     train.decay = 'decoupled'  # 'decoupled' (AdamW) or 'l2' (in the gradient)
     train.augment = True  # flips, blur and affine of section IV-B
+    train.scale = (0.9, 1.1)  # zoom of the affine map
+    train.brightness = 0.0  # half-width of the range of a factor about 1
+    train.contrast = 0.0  # likewise, of the distance from the mean grey
+    train.label_smoothing = 0.0
+    train.ema_decay = 0.0  # of a moving average of the weights, which is validated and tested; 0: none
     train.dtype = 'float32'  # activations: 'float32' or 'bfloat16'; parameters and sums stay float32
     train.accumulation_steps = 1  # split a batch into this many parts, computed one after the other to save memory
     train.parallelism = 'jit'  # over devices: 'jit' (the compiler shards the batch) or 'pmap'

@@ -33,6 +33,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     config.att2.train = slices.train
 
     config.model = model = ConfigDict()
+    model.head = 'lstm'  # on top of the slice model: 'lstm' (the paper) or 'gated' (attention without recurrence)
     model.hidden = 128  # LSTM units per direction
 
     config.train = train = ConfigDict()
@@ -46,6 +47,11 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.weight_decay = 5e-3
     train.decay = 'decoupled'  # 'decoupled' (AdamW) or 'l2' (in the gradient)
     train.augment = True  # flips, blur and affine of section IV-B, one draw for all slices of a scan
+    train.scale = (0.9, 1.1)  # zoom of the affine map
+    train.brightness = 0.0  # half-width of the range of a factor about 1
+    train.contrast = 0.0  # likewise, of the distance from the mean grey
+    train.label_smoothing = 0.0
+    train.ema_decay = 0.0  # of a moving average of the weights, which is validated and tested; 0: none
     train.dtype = 'float32'  # activations: 'float32' or 'bfloat16'; parameters and sums stay float32
     train.accumulation_steps = 1  # split a batch into this many parts, computed one after the other to save memory
     train.parallelism = 'jit'  # over devices: 'jit' (the compiler shards the batch) or 'pmap'

@@ -213,7 +213,9 @@ def compare(
     with lock_workdir(output):
         data = common.load_data(base.data, output)
         rows = data.rows['test']
-        lesions = read_phantom_lesions(data.raw_dir, rows, base.data.image_size)  # none where there are no masks
+        lesions = read_phantom_lesions(
+            data.raw_dir, rows, base.data.image_size, base.data.region
+        )  # none where there are no masks
         for i, ((variant, seed), config) in enumerate(runs.items(), start=1):
             workdir = output / variant / f'seed{seed}'
             log.info('run %d of %d: %s', i, len(runs), workdir)

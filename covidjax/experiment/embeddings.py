@@ -19,7 +19,6 @@ from covidjax.data.sequences import Scan
 from covidjax.errors import UserError
 from covidjax.models.att2 import Att2
 from covidjax.models.fast import compile_fast
-from covidjax.models.resnet import stage_features
 from covidjax.models.seq import apply_extractor, split_slices
 from covidjax.progress import track
 from covidjax.training.augment import AugmentOptions
@@ -51,21 +50,21 @@ def run_pass(
             yield member, jax.tree.map(lambda leaf, i=i: leaf[i], outputs)
 
 
-@functools.partial(compile_fast, static_argnums=(0, 5))
+@functools.partial(compile_fast, static_argnums=(0, 5, 6))
 def _embed(
     model: Att2,
     variables: dict[str, Any],
     batch: dict[str, jax.Array],
     key: jax.Array | None,
     draw: int,
+    augmentation: AugmentOptions | None,
     dtype: str,
 ) -> jax.Array:
-    """Returns the embeddings [B, T, E] under one draw, computed as in `train_step`."""
-    keys_B = augmentation = None
-    if key is not None:
+    """Returns the embeddings [B, T, E] under one draw, by the computation of `train_step` up to there."""
+    keys_B = None
+    if augmentation is not None:
         draw_key = jax.random.fold_in(jax.random.fold_in(key, _PURPOSE), draw)
         keys_B = jax.vmap(functools.partial(jax.random.fold_in, draw_key))(batch['index'])
-        augmentation = AugmentOptions()
     images = cast(prepare_images(batch['image'], keys_B, augmentation), dtype)
     variables = {**variables, 'params': cast(variables['params'], dtype)}
     embeddings = apply_extractor(model, variables, split_slices(images)).embedding
@@ -79,6 +78,7 @@ def compute_embeddings(
     chosen: Sequence[Scan],
     *,
     key: jax.Array | None,
+    augmentation: AugmentOptions | None,
     num_draws: int,
     dtype: str,
     batch_size: int,
@@ -91,8 +91,9 @@ def compute_embeddings(
     Args:
       model, variables: the frozen extractor.
       source: records of the scans' split.
-      chosen: the scans, with the selected slices.
-      key: root key of the run; None disables augmentation.
+      chosen: the scans, with the slices that are used.
+      key: root key of the run; may be None where there is no augmentation.
+      augmentation: None leaves the images as they are.
       num_draws: D.
       dtype: dtype of the activations, as in `train_step`.
       batch_size: scans per batch.
@@ -102,9 +103,7 @@ def compute_embeddings(
       UserError: the embeddings do not fit into memory.
     """
     places, batch_size = sequences.locate_slices(chosen), pad_batch_size(batch_size)
-    last = len(model.stage_sizes) - 1
-    width = sum(stage_features(model.block, model.width, stage) for stage in (last - 1, last))
-    shape = (num_draws, places[-1].stop, width)
+    shape = (num_draws, places[-1].stop, sum(model.local_features()))
     size = f'{np.prod(shape, dtype=float) * 4 / 1e6:,.0f} MB of memory in every process'
     try:
         embeddings_DxNxE = np.zeros(shape, np.float32)
@@ -115,7 +114,7 @@ def compute_embeddings(
     log.info('%s, %d draws: %s', title, num_draws, size)
 
     def apply(batch: dict[str, jax.Array]) -> list[jax.Array]:
-        return [_embed(model, variables, batch, key, draw, dtype) for draw in range(num_draws)]
+        return [_embed(model, variables, batch, key, draw, augmentation, dtype) for draw in range(num_draws)]
 
     load_slices = sequences.load_images(source, chosen)
     batches = sequences.load_eval_scans(load_slices, chosen, batch_size=batch_size, shard=get_shard())

@@ -12,7 +12,7 @@ from covidjax.experiment.workdir import load_config
 from covidjax.models.att2 import Att2
 from covidjax.training.checkpoints import open_checkpoints
 
-EXPERIMENTS = {'att2': slices, 'seq': scans}  # by `config.name`
+EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans}  # by `config.name`
 
 
 class Run(NamedTuple):

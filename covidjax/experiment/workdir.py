@@ -9,7 +9,7 @@ import filelock
 from ml_collections import ConfigDict
 
 from covidjax.errors import UserError
-from covidjax.experiment.config import flatten_config
+from covidjax.experiment.config import add_later_fields, flatten_config
 from covidjax.files import report_write_errors, write_json
 from covidjax.training.hosts import is_first
 
@@ -75,8 +75,10 @@ def load_config(workdir: Path) -> ConfigDict:
     """
     path = workdir / 'config.json'
     try:
-        return ConfigDict(json.loads(path.read_text())).lock()
+        config = ConfigDict(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UserError(f'{workdir} is not the workdir of a run (it has no config.json)') from error
     except (OSError, ValueError) as error:
         raise UserError(f'{path} is unreadable ({error}): put a copy back, or choose another --workdir') from error
+    add_later_fields(config)
+    return config.lock()

@@ -24,13 +24,14 @@ class Conv1x1(nn.Module):
 
     features: int
     stride: int = 1
+    dot_general: Callable[..., jax.Array] = fast.dot_general
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
         x = x_BxHxWxC[:, :: self.stride, :: self.stride]
         return nn.Dense(
-            self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, dot_general=fast.dot_general, name='dense'
+            self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, dot_general=self.dot_general, name='dense'
         )(x)
 
 
@@ -42,7 +43,7 @@ class StemConv(nn.Module):
 
     features: int
     size: int
-    padding: int
+    padding: str | Sequence[tuple[int, int]]
 
     @nn.compact
     def __call__(self, x_BxHxWx1: jax.Array) -> jax.Array:
@@ -53,7 +54,7 @@ class StemConv(nn.Module):
             image,
             kernel,
             window_strides=(2, 2),
-            padding=[(self.padding, self.padding)] * 2,
+            padding=self.padding,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )
 
@@ -153,7 +154,7 @@ class ResNet(nn.Module):
     def __call__(self, x_BxHxWx1: jax.Array, *, train: bool) -> list[jax.Array]:
         """Returns the output of every stage i, [B, H/(4*2^i), W/(4*2^i), C_i] with the imagenet stem."""
         size, pad = {'imagenet': (7, 3), 'small': (3, 1)}[self.stem]
-        x = StemConv(self.width, size, pad, name='conv1')(x_BxHxWx1)
+        x = StemConv(self.width, size, ((pad, pad), (pad, pad)), name='conv1')(x_BxHxWx1)
         x = relu(batch_norm(train, self.axis_name, 'bn1')(x))
         if self.stem == 'imagenet':
             x = fast.max_pool(x)

@@ -78,6 +78,35 @@ class SequenceClassifier(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT
 
 
+class GatedClassifier(nn.Module):
+    """Gated attention over slices without recurrence, and a linear classifier (Ilse et al. 2018, eq. 9).
+
+    a_t is the softmax over t of <w, tanh(V x_t + b_V) * sigmoid(U x_t + b_U)>; the context vector is sum_t a_t x_t. The
+    order of the slices plays no part.
+
+    Attributes:
+      hidden: rows of V and of U.
+      num_classes: K.
+    """
+
+    hidden: int = 128
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns logits [B, K] and attentions [B, T]; positions from lengths_B on have no influence."""
+        signal = nn.tanh(nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name='V')(x_BxTxE))
+        gate = nn.sigmoid(nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name='U')(x_BxTxE))
+        scores_BxT = nn.Dense(1, use_bias=False, kernel_init=LINEAR_INIT, name='w')(signal * gate)[..., 0]
+        mask_BxT = jnp.arange(x_BxTxE.shape[1])[None] < lengths_B[:, None]
+        attention_BxT = masked_softmax(scores_BxT, mask_BxT)
+        context_BxE = jnp.einsum('bt,bte->be', attention_BxT, jnp.where(mask_BxT[..., None], x_BxTxE, 0))
+        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxE), attention_BxT
+
+
+HEADS = {'lstm': SequenceClassifier, 'gated': GatedClassifier}  # what follows the extractor
+
+
 def split_slices(images_BxSxSxT: jax.Array) -> jax.Array:
     """Flattens scans into slices, [B * T, S, S, 1], scan by scan."""
     b, s, _, t = images_BxSxSxT.shape
@@ -101,16 +130,18 @@ class Seq(nn.Module):
 
     Attributes:
       extractor: the slice model.
-      hidden: LSTM units per direction.
+      hidden: see the class of the head.
+      head: one of HEADS.
     """
 
     extractor: Att2
     hidden: int = 128
+    head: str = 'lstm'
 
     @nn.nowrap
-    def create_classifier(self, name: str | None = None) -> SequenceClassifier:
+    def create_classifier(self, name: str | None = None) -> SequenceClassifier | GatedClassifier:
         """Returns the part after the extractor; its parameters are stored under 'sequence'."""
-        return SequenceClassifier(self.hidden, self.extractor.num_classes, name=name)
+        return HEADS[self.head](self.hidden, self.extractor.num_classes, name=name)
 
     @nn.compact
     def __call__(self, images_BxSxSxT: jax.Array, lengths_B: jax.Array) -> SeqOutputs:

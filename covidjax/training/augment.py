@@ -24,6 +24,8 @@ class AugmentOptions:
       rotation_degrees, shear_degrees: half-widths of the symmetric ranges of the rotation and of the x-shear.
       scale: range of the zoom; above 1 enlarges.
       translation: largest shift as a fraction of each side.
+      brightness, contrast: half-widths of the ranges about 1 of the factors of the grey values, and of their distances
+        from the mean. 0, as in the paper, changes nothing.
     """
 
     flip_probability: float = 0.5
@@ -32,6 +34,8 @@ class AugmentOptions:
     scale: tuple[float, float] = (0.9, 1.1)
     translation: float = 0.1
     shear_degrees: float = 20.0
+    brightness: float = 0.0
+    contrast: float = 0.0
 
 
 def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int = 7) -> jax.Array:
@@ -83,6 +87,14 @@ def affine(
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image_HxWxC)
 
 
+def jitter(key: jax.Array, image_HxWxC: jax.Array, *, brightness: float, contrast: float) -> jax.Array:
+    """Multiplies the grey values of an image in [0, 1] and then their distances from the mean; clipped to [0, 1]."""
+    keys = jax.random.split(key)
+    image = image_HxWxC * (1 + brightness * jax.random.uniform(keys[0], minval=-1, maxval=1))
+    mean = image.mean()
+    return jnp.clip(mean + (image - mean) * (1 + contrast * jax.random.uniform(keys[1], minval=-1, maxval=1)), 0, 1)
+
+
 def augment(key: jax.Array, image_HxWxC: jax.Array, *, options: AugmentOptions) -> jax.Array:
     """Applies one random flip, blur and affine map to all channels of an image in [0, 1]."""
     keys = jax.random.split(key, 7)
@@ -91,6 +103,9 @@ def augment(key: jax.Array, image_HxWxC: jax.Array, *, options: AugmentOptions) 
     image = jnp.where(jax.random.bernoulli(keys[1], options.flip_probability), image[::-1], image)
     low, high = options.blur_sigma
     image = gaussian_blur(image, jax.random.uniform(keys[2], minval=low, maxval=high))
+    if options.brightness or options.contrast:
+        other = jax.random.fold_in(key, len(keys))
+        image = jitter(other, image, brightness=options.brightness, contrast=options.contrast)
     height, width, _ = image.shape
     limit_xy = options.translation * jnp.array([width, height])
     return affine(

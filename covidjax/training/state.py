@@ -27,8 +27,21 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables for `Module.apply`."""
-        return {'params': self.params, 'batch_stats': self.batch_stats}
+        """The variables that are validated, tested and exported, as `Module.apply` takes them.
+
+        Where the optimizer keeps an average of the parameters (see `optimizer.keep_average`), it takes their place.
+        """
+        average = optax.tree.get(self.opt_state, 'average')
+        params = self.params
+        if average is not None:
+            # The optimizer does not see frozen parameters.
+            params = jax.tree.map(
+                lambda a, p: p if isinstance(a, optax.MaskedNode) else a,
+                average,
+                params,
+                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            )
+        return {'params': params, 'batch_stats': self.batch_stats}
 
 
 def create_train_state(

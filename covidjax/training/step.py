@@ -28,6 +28,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     class_weights: Sequence[float],
     augmentation: AugmentOptions | None,
+    label_smoothing: float = 0.0,
     dtype: str = 'float32',
     accumulation_steps: int = 1,
     axis_name: str | None = None,
@@ -47,6 +48,7 @@ def train_step(
       optimizer: the optimizer that the state was created with.
       class_weights: [K], see `losses.compute_class_weights`.
       augmentation: None uses the images unchanged.
+      label_smoothing: see `losses.weighted_cross_entropy`.
       dtype: dtype of activations, and of the parameters that compute them; the stored parameters, batch statistics,
         softmax and loss keep their own.
       accumulation_steps: A, a divisor of B. Example b belongs to part b modulo A, so that the parts of a sharded batch
@@ -64,13 +66,13 @@ def train_step(
     inputs = 'embedding' if 'embedding' in batch else 'image'
     if inputs == 'image':
         keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(batch['image']), axis_name)
-        batch = {**batch, 'image': prepare_images(batch['image'], keys_B, augmentation)}
+        batch = {**batch, 'image': prepare_images(batch['image'], keys_B, augmentation), 'key': keys_B}
     weight = add_up((jnp.asarray(class_weights, jnp.float32)[batch['label']] * batch['mask']).sum())
 
     def compute_loss(params, part):
         variables = {'params': cast(params, dtype), 'batch_stats': state.batch_stats}
         logits, batch_stats = forward(variables, cast(part[inputs], dtype), part)
-        losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights)
+        losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights, label_smoothing)
         mask_B = part['mask']
         sums = {
             'loss': (losses_B * mask_B).sum(),

@@ -118,6 +118,7 @@ def test_draws_are_those_of_their_keys(extractor):
 
     def compute(num_draws, key=key):
         options = {'batch_size': 2, 'dtype': 'float32', 'title': 'embeddings'}
+        options['augmentation'] = None if key is None else AugmentOptions()
         return compute_embeddings(model, variables, source, chosen, key=key, num_draws=num_draws, **options)
 
     embeddings = compute(3)

@@ -8,7 +8,7 @@ import pytest
 
 from covidjax.data.sequences import pad_length
 from covidjax.models.att2 import Att2
-from covidjax.models.seq import Seq, SequenceClassifier, is_extractor, masked_softmax
+from covidjax.models.seq import GatedClassifier, Seq, SequenceClassifier, is_extractor, masked_softmax
 from covidjax.training.augment import AugmentOptions
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
@@ -186,3 +186,26 @@ def test_training_with_decay_leaves_the_extractor_bit_identical(scan_model):
     # The extractor has no moments: all moments belong to the sequence part.
     num_moments = sum(leaf.size for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim)
     assert num_moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(variables['params']['sequence']))
+
+
+def test_gated_attention_by_hand_and_blind_to_padding_and_order():
+    model = GatedClassifier(HIDDEN, 3)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (1, 6, EMBEDDING)))
+    variables = draw_variables(model, x, jnp.array([6]))
+    logits, attention = model.apply(variables, x, jnp.array([4]))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params'])
+    rows = x[0, :4]
+    signal = np.tanh(rows @ p['V']['kernel'] + p['V']['bias'])
+    gate = 1 / (1 + np.exp(-(rows @ p['U']['kernel'] + p['U']['bias'])))
+    scores = ((signal * gate) @ p['w']['kernel'])[:, 0]
+    a = np.exp(scores) / np.exp(scores).sum()
+    np.testing.assert_allclose(attention[0], [*a, 0, 0], atol=1e-6)
+    expected = (a @ rows) @ p['classifier']['kernel'] + p['classifier']['bias']
+    np.testing.assert_allclose(logits[0], expected, atol=1e-5)
+
+    other = x.copy()
+    other[0, 4:] = np.nan
+    other[0, :4] = x[0, [2, 0, 3, 1]]
+    logits_2, attention_2 = model.apply(variables, other, jnp.array([4]))
+    np.testing.assert_allclose(logits_2, logits, atol=1e-6)
+    np.testing.assert_allclose(attention_2[0, :4], a[[2, 0, 3, 1]], atol=1e-6)

@@ -136,3 +136,18 @@ def test_range_is_kept_and_draws_differ(image):
     assert augmented.min() >= 0
     assert augmented.max() <= image.max() + 1e-5
     assert len(np.unique(augmented.reshape(16, -1).sum(1))) == 16
+
+
+def test_jitter_by_hand_and_within_its_ranges():
+    image = jnp.array([[0.0, 0.2], [0.4, 0.6]])[..., None]
+    key = jax.random.key(4)
+    factors = [1 + 0.3 * jax.random.uniform(k, minval=-1, maxval=1) for k in jax.random.split(key)]
+    bright = image * factors[0]
+    expected = jnp.clip(bright.mean() + (bright - bright.mean()) * factors[1], 0, 1)
+    np.testing.assert_allclose(augmentation.jitter(key, image, brightness=0.3, contrast=0.3), expected, atol=1e-6)
+    np.testing.assert_allclose(augmentation.jitter(key, image, brightness=0.0, contrast=0.0), image, atol=1e-6)
+    means = [
+        float(augmentation.jitter(jax.random.key(i), image, brightness=0.3, contrast=0.0).mean()) for i in range(200)
+    ]
+    assert 0.3 * 0.7 <= min(means) < 0.3 * 0.75
+    assert 0.3 * 1.25 < max(means) <= 0.3 * 1.3 + 1e-6

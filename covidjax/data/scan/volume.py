@@ -18,6 +18,7 @@ import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from covidjax.data.lungs import find_lungs_in_scan
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_window, convert_grey, open_image
 from covidjax.data.scan import dicom
 from covidjax.data.scan.sources import MAX_BYTES, Entry, hash_contents, open_entries
@@ -38,6 +39,7 @@ class Volume(NamedTuple):
       kind: 'DICOM', 'NIfTI' or 'images'.
       slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
       depths_mm: [T] depth of each slice below the first, None for images.
+      lungs: bool [T, H, W], found in 3-D from Hounsfield units; None for images, or if not asked for.
       facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
@@ -48,12 +50,13 @@ class Volume(NamedTuple):
     kind: str
     slices: list[np.ndarray]
     depths_mm: np.ndarray | None
+    lungs: np.ndarray | None
     facts: list[tuple[str, str]]
     notes: list[str]
     doubts: list[str]
 
 
-def read_volume(path: Path, series: str | None = None) -> Volume:
+def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
     """Reads a scan.
 
     DICOM slices are ordered by position, not by name. NIfTI is reoriented by its header. Images are in natural order of
@@ -62,6 +65,7 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
     Args:
       path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), or a single file.
       series: name of the DICOM series to read if there are several.
+      with_lungs: also find the lungs, where there are Hounsfield units.
 
     Raises:
       UserError: no CT found, or the input is unreadable; the message is the reason on one line.
@@ -69,12 +73,12 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
     path = Path(path)
     with open_entries(path) as entries:
         try:
-            return _read_entries(entries, path.resolve().name, series)
+            return _read_entries(entries, path.resolve().name, series, with_lungs)
         except UserError as error:
             raise UserError(f'{path}: {error}') from error
 
 
-def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Volume:
+def _read_entries(entries: Sequence[Entry], name: str, series: str | None, with_lungs: bool) -> Volume:
     digests, frames, images, niftis = [], [], [], []
     left_out: Counter[str] = Counter()
     for entry in entries:
@@ -97,7 +101,7 @@ def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Vo
     reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
     if frames:
         left_out['images and NIfTI'] += len(images) + len(niftis)
-        return _read_dicom(identity, frames, series, +left_out)
+        return _read_dicom(identity, frames, series, +left_out, with_lungs)
     if left_out.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
     if series is not None:
@@ -105,7 +109,7 @@ def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Vo
     if len(niftis) > 1 or (niftis and images):
         raise UserError(f'{len(niftis)} NIfTI files and {len(images)} images in it: name one of them')
     if niftis:
-        return _read_nifti(identity, niftis[0])
+        return _read_nifti(identity, niftis[0], with_lungs)
     if images:
         notes = [f'left out: {reasons}'] if reasons else []
         return _read_images(identity, images, notes)
@@ -115,7 +119,11 @@ def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Vo
 
 
 def _read_dicom(
-    identity: tuple[str, str], frames: Sequence[dicom.Frame], wanted: str | None, left_out: Counter[str]
+    identity: tuple[str, str],
+    frames: Sequence[dicom.Frame],
+    wanted: str | None,
+    left_out: Counter[str],
+    with_lungs: bool,
 ) -> Volume:
     series = dicom.group_series(frames)
     chosen = dicom.choose_series(series, wanted)
@@ -139,7 +147,9 @@ def _read_dicom(
         *_WINDOWED,
     ]
     slices = _orient(hu, dicom.create_affine(kept))
-    return Volume(*identity, 'DICOM', [apply_window(s) for s in slices], depths, facts, notes + geometry, doubts)
+    between = float(np.median(np.diff(depths))) if len(depths) > 1 else 5.0  # any thickness does for one slice
+    lungs = find_lungs_in_scan(slices, (between, *kept[0].spacing)) if with_lungs else None
+    return Volume(*identity, 'DICOM', [apply_window(s) for s in slices], depths, lungs, facts, notes + geometry, doubts)
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
@@ -150,7 +160,14 @@ def _orient(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return apply_orientation(voxels, ornt_transform(io_orientation(affine), _ORDER))
 
 
-def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
+def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Returns the distances in mm of slices, rows and columns of what `_orient` returns."""
+    lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
+    right, front, feet = (float(lengths[axes.tolist().index(world)]) for world in range(3))
+    return feet, front, right
+
+
+def _read_nifti(identity: tuple[str, str], entry: Entry, with_lungs: bool) -> Volume:
     data = entry.read()
     try:
         if data[:2] == b'\x1f\x8b':
@@ -199,7 +216,8 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    return Volume(*identity, 'NIfTI', [apply_window(s) for s in slices], depths, facts, [], doubts)
+    lungs = find_lungs_in_scan(slices, _orient_spacing(affine)) if with_lungs else None
+    return Volume(*identity, 'NIfTI', [apply_window(s) for s in slices], depths, lungs, facts, [], doubts)
 
 
 def _round_plane(voxels: np.ndarray) -> np.ndarray:
@@ -247,6 +265,7 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: lis
         *identity,
         'images',
         slices,
+        None,
         None,
         [
             ('images', f'{len(slices)}, {", ".join(f"{n} of {w} x {h}" for (h, w), n in sizes.most_common(3))}'),
