@@ -70,8 +70,8 @@ def evaluate(values: flags.FlagValues) -> None:
     """Tests the best model of --workdir again."""
     workdir = _get_workdir(values, 'evaluate')
     _start_jax(values)
+    from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
-    from covidjax.experiment.workdir import load_config
 
     config = load_config(workdir)
     if 'extractor' not in config:

@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise UserError('--config is required: --config=configs/att2.py (python -m experiments.ablation --help)')
-    if config.name != 'att2':
-        raise UserError(f'--config must be configs/att2.py, the slice experiment, got {config.name!r}')
+    if 'extractor' in config:
+        raise UserError(f'--config must be that of a slice experiment, att2.py or lite.py, got {config.name!r}')
     for flag, known in ((_COMPATIBILITIES, COMPATIBILITIES), (_COMBINATIONS, COMBINATIONS)):
         unknown = set(flag.value) - set(known)
         if unknown or not flag.value:

@@ -17,7 +17,7 @@ from covidjax.data.lesions import read_phantom_lesions
 from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError
 from covidjax.experiment import common, slices
-from covidjax.experiment.workdir import load_config
+from covidjax.experiment.config import load_config
 from covidjax.explain.maps import explain, segment
 from covidjax.explain.scores import compute_maps
 from covidjax.report import figures, pictures

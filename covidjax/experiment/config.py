@@ -1,5 +1,7 @@
-"""Checks of a config: the range of every field."""
+"""The config of a run: the range of every field; saved in the workdir, read back and compared."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,13 +9,17 @@ from ml_collections import ConfigDict
 from covidjax.data.preprocess import REGIONS
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
+from covidjax.files import write_json
 from covidjax.models.att2 import BACKBONES, COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
 from covidjax.models.resnet import BLOCKS
 from covidjax.models.seq import HEADS
 from covidjax.training.devices import PARALLELISMS
+from covidjax.training.hosts import is_first
 from covidjax.training.optimizer import DECAYS, SCHEDULES
 
+# These fields do not change the results.
+_MAY_DIFFER = ('data.prepared_dir', 'train.checkpoint_steps', 'att2.train.checkpoint_steps')
 _AT_LEAST = {
     'seed': 0,
     'data.image_size': 32,
@@ -112,3 +118,50 @@ def check_config(config: ConfigDict) -> None:
             problems.append(f'{name}={value} must be at most {NUM_SLICES}')
     if problems:
         raise UserError('config: ' + '; '.join(problems))
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a workdir is new or belongs to the same config.
+
+    Raises:
+      UserError: the workdir holds a run with another config; the differences are listed.
+    """
+    if not (workdir / 'config.json').exists():
+        return
+    flat, saved = flatten_config(config), flatten_config(load_config(workdir))
+    differences = [
+        f'{name} was {saved.get(name, "absent")!r}, now {flat.get(name, "absent")!r}'
+        for name in sorted(saved.keys() | flat.keys())
+        if saved.get(name) != flat.get(name) and name not in _MAY_DIFFER
+    ]
+    if differences:
+        raise UserError(
+            f'{workdir} holds a run with another config ({"; ".join(differences)}): choose another --workdir, or '
+            'pass the same fields again'
+        )
+
+
+def save_config(workdir: Path, config: ConfigDict) -> None:
+    """Saves the config of a run.
+
+    Call it after loading the data, so that a mistyped command does not claim the workdir.
+    """
+    if is_first():
+        write_json(workdir / 'config.json', config.to_dict())
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """Returns the config saved in a workdir.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = workdir / 'config.json'
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f'{workdir} is not the workdir of a run (it has no config.json)') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} is unreadable ({error}): put a copy back, or choose another --workdir') from error
+    add_later_fields(config)
+    return config.lock()

@@ -20,8 +20,8 @@ from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import common, slices
 from covidjax.experiment.common import Experiment, Findings, PaperTable
+from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
-from covidjax.experiment.workdir import load_config
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor

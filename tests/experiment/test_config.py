@@ -4,8 +4,8 @@ import pytest
 
 from covidjax.configs import att2, lite, seq
 from covidjax.errors import UserError
-from covidjax.experiment.config import check_config, flatten_config
-from covidjax.experiment.workdir import check_workdir, load_config, lock_workdir, save_config
+from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import write_json
 
 

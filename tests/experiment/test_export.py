@@ -14,9 +14,9 @@ from covidjax.errors import UserError
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import scans, slices
+from covidjax.experiment.config import save_config
 from covidjax.experiment.export import export_run, write_stablehlo
 from covidjax.experiment.runs import Run
-from covidjax.experiment.workdir import save_config
 from covidjax.files import write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.pretrained import load_pretrained
