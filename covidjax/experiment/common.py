@@ -31,8 +31,8 @@ from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.predictions import softmax, write_predictions
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
-from covidjax.experiment.config import check_config, flatten_config
-from covidjax.experiment.workdir import check_workdir, load_config, lock_workdir, save_config
+from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
 from covidjax.report import figures, sections
