@@ -1,7 +1,7 @@
 """The command line: `covidjax <command> --flag=value ...`, or `python main.py --mode=<command> --flag=value ...`.
 
-A command defines its own flags and imports what it needs once they are parsed: help is immediate, and an audit does not
-load jax.
+A command defines only its own flags, and imports its modules after it has parsed them. So help is immediate, and an
+audit does not load jax.
 """
 
 import logging
@@ -27,9 +27,9 @@ class Flag(NamedTuple):
     """A flag of a command.
 
     Attributes:
-      name: without the dashes.
-      value: what the value is, for the help; '' for a switch.
-      help: what it does.
+      name: name without the dashes.
+      value: kind of value, for the help; '' for a switch.
+      help: description.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-      summary: what it does, for the list of commands.
-      example: its usual flags.
-      flags: all of its flags.
+      summary: description for the list of commands.
+      example: typical flags.
+      flags: all flags of the command.
       run: parsed flags -> None; raises UserError for a mistake of the user.
     """
 
@@ -54,7 +54,7 @@ class Command(NamedTuple):
 
 
 def train(values: flags.FlagValues) -> None:
-    """Runs the experiment of --config, or resumes it."""
+    """Runs or resumes the experiment of --config."""
     config = values.config
     if config is None:
         raise UserError(f'train needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
@@ -62,7 +62,7 @@ def train(values: flags.FlagValues) -> None:
     from covidjax.experiment.runs import EXPERIMENTS
 
     if config.name not in EXPERIMENTS:
-        raise UserError(f'config.name={config.name} is no experiment: {", ".join(EXPERIMENTS)}')
+        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
     EXPERIMENTS[config.name].train(config, Path(values.workdir or f'runs/{config.name}'))
 
 
@@ -124,7 +124,7 @@ def _get_workdir(values: flags.FlagValues, command: str) -> Path:
 
 
 def _start_jax(values: flags.FlagValues) -> None:
-    """Sets up memory and the compilation cache and connects the processes of a run; before anything is computed."""
+    """Sets up memory and the compilation cache and connects the processes; call it before any computation."""
     from covidjax.training import hosts, runtime
 
     runtime.keep_freed_memory()
@@ -134,14 +134,14 @@ def _start_jax(values: flags.FlagValues) -> None:
 
 
 def _get(values: flags.FlagValues, name: str) -> Any:
-    """Returns the value of a flag, None where the command has no such flag."""
+    """Returns the value of a flag, or None if the command has no such flag."""
     return values[name].value if name in values else None
 
 
 _HOSTS = (
-    Flag('coordinator', 'HOST:PORT', "Of the first of several processes, or 'auto' under Slurm, Open MPI, TPU, GKE."),
-    Flag('num_processes', 'N', 'How many processes run; with --coordinator=HOST:PORT.'),
-    Flag('process_id', 'I', 'Which of them this one is, from 0.'),
+    Flag('coordinator', 'HOST:PORT', "Address of the first process; 'auto' under Slurm, Open MPI, TPU, GKE."),
+    Flag('num_processes', 'N', 'Number of processes; with --coordinator=HOST:PORT.'),
+    Flag('process_id', 'I', 'Index of this process, from 0; with --coordinator=HOST:PORT.'),
 )
 COMMANDS = {
     'train': Command(
@@ -151,7 +151,7 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory; without one: phantoms. '
+                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory (default: phantoms). '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),
@@ -177,13 +177,13 @@ COMMANDS = {
             Flag('workdir', 'DIR', 'Folder of a finished run.'),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag('output', 'DIR', 'Folder of the reports; default: <workdir>/predictions/<input name>.'),
-            Flag('series', 'UID', 'The DICOM series to read, where there are several.'),
-            Flag('force', '', 'Predict in spite of doubts that the input is a chest CT; the report says so.'),
+            Flag('series', 'UID', 'DICOM series to read, if there are several.'),
+            Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
         ),
         predict,
     ),
     'audit': Command(
-        'Check whether a dataset can be trusted; lists alone will do.',
+        'Check whether a dataset can be trusted; lists alone are enough.',
         '--input=/data/covidx-ct',
         (
             Flag('input', 'DIR', 'A raw COVIDx-CT directory, or one of lists only.'),
@@ -205,7 +205,7 @@ _SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'proc
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that `argv` names (by default that of the process): the entry point `covidjax`."""
+    """Runs the command that `argv` names (default: `sys.argv`); entry point of `covidjax`."""
     program, *arguments = sys.argv if argv is None else argv
     if not arguments or arguments[0] in ('help', '--help', '-h', '-help'):
         print(format_help())
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(covidjax.__version__)
         return
     if name not in COMMANDS:
-        sys.exit(f'error: {name!r} is no command: {", ".join(COMMANDS)} (--help tells more)')
+        sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
     if any(argument.lstrip('-') in ('help', 'h') for argument in arguments if argument.startswith('-')):
         print(format_command_help(name))
         return
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
     """Parses the flags of a command and runs it; does not return."""
-    # ml_collections looks for overrides of fields there.
+    # ml_collections reads overrides of config fields from sys.argv.
     try:
         sys.argv = [program, *resolve_config_names(arguments)]
     except UserError as error:
@@ -239,7 +239,7 @@ def define_flags(wanted: Sequence[Flag], values: flags.FlagValues) -> None:
     """Defines the flags of a command."""
     for flag in wanted:
         if flag.name == 'config':
-            from ml_collections import config_flags  # only here: it takes a third of a second
+            from ml_collections import config_flags  # imported here: it takes a third of a second
 
             config_flags.DEFINE_config_file('config', None, flag.help, flag_values=values)
         elif flag.name in _SWITCHES:
@@ -253,7 +253,7 @@ def define_flags(wanted: Sequence[Flag], values: flags.FlagValues) -> None:
 
 
 def resolve_config_names(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with the name of a shipped config, --config=att2:DIR, replaced by the path of its file."""
+    """Replaces the name of a shipped config, as in --config=att2:DIR, by the path of its file."""
     resolved = list(arguments)
     for i, argument in enumerate(resolved):
         flag, equals, value = argument.partition('=')
@@ -281,23 +281,23 @@ def list_configs() -> list[str]:
 
 
 def create_parser(values: flags.FlagValues) -> Callable[[list[str]], list[str]]:
-    """Returns a parser of flags for `app.run` that ends the process at a misspelt one, config fields included."""
+    """Returns a flag parser for `app.run` that ends the process on an unknown flag or config field."""
 
     def parse_flags(argv: list[str]) -> list[str]:
         try:
             rest = values(argv)
             config = _get(values, 'config')
             if config is not None:
-                config.name  # noqa: B018, a file that could not be loaded raises only now
+                config.name  # noqa: B018, a file that can't be loaded raises only at this access
             return rest
-        except Exception as error:  # Config overrides raise many kinds; all come from the command line.
-            sys.exit(f'error: {_describe(error)} (--help tells more)')
+        except Exception as error:  # Config overrides raise many types; all come from the command line.
+            sys.exit(f'error: {_describe(error)} (see --help)')
 
     return parse_flags
 
 
 def _describe(error: Exception) -> str:
-    """Returns the message of an error of parsing on one line; ml_collections wraps a KeyError for an absent field."""
+    """Returns the message of a parsing error on one line; ml_collections wraps a KeyError for an unknown field."""
     cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     if isinstance(cause, KeyError):
         return f'the config has no field {" ".join(str(cause.args[0]).split())}'
@@ -305,8 +305,8 @@ def _describe(error: Exception) -> str:
 
 
 def _run(command: Command, values: flags.FlagValues, argv: list[str]) -> None:
-    """Runs a command; a user's mistake is one line on stderr and exit status 1."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is a Ctrl-C
+    """Runs a command; a user's mistake gives one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat SIGTERM as Ctrl-C
     is_distributed = _get(values, 'coordinator') is not None
 
     def end(message: str) -> NoReturn:
@@ -323,8 +323,8 @@ def _run(command: Command, values: flags.FlagValues, argv: list[str]) -> None:
     except UserError as error:
         end(f'error: {error}')
     except KeyboardInterrupt as interrupt:
-        saved = str(interrupt)  # said by the training loop, where all processes stop together
-        message = f'interrupted: {saved or "nothing new was saved"}; the same command goes on from there'
+        saved = str(interrupt)  # set by the training loop, where all processes stop together
+        message = f'interrupted: {saved or "nothing new was saved"}; repeat the same command to resume'
         sys.exit(message) if saved else end(message)
     except Exception as error:
         if not is_distributed:
@@ -335,17 +335,17 @@ def _run(command: Command, values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def refuse_arguments(argv: list[str]) -> None:
-    """Checks that nothing but flags was given.
+    """Checks that only flags were given.
 
     Raises:
-      UserError: something was.
+      UserError: there is a positional argument.
     """
     if len(argv) > 1:
-        raise UserError(f'unexpected argument {argv[1]!r}: every option is written --name=value')
+        raise UserError(f'unexpected argument {argv[1]!r}: write every option as --name=value')
 
 
 def set_up_log() -> None:
-    """Shows the project's messages, and of the libraries' only warnings."""
+    """Shows the project's log messages, and only warnings of libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.getLogger('covidjax').setLevel(logging.INFO)
@@ -367,7 +367,7 @@ def format_help() -> str:
 
 
 def format_command_help(name: str) -> str:
-    """Returns what a command does and its flags."""
+    """Returns the description and the flags of a command."""
     command = COMMANDS[name]
     return '\n'.join([command.summary, '', f'  covidjax {name} {command.example}', '', *_format_flags(command.flags)])
 

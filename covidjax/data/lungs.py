@@ -1,4 +1,4 @@
-"""Finds the lungs and cuts slices to them: 3-D from Hounsfield units, and by a plain rule from the greys of one slice.
+"""Finds the lungs, in 3-D from Hounsfield units or in one slice by a rule on grey values, and cuts slices to them.
 
 Shapes: T slices, H rows (front to back or the other way), W columns (from one side of the patient to the other).
 Lower-case t, h, w are the same axes on a coarse grid.
@@ -12,34 +12,34 @@ from PIL import Image
 
 from covidjax.data.preprocess import Box, compute_otsu_threshold
 
-# In scans.
+# For scans in Hounsfield units.
 _AIR_HU = -320  # between lung, about -850, and soft tissue, about 40
-_GAS_HU = -960  # the median of lung is denser; that of gas in the bowel and around the body is not
-_AIRWAY_HU = -900  # airways are narrow, so that their walls add to the density of the gas in them
-_PADDING_HU = -1015  # what scanners write outside their field of view, once clipped
+_GAS_HU = -960  # the median of lung is above; that of gas in the bowel and around the body is below
+_AIRWAY_HU = -900  # airways are narrow, so partial volume of their walls raises the density of their gas
+_PADDING_HU = -1015  # padding outside the field of view is at or below this value, after clipping
 _MIN_HU = -1024
 _GRID_MM = 2.0
 _CLOSING_MM = 20.0  # radius
 _MAX_AIRWAY_MM2 = 1000.0  # in one slice
 _AIRWAY_REACH_MM = 50.0  # from the middle of the body
-_MIN_SLICE_MM2 = 400.0  # lungs in the slice where they are largest
-_MIN_SIDES = 2.6  # of four on which the body surrounds a region, averaged over the region
-_MIN_SIDES_CUT = 1.5  # the same, where the field of view cuts the region; the table has the body on one side
+_MIN_SLICE_MM2 = 400.0  # smallest area of the lungs in the slice where they are largest
+_MIN_SIDES = 2.6  # number of sides with body, of four, averaged over a region
+_MIN_SIDES_CUT = 1.5  # the same for a region cut by the field of view; the table has the body on one side
 _MAX_CONTACT = 2.3  # pixels of a region at the edge of the field of view, over the square root of its area
 _MIN_PART = 0.05  # size of a part, as a share of the largest
-_MIN_HALF = 0.2  # share of a part on each side of the body, if it is both lungs in one
-_THIN_STACK_MM = 40.0  # in fewer slices, a lung may be in several parts
+_MIN_HALF = 0.2  # share of a part on each side of the body, if it holds both lungs
+_THIN_STACK_MM = 40.0  # in a thinner stack, a lung may have several parts
 
-# In slices without Hounsfield units.
-_BLACK = 10  # grey value; slices cut to the lungs carry traces of compression and resizing outside them
-_MIN_BLACK, _MAX_LIT_BORDER = 0.25, 0.3  # shares of a cut slice and of its border
-_MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body is deeper than this share of the slice, and more of it is bright
-_THRESHOLD = 0.6  # of the way from lung to body, where _AIR_HU lies too
+# For slices without Hounsfield units.
+_BLACK = 10  # grey value; outside the lungs, cut slices have traces of compression and resizing
+_MIN_BLACK, _MAX_LIT_BORDER = 0.25, 0.3  # in a cut slice: black share of the slice, share of its border that is not
+_MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body exceeds both: its depth as a share of the slice, its bright share
+_THRESHOLD = 0.6  # of the way from lung to body, as _AIR_HU
 _MIN_CONTRAST, _SURE_CONTRAST = 8, 32  # grey values between lungs and body
 _MIN_SEPARATION = 0.7  # share of the variance that two greys explain; 0.64 for noise
 _MIN_LUNGS, _MAX_LUNGS = 0.01, 0.85  # shares of the slice
 _MAX_OUTSIDE = 0.15  # share of air around the body in a slice that is cropped closely
-_MIN_DARK = 0.05  # share of a lung that is as dark as healthy lung; fat has less
+_MIN_DARK = 0.05  # smallest share of a lung that is as dark as healthy lung; fat has less
 _MAX_GREY_AIRWAY = 0.008  # of the square of the width of the body
 _AIRWAY_REACH = 0.15  # of the width of the body, from its middle
 _GREY_CLOSING = 0.08  # radius, of the width of the body
@@ -49,23 +49,23 @@ _IN_PLANE[1] = scipy.ndimage.generate_binary_structure(2, 1)
 
 
 def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Finds the lungs in 3-D: air enclosed by the body, the two largest parts, closed so that lesions stay inside.
+    """Finds the lungs in 3-D: the two largest regions of air inside the body, closed to include lesions.
 
-    Airways and bowel gas are left out by their density, size and place. Each lung is closed on its own, by a disc of
-    20 mm radius in each slice. This keeps vessels, and most of a dense lesion at the chest wall that is up to 30 mm
-    wide, and leaves the mediastinum out. The work is done on a grid of about 2 mm. For 512 x 512 x 150 voxels it needs
-    about 180 MB beyond the input and the result.
+    Airways and bowel gas are excluded by density, size and position. Each lung is closed on its own, by a disc of 20 mm
+    radius in each slice. This includes vessels and most of a dense lesion at the chest wall that is up to 30 mm wide,
+    and excludes the mediastinum. The computation uses a grid of about 2 mm. A scan of 512 x 512 x 150 voxels needs
+    about 180 MB in addition to the input and the result.
 
     Args:
-      hu_TxHxW: Hounsfield units of any integer or floating type, slices in anatomical order, either end first. It is
-        not changed.
-      spacing_mm: between slices, rows and columns. With slices missing, pass the median distance of slices.
+      hu_TxHxW: Hounsfield units of any integer or floating type, slices in anatomical order, either end first; not
+        changed.
+      spacing_mm: distance between slices, rows and columns. If slices are missing, pass the median slice distance.
 
     Returns:
       bool [T, H, W], all False if no lungs are found.
 
     Raises:
-      ValueError: not three axes, an empty axis, or a spacing that is not positive.
+      ValueError: the scan does not have three axes, an axis is empty, or the spacing is not positive.
     """
     if hu_TxHxW.ndim != 3 or 0 in hu_TxHxW.shape:
         raise ValueError(f'a scan has the shape [T, H, W], got {hu_TxHxW.shape}')
@@ -97,7 +97,7 @@ def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, flo
 
 
 def _fill_holes(mask_txhxw: np.ndarray) -> np.ndarray:
-    """Fills what a mask encloses in 3-D: a lesion, but not the top of the liver, which continues below."""
+    """Fills 3-D holes of a mask: an enclosed lesion, but not the top of the liver, which continues below."""
     regions, count = scipy.ndimage.label(~mask_txhxw)
     is_open = np.zeros(count + 1, bool)
     for axis in range(3):
@@ -106,7 +106,7 @@ def _fill_holes(mask_txhxw: np.ndarray) -> np.ndarray:
 
 
 def _average_blocks(hu_TxHxW: np.ndarray, steps: list[int]) -> np.ndarray:
-    """Returns means float32 [t, h, w] of blocks, of `steps` voxels, which also removes noise."""
+    """Returns the means of blocks of `steps` voxels, float32 [t, h, w]; this also reduces noise."""
     starts = [np.arange(0, size, step) for size, step in zip(hu_TxHxW.shape, steps, strict=True)]
     thick, tall, wide = (
         np.diff(place, append=size).astype(np.float32) for size, place in zip(hu_TxHxW.shape, starts, strict=True)
@@ -121,7 +121,7 @@ def _average_blocks(hu_TxHxW: np.ndarray, steps: list[int]) -> np.ndarray:
 
 
 def _find_body(tissue_txhxw: np.ndarray) -> np.ndarray:
-    """Returns the largest piece of tissue, bool [t, h, w]: without the table, and perhaps without the arms."""
+    """Returns the largest region of tissue, bool [t, h, w]; excludes the table, and sometimes the arms."""
     # Half the resolution is enough for `_count_sides`.
     half = tissue_txhxw[:, ::2, ::2]
     regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(half, _IN_PLANE))
@@ -132,7 +132,7 @@ def _find_body(tissue_txhxw: np.ndarray) -> np.ndarray:
 
 
 def _count_sides(body: np.ndarray) -> np.ndarray:
-    """Returns uint8 [..., H, W]: the number of sides (front, back, left, right) on which a pixel has the body."""
+    """Returns uint8 [..., H, W]: the number of sides (front, back, left, right) on which the body lies."""
     count = np.zeros(body.shape, np.uint8)
     for axis in (-2, -1):
         count += np.logical_or.accumulate(body, axis)
@@ -143,7 +143,7 @@ def _count_sides(body: np.ndarray) -> np.ndarray:
 def _find_candidates(
     hu_txhxw: np.ndarray, body_txhxw: np.ndarray, grid_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts the regions of air in each slice. Returns those that may be lung, and the airways, both bool [t, h, w]."""
+    """Returns the regions of air in each slice that may be lung, and those that are airways, both bool [t, h, w]."""
     padding = _touching_corners(hu_txhxw <= _PADDING_HU)
     air = (hu_txhxw < _AIR_HU) & ~padding
     regions, count = scipy.ndimage.label(air, _IN_PLANE)
@@ -154,7 +154,7 @@ def _find_candidates(
     def total(weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(labels, weights, count + 1)
 
-    with np.errstate(invalid='ignore'):  # nothing has the label 0
+    with np.errstate(invalid='ignore'):  # label 0 has no pixels
         area = total()
         sides = total(_count_sides(body_txhxw)[air]) / area
         is_gas = total(values < _GAS_HU) > area / 2  # the median
@@ -179,7 +179,7 @@ def _find_candidates(
 
 
 def _touching_corners(mask_txhxw: np.ndarray) -> np.ndarray:
-    """Returns the regions of a mask, bool [t, h, w], that hold a corner of their slice."""
+    """Returns the regions of a mask that contain a corner of their slice, bool [t, h, w]."""
     regions, _ = scipy.ndimage.label(mask_txhxw, _IN_PLANE)
     corners = np.unique(regions[:, [0, 0, -1, -1], [0, -1, 0, -1]])
     is_corner = np.zeros(regions.max() + 1, bool)
@@ -191,7 +191,7 @@ def _touching_corners(mask_txhxw: np.ndarray) -> np.ndarray:
 def _choose_lungs(
     hu_txhxw: np.ndarray, candidates_txhxw: np.ndarray, body_txhxw: np.ndarray, grid_mm: np.ndarray
 ) -> np.ndarray:
-    """Returns uint8 [t, h, w]: 0 outside the lungs, a number for each part that is closed on its own."""
+    """Returns uint8 [t, h, w]: 0 outside the lungs, else the number of a part that is closed on its own."""
     parts, count = scipy.ndimage.label(candidates_txhxw)
     sides_txhxw = np.zeros(parts.shape, np.uint8)
     if not count:
@@ -218,7 +218,7 @@ def _choose_lungs(
 
 
 def _part_lungs(parts_HxW: np.ndarray) -> None:
-    """Splits part 1, which is both lungs, at the emptiest column of its middle third; the second half becomes 255."""
+    """Splits part 1, which holds both lungs, at the emptiest column of its middle third; the right half gets 255."""
     lungs = parts_HxW == 1
     counts = lungs.sum(0)
     found = np.flatnonzero(counts)
@@ -232,7 +232,7 @@ def _part_lungs(parts_HxW: np.ndarray) -> None:
 
 
 def _close_each(parts_HxW: np.ndarray, radius: float, spacing: tuple[float, ...]) -> np.ndarray:
-    """Returns bool [H, W]: each part closed by a disc; the radius is in the unit of the spacing."""
+    """Returns bool [H, W]: each part closed by a disc, whose radius has the unit of the spacing."""
     closed_HxW = np.zeros(parts_HxW.shape, bool)
     reach = [math.ceil(radius / step) + 2 for step in spacing]
     for number in np.unique(parts_HxW[parts_HxW > 0]):
@@ -246,28 +246,28 @@ def _close_each(parts_HxW: np.ndarray, radius: float, spacing: tuple[float, ...]
 
 
 def _enlarge(mask_hxw: np.ndarray, steps: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Returns bool [H, W] of a mask on the coarse grid, with smooth edges."""
+    """Resizes a mask on the coarse grid to bool [H, W] with smooth edges."""
     if steps == [1, 1]:
         return mask_hxw
-    # The last block may be incomplete: the grid ends behind the image.
+    # The last block may be incomplete: the grid extends past the image.
     ends = (shape[1] / steps[1], shape[0] / steps[0])
     image = Image.fromarray(mask_hxw.astype(np.uint8) * 255)
     return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR, box=(0, 0, *ends))) >= 128
 
 
 def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
-    """Finds the lungs in a slice without Hounsfield units by a plain rule.
+    """Finds the lungs in a slice without Hounsfield units by a simple rule.
 
-    In a slice that is already cut to the lungs, the lungs are what is not black. In any other, they are the dark
-    regions that the body encloses, each closed by a disc. The rule loses lesions at the chest wall that are as bright
-    as the body and wider than the disc. It may take bowel gas for lungs.
+    In a slice that is already cut to the lungs, the lungs are all that is not black. In other slices, they are the dark
+    regions that the body encloses, each closed by a disc. The rule misses lesions at the chest wall that are as bright
+    as the body and wider than the disc. It may mistake bowel gas for lungs.
 
     Args:
-      grey_HxW: uint8, lungs and air darker than the body.
+      grey_HxW: uint8; lungs and air are darker than the body.
 
     Returns:
-      bool [H, W], or None if the rule fails: the body encloses nothing dark, or too little or too much. The slice may
-      show no lungs or no chest. Use it whole or leave it out, and report how many slices failed.
+      bool [H, W], or None if the rule fails: the body encloses no dark region, or its area is too small or too large.
+      The slice may show no lungs or no chest. Use it whole or leave it out, and report how many slices failed.
     """
     if is_cut_to_lungs(grey_HxW):
         return scipy.ndimage.binary_fill_holes(grey_HxW > _BLACK)
@@ -313,9 +313,10 @@ def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
 
 
 def is_cut_to_lungs(grey_HxW: np.ndarray) -> bool:
-    """Says whether a slice uint8 [H, W] shows the lungs only, on black, as the slices of some public datasets do.
+    """Returns whether a slice uint8 [H, W] shows only the lungs, on black, as in some public datasets.
 
-    Most of its border and much of its area are black, and the rest is not as deep and bright as a body.
+    In such a slice, most of the border and much of the area are black, and the rest is less deep or less bright than a
+    body.
     """
     lit = grey_HxW > _BLACK
     border = np.concatenate([lit[0], lit[-1], lit[:, 0], lit[:, -1]])
@@ -331,9 +332,9 @@ def is_cut_to_lungs(grey_HxW: np.ndarray) -> bool:
 
 
 def _find_greys(smooth_HxW: np.ndarray) -> tuple[float, float] | None:
-    """Returns the grey of lungs and the threshold between lungs and body, None if there are no such two greys."""
+    """Returns the grey of lungs and the threshold between lungs and body, or None if two greys do not stand out."""
     height, width = smooth_HxW.shape
-    # Only in the middle: air, and black outside the field of view, would add a third mode.
+    # Only the middle: air, and black outside the field of view, would add a third mode.
     middle = smooth_HxW[height // 5 : height - height // 5, width // 5 : width - width // 5]
     low = middle < compute_otsu_threshold(middle)
     if not low.any():
@@ -348,20 +349,20 @@ def _find_greys(smooth_HxW: np.ndarray) -> tuple[float, float] | None:
 
 
 def cut_to_lungs(grey_HxW: np.ndarray, lungs_HxW: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, Box]:
-    """Blackens what is not lung and crops to the box of the lungs.
+    """Sets pixels outside the lungs to 0 and crops to the bounding box of the lungs.
 
-    Without a margin, as by default, the result has the form of public datasets of lung slices.
+    With the default margin of 0, the result has the form of public datasets of lung slices.
 
     Args:
-      grey_HxW: [H, W] of any type; it is not changed.
-      lungs_HxW: bool [H, W], True somewhere.
-      margin: on each side, as a share of the longer side of the box; clipped to the slice.
+      grey_HxW: [H, W] of any dtype; not changed.
+      lungs_HxW: bool [H, W], with at least one True.
+      margin: margin on each side, as a share of the longer side of the box; clipped to the slice.
 
     Returns:
       The image [h, w], 0 outside the lungs, and its box xmin, ymin, xmax, ymax in pixels, half-open.
 
     Raises:
-      ValueError: the shapes differ, no lungs, or a margin that is negative.
+      ValueError: the shapes differ, the mask is empty, or the margin is negative.
     """
     if grey_HxW.shape != lungs_HxW.shape or lungs_HxW.ndim != 2:
         raise ValueError(f'slice and lungs must have one shape [H, W], got {grey_HxW.shape} and {lungs_HxW.shape}')

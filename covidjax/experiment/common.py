@@ -1,4 +1,4 @@
-"""What every experiment is, and how one is trained and tested.
+"""Defines what an experiment consists of, and trains and tests it.
 
 Shapes: N examples of a split, K classes.
 """
@@ -52,14 +52,14 @@ PHANTOM_NOTICE = 'generated phantoms, not patients: these figures say that the c
 
 
 class Example(Protocol):
-    """What is classified: a row of a list (`lists.Row`) or a scan (`sequences.Scan`)."""
+    """One example to classify: a row of a list (`lists.Row`) or a scan (`sequences.Scan`)."""
 
     label: int
     patient: str
 
 
 class Predictions(NamedTuple):
-    """Outputs of a slice model for a split, in its order.
+    """Outputs of a slice model for a split, in the order of the split.
 
     Attributes:
       logits: float32 [N, K].
@@ -73,7 +73,7 @@ class PaperTable(NamedTuple):
 
     Attributes:
       name: e.g. 'Table III'.
-      test_counts: test examples per class that it was made on.
+      test_counts: number of test examples per class.
       scores: precision, recall and F1 of each class and of their weighted average.
     """
 
@@ -83,17 +83,17 @@ class PaperTable(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a test finds besides the scores of the model.
+    """Results of a test, apart from the scores of the model.
 
     Attributes:
-      baselines: probabilities or scores [N, K] of each trivial classifier on the test examples.
-      comparisons: parts of results.json that compare the model with them.
+      baselines: name -> probabilities or scores [N, K] of a trivial classifier on the test examples.
+      comparisons: parts of results.json that compare the model with the baselines.
       results: further parts of results.json.
       rules: further parts of calibration.json.
-      others: further classifiers for the report, `compute_metrics` by name.
-      columns: of predictions.csv, a value per test example by name.
-      figures: to save as PNG, by file name.
-      sections: of the report.
+      others: further classifiers for the report, name -> result of `compute_metrics`.
+      columns: columns of predictions.csv, name -> one value per test example.
+      figures: figures to save as PNG, by file name.
+      sections: sections of the report.
     """
 
     baselines: dict[str, np.ndarray]
@@ -108,24 +108,24 @@ class Findings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """An experiment on loaded data: everything that `fit` and `test` need to know.
+    """An experiment on loaded data: everything that `fit` and `test` need.
 
     Attributes:
-      config: of the run.
+      config: config of the run.
       data: prepared slices.
       title: name of the model in results and pages.
-      unit: what is classified, 'slices' or 'scans'.
+      unit: kind of example, 'slices' or 'scans'.
       paper: the paper's results.
-      examples: what is classified, by split.
-      slice_model: the model of single slices; under a scan model, its frozen extractor.
-      get_slice_variables: variables -> those of the slice model.
+      examples: the examples to classify, by split.
+      slice_model: the model of single slices; in a scan experiment, the frozen extractor.
+      get_slice_variables: variables -> variables of the slice model.
       create_variables: key -> initial variables; jitted by `fit`.
-      load_weights: initial variables -> the same with stored weights in their places; called in a new run only.
+      load_weights: initial variables -> the same with stored weights filled in; called in new runs only.
       forward: see `step.Forward`.
-      is_frozen: path of a parameter -> whether training leaves it alone.
-      load_batches: state -> the batches that it goes on with, this process's rows, on the host.
-      name_batch: number of a step -> names of the examples in its batch.
-      steps_per_epoch: updates between two validations.
+      is_frozen: path of a parameter -> whether training leaves it unchanged.
+      load_batches: state -> the following training batches, with the rows of this process, on the host.
+      name_batch: step number -> names of the examples in its batch.
+      steps_per_epoch: number of updates between two validations.
       compute_val_logits: variables -> logits [N, K] of the validation examples.
       predict: (variables, split) -> outputs with `.logits` [N, K], in evaluation mode.
       examine: (variables, {split: outputs of `predict`}, rules of `screening.fit_rules`) -> findings on the test split.
@@ -155,7 +155,7 @@ class Experiment:
         return np.array([example.label for example in self.examples[split]])
 
     def get_patients(self, split: str) -> list[str]:
-        """Returns the patients of a split's examples."""
+        """Returns the patient of every example of a split."""
         return [example.patient for example in self.examples[split]]
 
 
@@ -166,26 +166,26 @@ def train(
     format_summary: Callable[[dict[str, Any], Path], str],
     data: covidx_ct.Prepared | None = None,
 ) -> dict[str, Any]:
-    """Trains and tests in a workdir, resuming what it holds, prints the summary and returns the results.
+    """Trains and tests in a workdir, or resumes its run; prints the summary and returns the results.
 
     Args:
-      config: of the run.
+      config: config of the run.
       workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
         results.json, predictions.csv, calibration.json, novelty.npz, report.html and figures; with phantoms also
         phantoms/.
       create_experiment: (config, data) -> the experiment; not called if the run is finished.
       format_summary: (results, workdir) -> text.
-      data: those of `config.data`, if they are loaded already.
+      data: the slices of `config.data`, if already loaded.
 
     Raises:
-      UserError: bad config or data; the workdir can't be written, is in use, or was made by another config; the batch
+      UserError: bad config or data; the workdir can't be written, is in use, or belongs to another config; the batch
         does not divide over the devices.
     """
     check_config(config)
     with lock_workdir(workdir), report_full_disk(workdir):
         check_workdir(workdir, config)
         if (workdir / 'results.json').exists():
-            log.info('%s holds a finished run; its summary again:', workdir)
+            log.info('%s holds a finished run; its summary:', workdir)
             results = load_output(workdir, 'results.json')
         else:
             check_batch_size(config.train.batch_size, config.train.accumulation_steps)
@@ -208,7 +208,7 @@ def evaluate(
     """Tests the best model of a run again, prints the summary and returns the results.
 
     Raises:
-      UserError: the folder is not the workdir of a run with a finished epoch, or its data are gone.
+      UserError: the folder is not the workdir of a run with a finished epoch, or its data are missing.
     """
     config = load_config(workdir)
     with lock_workdir(workdir), report_full_disk(workdir):
@@ -222,10 +222,10 @@ def evaluate(
 
 
 def load_output(workdir: Path, name: str) -> dict[str, Any]:
-    """Returns the content of a JSON file that the test of a run writes: results.json or calibration.json.
+    """Loads a JSON file that the test of a run wrote: results.json or calibration.json.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the file is missing or damaged.
     """
     try:
         return json.loads((workdir / name).read_text())
@@ -236,8 +236,8 @@ def load_output(workdir: Path, name: str) -> dict[str, Any]:
 
 
 def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
-    """Prepares the slices of the raw directory, or of phantoms written to the workdir where none is named."""
-    raw_dir = Path(config.raw_dir).expanduser()  # no shell expands a ~ after a colon
+    """Loads the slices of the raw directory; without one, of phantoms that are written to the workdir."""
+    raw_dir = Path(config.raw_dir).expanduser()  # shells do not expand a ~ after a colon
     if not config.raw_dir:
         log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
         raw_dir = workdir / 'phantoms'
@@ -281,7 +281,7 @@ def create_template(create: Callable[[jax.Array], Any]) -> Any:
 
 
 def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list[dict]:
-    """Trains with the options of `config.train`; returns the history of `loop.fit`.
+    """Trains with the options of `config.train` and returns the history of `loop.fit`.
 
     Raises:
       UserError: see `loop.fit`.
@@ -310,7 +310,7 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         return place_state(create_train_state(variables, optimizer, train_key))
 
     def load_batches(state: TrainState) -> Iterator[dict]:
-        batches = experiment.load_batches(state)  # now: the first step donates the state
+        batches = experiment.load_batches(state)  # called now, not lazily: the first step donates the state
         return (place_batch(batch, config.parallelism) for batch in batches)
 
     def describe_step(step: int) -> str:
@@ -354,7 +354,7 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
 
 
 def create_augmentation(config: ConfigDict) -> AugmentOptions | None:
-    """Returns the augmentation of the section `train`, None where there is none."""
+    """Returns the augmentation options of the config section `train`, or None without augmentation."""
     if not config.augment:
         return None
     return AugmentOptions(scale=tuple(config.scale), brightness=config.brightness, contrast=config.contrast)
@@ -366,13 +366,13 @@ def restore_best(create_variables: Callable[[jax.Array], dict[str, Any]], checkp
 
 
 def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path) -> dict[str, Any]:
-    """Tests the model of the best epoch and writes the files that `train` names, results.json last.
+    """Tests the model of the best epoch and writes the files that `train` lists, results.json last.
 
-    Temperature, thresholds and conformal sets are chosen on validation and kept in calibration.json; predictions.csv
-    has the probabilities of the model itself.
+    Temperature, thresholds and conformal sets are chosen on validation and stored in calibration.json. predictions.csv
+    has the model's uncalibrated probabilities.
 
     Returns:
-      The content of results.json. Of several processes only the first writes and returns it.
+      The content of results.json. With several processes, only the first writes and returns it; others return {}.
     """
     start = time.perf_counter()
     config, data, unit = experiment.config, experiment.data, experiment.unit
@@ -380,10 +380,10 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
     predictions = {split: experiment.predict(variables, split) for split in ('val', 'test')}
     if not is_first():
         return {}
-    variables = jax.device_get(variables)  # only this process goes on
+    variables = jax.device_get(variables)  # only the first process continues
     val_labels, labels = experiment.get_labels('val'), experiment.get_labels('test')
     patients = experiment.get_patients('test')
-    log.info('statistics, baselines and explanations of %d test %s', len(labels), unit)
+    log.info('computing statistics, baselines and explanations of %d test %s', len(labels), unit)
 
     logits = predictions['test'].logits
     probabilities = softmax(logits)
@@ -443,16 +443,16 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
 
 
 def save_usual(path: Path, slice_model: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
-    """Writes novelty.npz: which features are usual among validation slices, so that predictions can tell what is not.
+    """Writes novelty.npz, the usual features of validation slices, so that predictions can detect unusual slices.
 
-    At most `MAX_EXAMPLES` slices, spread evenly over the split, are used.
+    Uses at most `MAX_EXAMPLES` slices, spread evenly over the split.
     """
     rows, source = data.rows['val'], data.sources['val']
     chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
     images = np.stack([source[i]['image'] for i in chosen])
     novelty = fit_novelty(compute_outputs(slice_model, variables, images).statistics, [rows[i].patient for i in chosen])
     if novelty is None:
-        path.unlink(missing_ok=True)  # of an earlier test
+        path.unlink(missing_ok=True)  # left by an earlier test
     else:
         save_novelty(path, novelty)
 
@@ -463,7 +463,7 @@ def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
 
 
 def find_warnings(data: covidx_ct.Prepared) -> list[str]:
-    """Returns what every output of a run on these data must say."""
+    """Returns the warnings that every output of a run on these data must show."""
     return [
         f'no training slice is {name}: the model cannot tell this class, and calls its cases something else'
         for name in find_absent_classes(data.rows['train'])
@@ -471,7 +471,7 @@ def find_warnings(data: covidx_ct.Prepared) -> list[str]:
 
 
 def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:
-    """Returns the parts of results.json that say what the run was made on."""
+    """Returns the parts of results.json that describe the data."""
     return {
         'data': name_data(config, data),
         'notice': PHANTOM_NOTICE if not config.raw_dir else '',
@@ -503,7 +503,7 @@ def describe_training(experiment: Experiment, history: Sequence[dict]) -> dict[s
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns versions and devices of this process."""
+    """Returns the versions and devices of this process."""
     return {
         'covidjax': covidjax.__version__,
         'python': platform.python_version(),
@@ -514,7 +514,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def format_baselines(results: dict[str, Any]) -> list[str]:
-    """Returns the accuracy of every baseline, a line each."""
+    """Returns one line with the accuracy of each baseline."""
     return [
         f'{name:<18}{format_score(metrics["accuracy"], metrics["intervals"]["accuracy"])} accuracy'
         for name, metrics in results['baselines'].items()
@@ -522,7 +522,7 @@ def format_baselines(results: dict[str, Any]) -> list[str]:
 
 
 def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[str]:
-    """Returns the last lines of a summary: what the brackets are, which data, what was tested, where things are."""
+    """Returns the last lines of a summary: intervals, data, tested model and output files."""
     intervals, training = results['intervals'], results['training']
     return [
         f'Brackets: {intervals["level"]:.0%} intervals, {intervals["method"]}.',

@@ -1,4 +1,4 @@
-"""A trained run as one file: for PyTorch (safetensors, torchvision's names), or as a program for jax alone (StableHLO).
+"""Exports a run as one file: safetensors with torchvision's names for PyTorch, or a StableHLO program for jax alone.
 
 Shapes: B slices or scans, T slices of a scan, N slices, S side of a slice, E embedding, K classes.
 """
@@ -26,19 +26,18 @@ from covidjax.models.torch_names import to_torch
 
 NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-_AT_ONCE = 16  # slices through the extractor: bounds its memory whatever the length of a scan
+_AT_ONCE = 16  # slices per call of the extractor: bounds the memory for scans of any length
 
 
 def export_run(workdir: Path, output: Path) -> None:
-    """Writes the best model of a finished run, whole or not at all, and prints what was written.
+    """Writes the best model of a finished run to one file, atomically, and prints what was written.
 
     Args:
-      workdir: of the run.
-      output: path of the file; its ending, one of `WRITERS`, says what is written. One that exists is replaced.
+      workdir: workdir of the run.
+      output: path of the file; its suffix, one of `WRITERS`, sets the format. An existing file is replaced.
 
     Raises:
-      UserError: another kind of file is asked for; the folder is not the workdir of a finished run; the file can't be
-        written.
+      UserError: unknown suffix; the folder is not the workdir of a finished run; the file can't be written.
     """
     if output.suffix not in WRITERS:
         raise UserError(f'--output={output} must end in {" or ".join(WRITERS)}')
@@ -57,11 +56,15 @@ def export_run(workdir: Path, output: Path) -> None:
 
 
 def write_safetensors(path: Path, run: Run) -> str:
-    """Writes all variables under PyTorch's names and returns how many there are.
+    """Writes all variables under PyTorch's names; returns their number as text.
 
-    The file's metadata are strings, of which 'classes', 'normalisation', 'temperature' and 'config' are JSON: the names
-    of the outputs; what makes an input of a grey slice, (x - mean) / std in that many equal channels; what logits are
-    divided by for calibrated probabilities; and the run's config. 'notice' is not empty for a run of phantoms.
+    The file's metadata are strings. These are JSON:
+      classes: names of the outputs.
+      normalisation: maps a grey slice to an input, (x - mean) / std in `channels` equal channels.
+      temperature: divisor of the logits for calibrated probabilities.
+      warnings: warnings about the training data.
+      config: config of the run.
+    'notice' is not empty for a run on phantoms.
     """
     tensors = to_torch(run.variables)
     metadata = {
@@ -81,13 +84,15 @@ def write_safetensors(path: Path, run: Run) -> str:
 
 
 def write_stablehlo(path: Path, run: Run) -> str:
-    """Writes the model as a program for every platform of `PLATFORMS`, weights inside; returns its inputs and outputs.
+    """Writes the model with its weights as a program for all of `PLATFORMS`; returns its signature as text.
 
-    A slice run takes uint8 [B, S, S], grey slices that are cropped to the body and resized; a scan run uint8
-    [B, T, S, S], slices from head to feet, and a bool mask [B, T], True somewhere in every row, of the slices that
-    exist. B is free, T too if the run takes scans whole, else 16. Out come 'logits' [B, K], as the run's own
-    predictions.csv has their softmax, and 'probabilities' [B, K], calibrated: softmax(logits / temperature); of scans
-    also 'attention' [B, T]. The name of the program tells the model, the order of the classes and phantoms.
+    Inputs of a slice run are uint8 [B, S, S], grey slices cropped to the body and resized. Inputs of a scan run are
+    uint8 [B, T, S, S], slices from head to feet, and a bool mask [B, T] of the slices that exist, at least one per row.
+    B is free. T is free if the run uses whole scans, else 16.
+
+    Outputs are 'logits' [B, K], whose softmax is in the run's predictions.csv, and 'probabilities' [B, K], calibrated:
+    softmax(logits / temperature). Scans also have 'attention' [B, T]. The name of the program holds the model, the
+    classes in order and, for a run on phantoms, 'trained_on_phantoms'.
     """
     size, temperature = run.config.data.image_size, run.rules['temperature']
     if run.sequence is None:
@@ -108,7 +113,7 @@ def write_stablehlo(path: Path, run: Run) -> str:
 
 
 def create_slice_function(model: Att2, variables: dict[str, Any], temperature: float) -> Callable[..., dict]:
-    """Returns uint8 [B, S, S] -> 'logits' and 'probabilities' [B, K]."""
+    """Returns a function uint8 [B, S, S] -> 'logits' and 'probabilities' [B, K]."""
 
     def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
         logits = model.apply(variables, normalise(images_BxSxS)[..., None], train=False).logits
@@ -118,9 +123,9 @@ def create_slice_function(model: Att2, variables: dict[str, Any], temperature: f
 
 
 def create_scan_function(run: Run) -> Callable[..., dict]:
-    """Returns (uint8 [B, T, S, S], mask [B, T]) -> 'logits' and 'probabilities' [B, K] and 'attention' [B, T].
+    """Returns a function (uint8 [B, T, S, S], mask [B, T]) -> 'logits', 'probabilities' [B, K] and 'attention' [B, T].
 
-    B and T may be symbols, which `models.seq.Seq` cannot take: it divides its slices into batches.
+    B and T may be symbolic. `models.seq.Seq` does not support that, because it divides the slices into batches.
     """
 
     def embed(images_NxSxS: jax.Array) -> jax.Array:
@@ -137,7 +142,7 @@ def create_scan_function(run: Run) -> Callable[..., dict]:
     def predict(images_BxTxSxS: jax.Array, mask_BxT: jax.Array) -> dict[str, jax.Array]:
         b, t, s, _ = images_BxTxSxS.shape
         embeddings = embed(images_BxTxSxS.reshape(b * t, s, s)).reshape(b, t, -1)
-        # The sequence model wants padding behind the slices, a mask may have it anywhere.
+        # The sequence model needs padding after the slices; the mask may have it anywhere.
         order_BxT = jnp.argsort(~mask_BxT, axis=1, stable=True)
         ordered = jnp.take_along_axis(embeddings, order_BxT[..., None], axis=1)
         model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))

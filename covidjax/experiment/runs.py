@@ -1,4 +1,4 @@
-"""Runs by their experiment, and the model of a finished one."""
+"""Maps config names to experiments, and loads finished runs."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ class Run(NamedTuple):
     """A finished run, ready to predict and to export.
 
     Attributes:
-      config: of the run.
-      results: its results.json.
-      rules: its calibration.json.
-      novelty: what features are usual; None if the run has no novelty.npz.
-      slice_model, slice_variables: its slice model.
-      sequence: parameters of the sequence model on top; None for a slice run.
+      config: config of the run.
+      results: content of results.json.
+      rules: content of calibration.json.
+      novelty: content of novelty.npz, the usual features; None if the run has no such file.
+      slice_model, slice_variables: the slice model and its variables.
+      sequence: parameters of the sequence model; None for a slice run.
     """
 
     config: ConfigDict
@@ -37,12 +37,12 @@ class Run(NamedTuple):
 
     @property
     def min_slices(self) -> int:
-        """The fewest slices of a scan that the model takes."""
+        """Smallest number of slices per scan that the model accepts."""
         return 1 if self.sequence is None else self.config.data.min_slices
 
     @property
     def variables(self) -> dict[str, Any]:
-        """All variables, those of a scan run under 'extractor' and 'sequence'."""
+        """All variables; a scan run has them under 'extractor' and 'sequence'."""
         if self.sequence is None:
             return self.slice_variables
         variables = {kind: {'extractor': leaves} for kind, leaves in self.slice_variables.items()}
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: Path) -> Run:
-    """Returns the best model of a run and what was chosen for it on validation.
+    """Loads the best model of a run and the rules that were chosen on validation.
 
     Raises:
       UserError: the folder is not the workdir of a finished run, or its files are damaged.

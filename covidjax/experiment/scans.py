@@ -1,4 +1,4 @@
-"""The paper's second experiment: a sequence model on scans (section V), beside votes of the slice model."""
+"""The paper's second experiment: a sequence model on scans (section V), compared with slice votes."""
 
 import functools
 import logging
@@ -39,11 +39,11 @@ PAPER = PaperTable('Table IV', published.SEQUENCES[2], published.SCAN_SCORES)
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Runs the experiment, or resumes it, prints its summary and returns its results (see `common.train`).
+    """Runs or resumes the experiment, prints its summary and returns its results (see `common.train`).
 
     Args:
       config: see configs/seq.py.
-      workdir: of the run; where no extractor is named, it also gets the slice experiment under extractor/.
+      workdir: workdir of the run; without `config.extractor` the slice experiment runs in its folder extractor/.
 
     Raises:
       UserError: bad config, data, extractor or workdir.
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def create(config: ConfigDict, data: covidx_ct.Prepared) -> Experiment:
         if not config.extractor:
-            log.info('no config.extractor: training the slice model into %s', extractor_dir)
+            log.info('no config.extractor: training the slice model in %s', extractor_dir)
             slices.train(get_slice_config(config), extractor_dir, data)
         return create_experiment(config, data, extractor_dir)
 
@@ -73,17 +73,17 @@ def _get_extractor_dir(config: ConfigDict, workdir: Path) -> Path:
 
 
 def get_slice_config(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the slice experiment that a config with nested `att2` asks for."""
+    """Returns the config of the slice experiment, from the section `att2` of a scan config."""
     data = config.data.copy_and_resolve_references().unlock()
     del data.min_slices, data.cached_draws
     return ConfigDict({'name': 'att2', 'data': data, **config.att2}).lock()
 
 
 def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:
-    """Returns the config with the slice model of a finished att2 run.
+    """Returns the config with the slice model of a finished slice run.
 
     Raises:
-      UserError: the folder is not such a run, or it was trained on slices of another size.
+      UserError: the folder is not such a run, or it was trained on slices of another size or region.
     """
     extractor = load_config(extractor_dir)
     if 'extractor' in extractor:
@@ -110,7 +110,7 @@ def create_model(config: ConfigDict) -> Seq:
 
 
 def create_variables(model: Seq, image_size: int, key: jax.Array) -> dict[str, Any]:
-    """Returns initial parameters and batch statistics, the extractor's included."""
+    """Returns initial parameters and batch statistics, including the extractor's."""
     return model.init(key, jnp.zeros((1, image_size, image_size, 1)), jnp.ones(1, jnp.int32))
 
 
@@ -121,11 +121,11 @@ def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]
 
 
 class Selection(NamedTuple):
-    """The scans of one split that take part.
+    """The scans of one split that are used.
 
     Attributes:
-      scans: with the slices that are used.
-      whole: the same scans with all their slices.
+      scans: the scans, with the slices that are used.
+      whole: the same scans, with all their slices.
       left_out: number of scans with too few slices, per class.
     """
 
@@ -135,10 +135,10 @@ class Selection(NamedTuple):
 
 
 def select_scans(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Selection]:
-    """Returns the scans of each split that take part under `config.data.min_slices`.
+    """Selects the scans of each split that have at least `config.data.min_slices` slices.
 
     Raises:
-      UserError: a split has none.
+      UserError: a split has no such scan.
     """
     selections = {}
     for split in SPLITS:
@@ -156,12 +156,12 @@ def select_scans(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Sele
 
 
 class ScanPredictions(NamedTuple):
-    """Predictions of M scans in the order of the split.
+    """Predictions for M scans, in the order of the split.
 
     Attributes:
-      logits: [M, K] of the sequence model.
+      logits: [M, K] from the sequence model.
       attention: per scan [T].
-      slice_probabilities: per scan [T, K], of the slice model alone.
+      slice_probabilities: per scan [T, K], from the slice model alone.
     """
 
     logits: np.ndarray
@@ -169,7 +169,7 @@ class ScanPredictions(NamedTuple):
     slice_probabilities: list[np.ndarray]
 
 
-# Of the module, so that validation and test share their compilations.
+# Defined here, not in `create_predictor`, so that validation and test share one compilation.
 @functools.partial(compile_fast, static_argnums=0)
 def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -> SeqOutputs:
     return replicate(model.apply(variables, normalise(batch['image']), batch['length']))
@@ -178,7 +178,7 @@ def _apply(model: Seq, variables: dict[str, Any], batch: dict[str, jax.Array]) -
 def create_predictor(
     model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection], batch_size: int
 ) -> Callable[[dict[str, Any], str], ScanPredictions]:
-    """Returns (variables, split) -> predictions in evaluation mode."""
+    """Returns a function (variables, split) -> predictions in evaluation mode."""
     batch_size = pad_batch_size(batch_size)
 
     def predict(variables, split):
@@ -197,7 +197,7 @@ def create_predictor(
 
 
 class Feed(NamedTuple):
-    """What training sees of scans.
+    """The parts of a scan experiment that depend on its input, images or embeddings.
 
     Attributes:
       load_batches, forward, compute_val_logits: see `common.Experiment`.
@@ -211,7 +211,7 @@ class Feed(NamedTuple):
 def create_image_feed(
     config: ConfigDict, model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection]
 ) -> Feed:
-    """Returns a feed of images, which go through the extractor in every step and every validation."""
+    """Returns a feed of images, with the extractor applied in every step and every validation."""
     predict = create_predictor(model, data, selections, config.train.batch_size)
 
     def load_batches(state):
@@ -234,12 +234,12 @@ def create_image_feed(
 def create_embedding_feed(
     config: ConfigDict, model: Seq, data: covidx_ct.Prepared, selections: dict[str, Selection]
 ) -> Feed:
-    """Returns a feed of embeddings, computed anew by every run that starts or goes on, and then held in memory.
+    """Returns a feed of embeddings, which are computed when a run starts or resumes and are then held in memory.
 
-    They are those of the extractor in the state, so that they never are another one's.
+    They are computed with the extractor in the state, so they always match it.
     """
     batch_size = config.train.batch_size
-    # More draws than epochs are never looked at; without augmentation one is all there are.
+    # More draws than epochs would not be used; without augmentation all draws are equal.
     num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment else 1
     classifier = model.create_classifier()
 
@@ -299,7 +299,7 @@ def create_embedding_feed(
 
 
 def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Experiment:
-    """Returns the experiment of a config on its data; a new run takes its slice model from `extractor_dir`."""
+    """Returns the experiment of a config on its data; a new run loads its slice model from `extractor_dir`."""
     model = create_model(config)
     selections = select_scans(config.data, data)
     chosen = {split: selection.scans for split, selection in selections.items()}
@@ -354,7 +354,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
 
 
 def get_extractor(variables: dict[str, Any]) -> dict[str, Any]:
-    """Returns the extractor's part of the variables of a scan model."""
+    """Returns the extractor's variables, taken from those of a scan model."""
     return {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
 
 
@@ -365,7 +365,7 @@ def _compare(
     predictions: dict[str, ScanPredictions],
     probabilities_MxK: np.ndarray,
 ) -> Findings:
-    """Returns the findings that need no map: votes on the same slices, baselines, the table of predictions."""
+    """Returns the findings that need no attention map: votes on the same slices, baselines and predictions."""
     chosen = {split: selection.scans for split, selection in selections.items()}
     whole = {split: selection.whole for split, selection in selections.items()}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
@@ -415,7 +415,7 @@ def _compare(
 
 
 def format_summary(results: dict[str, Any], workdir: Path) -> str:
-    """Returns what a run prints at its end: Table IV, the votes beside it and where things are."""
+    """Returns the summary printed at the end of a run: Table IV, the slice votes and the output files."""
     level = results['scan_level']
     vote, paired, conflicts, short = (level[k] for k in ('vote', 'sequence_minus_vote', 'conflicts', 'short_scans'))
     lines = ['', 'Sequence model (Table IV)', format_table(level['sequence'], unit='Scans'), '']

@@ -31,24 +31,24 @@ from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, 
 from covidjax.training.state import TrainState
 
 BACKBONE_NAMES = {'resnet': 'ResNet50', 'efficientnet_lite0': 'EfficientNetLite0'}
-_DROPOUT = np.uint32(2**32 - 1)  # folded into the key of an example, of which augmentation takes other parts
+_DROPOUT = np.uint32(2**32 - 1)  # folded into an example's key; augmentation uses other keys
 PAPER = PaperTable('Table III', published.SLICES['CT-2A'][2], published.SLICE_SCORES)
 
 
 def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = None) -> dict[str, Any]:
-    """Runs the experiment, or resumes it, prints its summary and returns its results (see `common.train`).
+    """Runs or resumes the experiment, prints its summary and returns its results (see `common.train`).
 
     Args:
       config: see configs/att2.py.
-      workdir: of the run.
-      data: those of `config.data`, if they are loaded already.
+      workdir: workdir of the run.
+      data: the slices of `config.data`, if already loaded.
 
     Raises:
       UserError: bad config, data or workdir.
     """
-    if not has_checkpoint(workdir):  # a run with a checkpoint needs no other weights
+    if not has_checkpoint(workdir):  # a resumed run needs no pretrained weights
         if config.data.raw_dir and data is None:
-            # Check the directory first: asking a hub for weights takes half a minute without a network.
+            # Check the data directory before contacting the hub, which takes half a minute without a network.
             find_version(Path(config.data.raw_dir).expanduser())
         if config.model.pretrained:
             find_weights(config.model.pretrained)
@@ -59,23 +59,23 @@ def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool 
     """Tests the best model of a run again and writes the same files as the end of `train`.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       lesions_dir: slices with outlined lesions to score maps on (see `lesions.read_lesion_folder`).
-      occlusion: also scores occlusion maps, which is slow.
+      occlusion: True also scores occlusion maps, which is slow.
     """
     create = functools.partial(create_experiment, lesions_dir=lesions_dir, occlusion=occlusion)
     return common.evaluate(workdir, create, format_summary)
 
 
 def create_model(config: ConfigDict) -> Att2:
-    """Returns the model of the section `model`, whose fields but `pretrained` are those of `Att2`."""
+    """Returns the model of the config section `model`; all its fields but `pretrained` are those of `Att2`."""
     fields = {name: tuple(value) if name == 'stage_sizes' else value for name, value in config.items()}
     del fields['pretrained']
     return Att2(num_classes=len(CLASSES), **fields)
 
 
 def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, Any]:
-    """Returns initial parameters and batch statistics, the tail's included."""
+    """Returns initial parameters and batch statistics, including the tail's."""
     return model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True)
 
 
@@ -94,7 +94,7 @@ def _apply(model: Att2, variables: dict[str, Any], batch: dict[str, jax.Array]) 
 def create_predictor(
     model: Att2, data: covidx_ct.Prepared, batch_size: int
 ) -> Callable[[dict[str, Any], str], np.ndarray]:
-    """Returns (variables, split) -> logits of the split's slices [N, K] in evaluation mode."""
+    """Returns a function (variables, split) -> logits [N, K] of the split's slices in evaluation mode."""
     apply = functools.partial(_apply, model)
     batch_size = pad_batch_size(batch_size)
 
@@ -108,7 +108,7 @@ def create_predictor(
 def create_experiment(
     config: ConfigDict, data: covidx_ct.Prepared, *, lesions_dir: Path | None = None, occlusion: bool = False
 ) -> Experiment:
-    """Returns the experiment of a config on its data; `lesions_dir` and `occlusion` are as in `evaluate`.
+    """Returns the experiment of a config on its data; for `lesions_dir` and `occlusion` see `evaluate`.
 
     Raises:
       UserError: the folder of lesions can't be read.
@@ -180,7 +180,7 @@ def create_experiment(
 def _compare(
     data: covidx_ct.Prepared, predictions: dict[str, Predictions], probabilities_NxK: np.ndarray, rules: dict[str, Any]
 ) -> Findings:
-    """Returns the findings that need no map: baselines, patients, votes on scans and the table of predictions."""
+    """Returns the findings that need no attention map: baselines, patient level, scan votes and predictions."""
     rows = data.rows['test']
     labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
     patients = [row.patient for row in rows]
@@ -216,7 +216,7 @@ def _compare(
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:
-    """Returns what the file names of whole scans predict of their slices: probabilities [N, K] of the test split."""
+    """Predicts the test slices from the file names of their scans; returns probabilities [N, K]."""
     train, test = (group_scans(data.rows[split]) for split in ('train', 'test'))
     scores = np.empty((len(data.rows['test']), len(CLASSES)))
     for scan, of_scan in zip(test, baselines.compute_file_name_scores(train, test, per_slice=True), strict=True):
@@ -225,7 +225,7 @@ def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:
 
 
 def format_summary(results: dict[str, Any], workdir: Path) -> str:
-    """Returns what a run prints at its end: Table III, the baselines and where things are."""
+    """Returns the summary printed at the end of a run: Table III, the baselines and the output files."""
     lines = ['', format_table(results, unit='Slices')]
     lines += common.format_baselines(results)
     lines += ['', format_comparison(results['covid19_against_pneumonia_per_patient']), '']

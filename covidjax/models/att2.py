@@ -1,4 +1,4 @@
-"""ResNet50-ATT2: a ResNet with a tail and two attention modules (the paper's section IV-A), and its light form.
+"""ResNet50-ATT2, a ResNet with a tail and two attention modules (the paper's section IV-A), and its light form.
 
 Shapes: B batch, H height, W width, C channels, K classes.
 """
@@ -19,12 +19,12 @@ COMBINATIONS = ('concat', 'average')
 
 
 class Att2Outputs(NamedTuple):
-    """What the model says of a batch of slices.
+    """Outputs of the model for a batch of slices.
 
     Attributes:
       logits: [B, K] float32.
-      embedding: [B, C1 + C2] the context vectors of both modules, 3072 wide in the paper; before dropout.
-      attention: per module [B, h, w], sums to 1 over the map; 14x14 and 7x7 at 224 px.
+      embedding: [B, C1 + C2] context vectors of both modules, before dropout; 3072 wide in the paper.
+      attention: one map per module, [B, h, w]; each map sums to 1. 14x14 and 7x7 at 224 px.
     """
 
     logits: jax.Array
@@ -33,28 +33,28 @@ class Att2Outputs(NamedTuple):
 
 
 class Att2(nn.Module):
-    """ResNet with attention after its last two stages; with the defaults the paper's ResNet50-ATT2.
+    """ResNet with attention after its last two stages; the defaults give the paper's ResNet50-ATT2.
 
-    The tail (`tail_blocks` stride-1 blocks after the last stage, averaged over the map) computes the global feature g.
-    Under 'additive' compatibility g cancels (see `attention.ImageAttention`) and 'uniform' has no g, so that the tail
-    is dead weight: 13,387,776 of the paper's parameters. It stays in the parameter tree (59 layers, parity, export),
-    but is neither computed nor are its batch statistics updated unless `full=True`; initialise with `full=True` to
-    create it.
+    The tail is `tail_blocks` stride-1 blocks after the last stage. The average of its output over the map is the global
+    feature g. With 'additive' compatibility g cancels (see `attention.ImageAttention`), and 'uniform' does not use g.
+    The tail is then dead weight: 13,387,776 of the paper's parameters. It stays in the parameter tree (59 layers,
+    parity, export), but is not computed and its batch statistics are not updated unless `full=True`. Initialise with
+    `full=True` to create it.
 
-    With backbone 'efficientnet_lite0' the local features have 112 and 1280 channels, the map's sides are those of the
-    ResNet, and there is no tail: the global feature is the average of the last features over the map.
+    The backbone 'efficientnet_lite0' has local features of 112 and 1280 channels, on maps of the same size as the
+    ResNet's. It has no tail: the global feature is the average of the last features over the map.
 
     Attributes:
-      stage_sizes, width, block, stem: see `resnet.ResNet`; of that backbone only.
+      stage_sizes, width, block, stem: see `resnet.ResNet`; ResNet only.
       axis_name: see `resnet.ResNet`.
-      tail_blocks: number of blocks in the tail; of the ResNet only.
+      tail_blocks: number of blocks in the tail; ResNet only.
       num_classes: K.
       compatibility: 'additive' (eq. 11), 'dot' (eq. 12), 'tanh' or 'uniform' (average pooling).
       combination: 'concat' (one classifier on both context vectors) or 'average' (one each, probabilities averaged).
       backbone: one of BACKBONES.
-      dropout: share of the embedding that training leaves out; the rest is scaled up.
-      mirror: in evaluation, average the context vectors of a slice and of its mirror image, and their attention maps
-        after mirroring back; it takes twice the time.
+      dropout: share of the embedding that is set to 0 in training; the rest is scaled up.
+      mirror: True averages the context vectors of a slice and of its mirror image in evaluation, and their attention
+        maps after mirroring back. Takes twice the time.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -72,7 +72,7 @@ class Att2(nn.Module):
 
     @nn.nowrap
     def local_features(self) -> tuple[int, int]:
-        """Returns the channels of the features that the two attention modules read; their sum is the embedding's."""
+        """Returns the channels of both attention modules' local features; the embedding has their sum."""
         if self.backbone == 'efficientnet_lite0':
             return STAGES[-3].features, HEAD_FEATURES
         last = len(self.stage_sizes) - 1
@@ -85,12 +85,15 @@ class Att2(nn.Module):
         """Classifies grey slices.
 
         Args:
-          images_BxHxWx1: float32 in [-1, 1] (see `normalise`); each stands for three equal channels, as ImageNet
-            weights take them (see `resnet.StemConv`).
+          images_BxHxWx1: float32 in [-1, 1] (see `normalise`); the stem treats it as three equal channels, which
+            ImageNet weights expect (see `resnet.StemConv`).
           train: True uses and updates batch statistics (collection 'batch_stats').
-          full: True also computes a global feature that cannot change the output.
-          dropout_keys_B: a key per example, so that what is left out does not depend on the number of devices. Needed
-            if and only if `train` and `dropout`.
+          full: True computes the global feature even if it cannot change the output.
+          dropout_keys_B: one key per example, so that dropout does not depend on the number of devices. Required if
+            `train` and `dropout` > 0; otherwise it must be None.
+
+        Raises:
+          ValueError: unknown backbone or combination; dropout keys are missing or not needed.
         """
         if self.backbone not in BACKBONES:
             raise ValueError(f'backbone must be one of {BACKBONES}, got {self.backbone!r}')
@@ -98,7 +101,7 @@ class Att2(nn.Module):
             raise ValueError(f'combination must be one of {COMBINATIONS}, got {self.combination!r}')
         if (dropout_keys_B is not None) != (train and self.dropout > 0):
             given = 'no' if dropout_keys_B is None else 'some'
-            raise ValueError(f'train={train} and dropout={self.dropout}, but {given} dropout keys')
+            raise ValueError(f'got {given} dropout keys with train={train} and dropout={self.dropout}')
         if self.backbone == 'resnet':
             backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, self.axis_name, name='backbone')
         else:
@@ -148,7 +151,7 @@ class Att2(nn.Module):
 
 
 def _drop_out(x_BxC: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:
-    """Returns x with each number set to 0 with probability `rate`, else divided by 1 - rate."""
+    """Sets each number of x to 0 with probability `rate`; divides the others by 1 - rate."""
     keep_BxC = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BxC.shape[1:]))(keys_B)
     return jnp.where(keep_BxC, x_BxC / (1 - rate), 0)
 
@@ -159,5 +162,5 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def is_dead(path: str, compatibility: str) -> bool:
-    """Says whether the parameter at `path` ('tail_0/conv1/...') cannot change the output of `Att2`."""
+    """Returns whether the parameter at `path` ('tail_0/conv1/...') cannot change the output of `Att2`."""
     return compatibility not in NEED_GLOBAL_FEATURE and path.startswith('tail_')

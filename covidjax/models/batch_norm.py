@@ -1,7 +1,7 @@
-"""Batch normalisation (Ioffe and Szegedy 2015) with its gradient written out.
+"""Batch normalisation (Ioffe and Szegedy 2015) with a hand-written gradient.
 
-Automatic differentiation keeps x - mean and reads every activation many times over; here the forward pass and the
-gradient are one pass of the form a * x + b each, beside their sums.
+Automatic differentiation stores x - mean and reads every activation many times. Here the forward pass and the gradient
+are each one pass of the form a * x + b, plus their sums.
 
 Shapes: ... any axes, C channels.
 """
@@ -19,12 +19,12 @@ EPSILON = 1e-5
 
 
 class BatchNorm(nn.Module):
-    """Normalises every channel to mean `bias` and standard deviation `scale`; variables as in flax's module.
+    """Normalises every channel to mean `bias` and standard deviation `scale`, with the variables of flax's module.
 
     Attributes:
-      axis_name: axis of `jax.pmap` over which the statistics of a batch are taken; None elsewhere. Under `jax.jit`
-        those of a batch that is divided over devices are of the whole batch by themselves.
-      momentum: share of the running statistics that a step keeps.
+      axis_name: axis of `jax.pmap` over which batch statistics are averaged; None elsewhere. Under `jax.jit` they
+        cover the whole batch even if it is divided over devices.
+      momentum: share of the running statistics that each step keeps.
       epsilon: added to the variance.
     """
 
@@ -34,7 +34,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns [..., C] in the dtype of x; `train` uses the batch's statistics and moves the running ones."""
+        """Returns [..., C] in the dtype of x; `train` uses the batch's statistics and updates the running ones."""
         features = x.shape[-1]
         scale = self.param('scale', nn.initializers.ones, (features,))
         bias = self.param('bias', nn.initializers.zeros, (features,))
@@ -54,9 +54,9 @@ class BatchNorm(nn.Module):
 def normalise_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, axis_name: str | None, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns scale * (x - mean) / sqrt(variance + epsilon) + bias, and mean and (biased) variance of the batch.
+    """Returns scale * (x - mean) / sqrt(variance + epsilon) + bias, and the batch's mean and (biased) variance.
 
-    Sums are in float32 at least. No gradient flows through the statistics that are returned.
+    Sums are in float32 or wider. No gradient flows through the returned statistics.
 
     Args:
       x: [..., C].
@@ -84,7 +84,7 @@ def _backward(axis_name, _, kept, gradients):
     d_bias = g.sum(axes)
     d_scale = inverse * ((g * wide).sum(axes) - mean * d_bias)
     mean_g, mean_gx = _average(axis_name, d_bias / count, d_scale / count)
-    # a * (g - mean(g) - z * mean(g z)) with the normalised z = (x - mean) * inverse
+    # The gradient is a * (g - mean(g) - z * mean(g * z)), where z = (x - mean) * inverse.
     a = scale * inverse
     b = a * inverse * mean_gx
     d_x = _scale_and_shift(g, a, b * mean - a * mean_g) - _scale_and_shift(wide, b, jnp.zeros_like(b))

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 feature extractor (Tan and Le 2019, in TensorFlow's 'lite' form for small devices).
 
-The lite form has no squeeze-and-excitation and ReLU6 for swish. Modules have the names of the PyTorch package
-efficientnet_lite_pytorch, whose weights it takes; they begin with an underscore there.
+The lite form has no squeeze-and-excitation, and ReLU6 instead of swish. Module names are those of the PyTorch package
+efficientnet_lite_pytorch, which begin with an underscore, so that its weights can be loaded.
 
 Shapes: B batch, H height, W width, C channels.
 """
@@ -20,19 +20,19 @@ from covidjax.models.resnet import Conv1x1, StemConv
 
 MOMENTUM, EPSILON = 0.99, 1e-3  # of batch normalisation
 HEAD_FEATURES = 1280
-# With fan-in k * k: the convolutions of the paper's code start with variance 2 / fan-out, and a kernel here has one
-# output.
+# The authors' code initialises convolutions with variance 2 / fan-out. A depthwise kernel has one output channel, so
+# this is 2 / (k * k), and flax calls k * k the fan-in of its kernel.
 _DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
 
 
 class Stage(NamedTuple):
-    """Blocks of the same shape; only the first has the stride.
+    """A sequence of blocks of the same shape; only the first is strided.
 
     Attributes:
-      num_blocks: how many there are.
+      num_blocks: number of blocks.
       size: side of the depthwise kernel.
-      stride: of the first block.
-      expansion: width inside a block over that of its input.
+      stride: stride of the first block.
+      expansion: width inside a block divided by the width of its input.
       features: output width.
     """
 
@@ -55,7 +55,7 @@ STAGES = (
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of every channel with a kernel of its own, without bias; padding as TensorFlow's 'SAME'."""
+    """A convolution of every channel with its own kernel, without bias, padded as TensorFlow's 'SAME'."""
 
     size: int
     stride: int
@@ -69,18 +69,18 @@ class DepthwiseConv(nn.Module):
 
 
 def conv1x1(features: int, name: str) -> Conv1x1:
-    """Returns a 1x1 convolution, fast for large maps of few channels."""
+    """Returns a 1x1 convolution that is fast for large maps with few channels."""
     return Conv1x1(features, dot_general=fast.dot_general_of_maps, name=name)
 
 
 def batch_norm(train: bool, axis_name: str | None, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns a batch normalisation in the mode that `train` says."""
+    """Returns a batch normalisation in training or evaluation mode."""
     return functools.partial(BatchNorm(axis_name, MOMENTUM, EPSILON, name=name), train=train)
 
 
 @jax.custom_vjp
 def relu6(x: jax.Array) -> jax.Array:
-    """Limits x to [0, 6]. The gradient is 0 at both ends, as in PyTorch."""
+    """Clips x to [0, 6]; the gradient is 0 at both ends, as in PyTorch."""
     return jnp.clip(x, 0, 6)
 
 
@@ -91,14 +91,14 @@ relu6.defvjp(
 
 
 class InvertedBottleneck(nn.Module):
-    """1x1 expansion, depthwise (strided) and 1x1 projection, with a shortcut where shapes agree.
+    """1x1 expansion, depthwise convolution and 1x1 projection, with a shortcut if the shapes agree.
 
     Attributes:
       features: output width.
       size: side of the depthwise kernel.
-      stride: of the depthwise convolution.
-      expansion: width inside over that of the input; 1 leaves the first convolution out.
-      axis_name: see `EfficientNetLite0`.
+      stride: stride of the depthwise convolution.
+      expansion: width inside divided by the width of the input; 1 omits the 1x1 expansion.
+      axis_name: see `batch_norm.BatchNorm`.
     """
 
     features: int
@@ -122,11 +122,11 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The convolutions of EfficientNet-Lite0, without pooling and classifier: 3,371,008 parameters.
+    """Convolutional stages of EfficientNet-Lite0, without pooling and classifier: 3,371,008 parameters.
 
     Attributes:
-      head: ends with the 1x1 convolution to 1280 channels; else with the 320 of the last block.
-      axis_name: axis of `jax.pmap` over which BatchNorm takes the statistics of a batch; None elsewhere.
+      head: True ends with the 1x1 convolution to 1280 channels, False with the 320 channels of the last block.
+      axis_name: see `batch_norm.BatchNorm`.
     """
 
     head: bool = True
@@ -134,13 +134,13 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, images_BxHxWx1: jax.Array, *, train: bool) -> list[jax.Array]:
-        """Returns features at strides 4, 8, 16 and 32, of 24, 40, 112 and 1280 (or 320) channels.
+        """Returns features at strides 4, 8, 16 and 32, with 24, 40, 112 and 1280 (or 320) channels.
 
         Args:
           images_BxHxWx1: grey, in [-1, 1] (see `att2.normalise`).
           train: True uses and updates batch statistics.
         """
-        # From (v - 127.5) / 127.5 to (v - 127) / 128 of grey values v, which the weights were trained with.
+        # The weights were trained on (v - 127) / 128 of grey values v; the images are (v - 127.5) / 127.5.
         x = (images_BxHxWx1 * 127.5 + 0.5) / 128
         x = StemConv(32, 3, 'SAME', name='_conv_stem')(x)
         x = relu6(batch_norm(train, self.axis_name, '_bn0')(x))

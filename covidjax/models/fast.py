@@ -1,20 +1,22 @@
-"""Plain operations in forms that a CPU runs fast, equal to the plain ones up to rounding.
+"""Standard operations in forms that are fast on a CPU; results are equal up to rounding.
 
-All that is written for a platform stands here. What XLA does badly on a CPU (jaxlib 0.10), and what is done about it:
+All platform-specific code of the models is here. XLA is slow on a CPU (jaxlib 0.10) in these cases; the workaround
+follows each:
 
-- It computes an activation anew inside every operation that uses it, for residual blocks back to the start of their
-  stage, and transposes gradients element by element on the way: `materialise` keeps them from being fused.
-- It drops what `materialise` asks for before it decides about fusions: `compile_fast` keeps it.
-- Max-pooling compares windows one element at a time, and its gradient scatters: `max_pool`.
-- A 1x1 convolution is slower than the equal matrix product: `models.resnet.Conv1x1`. The gradient of its kernel copies
-  large maps first: `dot_general_of_maps`.
-- A bfloat16 matrix product is fast if its result is float32, and slow if it is bfloat16: `dot_general`.
-- A 3x3 convolution in bfloat16 is slower than the nine such products that it is the sum of, and one of a map that is
-  smaller than its kernel many times slower: `conv3x3`.
-- A depthwise convolution is up to forty times slower than the sum of shifted products that it is, and so is the
+- XLA recomputes an activation inside every operation that uses it, in residual blocks back to the start of the stage,
+  and transposes gradients element by element on the way. `materialise` prevents this fusion.
+- XLA removes the barriers of `materialise` before it decides on fusions. `compile_fast` keeps them.
+- Max-pooling compares windows element by element, and its gradient is a scatter: `max_pool`.
+- A 1x1 convolution is slower than the equivalent matrix product: `models.resnet.Conv1x1`. The gradient of its kernel
+  copies large maps first: `dot_general_of_maps`.
+- A bfloat16 matrix product is fast with a float32 result and slow with a bfloat16 result: `dot_general`.
+- A 3x3 convolution in bfloat16 is slower than the sum of nine such products. In any dtype it is many times slower if
+  the map is smaller than the kernel: `conv3x3`.
+- A depthwise convolution is up to forty times slower than the equivalent sum of shifted products, and so is the
   automatic gradient of that sum: `depthwise_conv`.
 
-Batch normalisation with a gradient by hand is in `models.batch_norm`; memory between steps in `training.memory`.
+Batch normalisation with a hand-written gradient is in `models.batch_norm`; settings for memory between steps are in
+`training.runtime`.
 """
 
 import functools
@@ -29,9 +31,9 @@ _KEEP_BARRIERS = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 
 
 def compile_fast(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Returns `jax.jit(function, **options)`, in which `materialise` has its effect on a CPU.
+    """Returns `jax.jit(function, **options)` that keeps the barriers of `materialise` on a CPU.
 
-    Which platform there is, is asked at the first call: modules compile their functions at import.
+    Looks up the backend at the first call, not at import: functions are compiled when their module loads.
     """
 
     @functools.cache
@@ -49,7 +51,7 @@ def compile_fast(function: Callable[..., Any], **options: Any) -> Callable[..., 
 
 @jax.custom_vjp
 def materialise(x: jax.Array) -> jax.Array:
-    """Returns x; on a CPU it and its gradient are computed once and kept in memory. Reverse-mode gradients only."""
+    """Returns x; on a CPU, x and its gradient are computed once and stored. Reverse-mode gradients only."""
     return _keep(x)
 
 
@@ -61,12 +63,12 @@ materialise.defvjp(lambda x: (_keep(x), None), lambda _, g: (_keep(g),))
 
 
 def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
-    """Returns the maxima of 3x3 windows, [B, ceil(H / 2), ceil(W / 2), C]: stride 2, one pixel of padding.
+    """Returns the maxima of 3x3 windows, [B, ceil(H / 2), ceil(W / 2), C], with stride 2 and padding 1.
 
     The gradient goes to the first maximum of a window, as in PyTorch. Reverse-mode gradients only.
     """
     _, h, w, _ = x_BxHxWxC.shape
-    x = x_BxHxWxC.astype(jnp.promote_types(x_BxHxWxC.dtype, jnp.float32))  # in bfloat16 it takes eight times as long
+    x = x_BxHxWxC.astype(jnp.promote_types(x_BxHxWxC.dtype, jnp.float32))  # bfloat16 takes eight times as long
     if h % 2 or w % 2:
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), constant_values=-jnp.inf)
     return _max_pool_even(x).astype(x_BxHxWxC.dtype)
@@ -78,7 +80,7 @@ def _max_pool_even(x: jax.Array) -> jax.Array:
 
 
 def _list_windows(x: jax.Array) -> list[jax.Array]:
-    """Returns the nine members of all windows, each [B, H/2, W/2, C], row by row."""
+    """Returns the nine pixels of every 3x3 window, row by row, each [B, H/2, W/2, C]."""
     b, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
     return [
@@ -117,9 +119,9 @@ _max_pool_even.defvjp(_max_pool_forward, _max_pool_backward)
 def dot_general(
     x: jax.Array, kernel: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers, precision: Any = None
 ) -> jax.Array:
-    """Returns [..., F] of x [..., C] and a kernel [C, F], in their dtype; the `dot_general` of `flax.linen.Dense`.
+    """Returns the product [..., F] of x [..., C] and a kernel [C, F], in their dtype; for `flax.linen.Dense`.
 
-    Sums of bfloat16 products are float32, in the gradients too. Reverse-mode gradients only in bfloat16.
+    Products of bfloat16 are summed in float32, also in the gradients. In bfloat16, reverse-mode gradients only.
     """
     if x.dtype != jnp.bfloat16:
         return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
@@ -148,11 +150,11 @@ _multiply.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _multipl
 def dot_general_of_maps(
     x: jax.Array, kernel: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers, precision: Any = None
 ) -> jax.Array:
-    """Returns what `dot_general` does, with the gradient by hand in every dtype. Reverse-mode gradients only.
+    """Equals `dot_general`, with a hand-written gradient in every dtype. Reverse-mode gradients only.
 
-    A product over all positions of two maps starts with a transposed copy of the first. The automatic gradient of the
-    kernel puts the gradient of the output first; of large maps the copy then takes several times as long as the
-    product. Here the narrower map comes first.
+    A product over all positions of two maps starts with a transposed copy of the first map. The automatic gradient of
+    the kernel puts the gradient of the output first; for large maps, this copy takes several times as long as the
+    product. Here the map with fewer channels comes first.
     """
     return _multiply_maps(x, kernel)
 
@@ -163,7 +165,7 @@ def _multiply_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _multiply_maps_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x = _keep(x)  # or the copy would be fused with what computes x, element by element
+    x = _keep(x)  # else XLA fuses the copy with the computation of x, element by element
     return _multiply(x, kernel), (x, kernel)
 
 
@@ -181,9 +183,9 @@ _multiply_maps.defvjp(_multiply_maps_forward, _multiply_maps_backward)
 
 
 def conv3x3(x_BxHxWxC: jax.Array, kernel_3x3xCxF: jax.Array, stride: int) -> jax.Array:
-    """Returns the 3x3 convolution [B, ceil(H / stride), ceil(W / stride), F], one pixel of zeros around x.
+    """Returns the 3x3 convolution [B, ceil(H / stride), ceil(W / stride), F], with one pixel of zero padding.
 
-    Reverse-mode gradients only in bfloat16 and where H or W is below 3.
+    In bfloat16, or if H or W is below 3, reverse-mode gradients only.
     """
     if x_BxHxWxC.dtype == jnp.bfloat16 or min(x_BxHxWxC.shape[1:3]) < 3:
         return _conv3x3_by_products(x_BxHxWxC, kernel_3x3xCxF, stride)
@@ -196,7 +198,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _shift(x: jax.Array, stride: int) -> dict[tuple[int, int], jax.Array]:
-    """Returns what each of the nine places of the kernel meets, each [B, ceil(H / stride), ceil(W / stride), C]."""
+    """Returns the pixels under each of the nine kernel entries, each [B, ceil(H / stride), ceil(W / stride), C]."""
     b, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return {
@@ -241,8 +243,8 @@ _conv3x3_by_products.defvjp(
 def depthwise_conv(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, stride: int) -> jax.Array:
     """Returns the convolution of every channel with its own kernel, [B, ceil(H / stride), ceil(W / stride), C].
 
-    The padding is TensorFlow's 'SAME': of an odd number of zeros, the end gets one more than the start. Sums are in
-    float32 at least. Reverse-mode gradients only.
+    The padding is TensorFlow's 'SAME': if the number of zeros is odd, the end gets one more than the start. Sums are in
+    float32 or wider. Reverse-mode gradients only.
 
     Args:
       x_BxHxWxC: any H and W.
@@ -271,7 +273,7 @@ def _convolve_groups(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, int], jax.Array]:
-    """Returns what each place of the kernel meets, each [B, h, w, C], in float32 at least."""
+    """Returns the pixels under each kernel entry (taps), each [B, h, w, C], in float32 or wider."""
     b, *sizes, c = x.shape
     h, w = ((size - kernel_size) // stride * stride + 1 for size in sizes)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -283,14 +285,14 @@ def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, i
 
 
 def _sum_taps(taps: dict[tuple[int, int], jax.Array], kernel: jax.Array) -> jax.Array:
-    """Returns the sum of taps, each times its place in the kernel, in the kernel's dtype."""
+    """Returns the sum of taps, each times its kernel entry, in the kernel's dtype."""
     return sum(tap * kernel[place].astype(tap.dtype)[None, None, None] for place, tap in taps.items()).astype(
         kernel.dtype
     )
 
 
 def _sum_maps(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Returns the sums [B, C] over the maps of equally shaped arrays [B, H, W, C], in one pass over all of them."""
+    """Returns the sums [B, C] over H and W of equally shaped arrays [B, H, W, C], in one pass over all of them."""
     zeros = [jnp.zeros((), array.dtype) for array in arrays]
     return jax.lax.reduce(arrays, zeros, lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)], (1, 2))
 
@@ -318,15 +320,15 @@ def _depthwise_backward(stride: int, kept: tuple[jax.Array, jax.Array], g: jax.A
         d_kernel = jnp.stack(_sum_maps(products)).sum(1).reshape(kernel.shape)
         return _spread_taps(g, kernel, x.shape, stride), d_kernel.astype(kernel.dtype)
 
-    # Behind a barrier of their own, or XLA would write every tap of the forward pass to memory and use it here again.
+    # Without this barrier, XLA stores every tap of the forward pass in memory and reuses it here.
     return jax.lax.platform_dependent(*_keep((*kept, g)), cpu=pull_taps, default=pull)
 
 
 def _spread_taps(g: jax.Array, kernel: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
-    """Returns the gradient with respect to x, whose shape is given.
+    """Returns the gradient with respect to x, which has the given shape.
 
-    Pixel stride * t + p of x meets tap i = p, p + stride, ... of output t, t - 1, ...: per phase p the gradient is a
-    convolution with every stride-th tap, the last one first.
+    Pixel stride * t + p of x contributes through tap i = p, p + stride, ... to output t, t - 1, .... For each phase p,
+    the gradient is a convolution with every stride-th tap, last tap first.
     """
     b, h, w, c = shape
     before = (len(kernel) - 1) // stride

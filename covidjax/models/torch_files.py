@@ -1,10 +1,10 @@
-"""Weights from legacy PyTorch files (`torch.save` before version 1.6) without PyTorch, and without running their code.
+"""Loads weights from legacy PyTorch files (`torch.save` before version 1.6) without PyTorch and without running code.
 
-A pickle is a program. This reader interprets the few instructions that a file of plain tensors needs, knows two
-functions by name, and refuses everything else: nothing that a file names is ever imported or called.
+A pickle is a program. This reader interprets only the few instructions that a file of plain tensors needs, accepts two
+function names and rejects everything else. Nothing that a file names is imported or called.
 
-A file is a row of pickles (magic number, format version, facts of the machine, the tensors, the keys of their
-storages) and then, per storage, its number of elements and its bytes.
+A file is a sequence of pickles: magic number, format version, facts about the machine, tensors and keys of their
+storages. Then each storage follows: its number of elements and its bytes.
 """
 
 import math
@@ -19,7 +19,7 @@ from covidjax.errors import UserError
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _FORMAT_VERSION = 1001
-_MAX_INSTRUCTIONS = 200_000  # of one pickle; a tensor takes about 35
+_MAX_INSTRUCTIONS = 200_000  # per pickle; a tensor takes about 35
 _MAX_DIMENSIONS = 8
 
 _ORDERED_DICT = 'collections OrderedDict'
@@ -36,7 +36,7 @@ _GLOBALS = {_ORDERED_DICT, _REBUILD_TENSOR, *_DTYPES}
 
 
 class _Fault(Exception):
-    """Why a file is refused."""
+    """The reason why a file is rejected."""
 
 
 class _Global(NamedTuple):
@@ -57,12 +57,12 @@ class _Tensor(NamedTuple):
 
 
 def load_torch_file(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file by name, in their dtypes.
+    """Loads the tensors of a file; returns them by name, in their dtypes.
 
-    The file must hold one dict of tensors (a `state_dict`). Memory is at most about twice the size of the file.
+    The file must hold one dict of tensors (a `state_dict`). Memory use is at most about twice the size of the file.
 
     Raises:
-      UserError: not such a file, or damaged; the message says why.
+      UserError: the file has another format or is damaged; the message gives the reason.
     """
     try:
         with path.open('rb') as file:
@@ -76,7 +76,7 @@ def _load(file: BinaryIO, num_bytes: int) -> dict[str, np.ndarray]:
     if start[:2] == b'PK':
         raise _Fault('it has the zip format; convert it with safetensors.torch.save_file')
     if start[:3] != b'\x80\x02\x8a':
-        raise _Fault('it does not start as torch.save starts a file')
+        raise _Fault('it does not start like a file of torch.save')
     file.seek(0)
     if _interpret(file) != _MAGIC_NUMBER or _interpret(file) != _FORMAT_VERSION:
         raise _Fault('its magic number is not that of torch.save')
@@ -85,7 +85,7 @@ def _load(file: BinaryIO, num_bytes: int) -> dict[str, np.ndarray]:
         raise _Fault('it was not written on a little-endian machine')
     tensors = _interpret(file)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, _Tensor) for tensor in tensors.values()):
-        raise _Fault('it holds more than one dict of tensors')
+        raise _Fault('it does not hold just one dict of tensors')
     if sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values()) > num_bytes:
         raise _Fault('its tensors are larger than the file')
     storages = _read_storages(file, tensors, num_bytes)
@@ -96,10 +96,10 @@ def _read_storages(file: BinaryIO, tensors: dict[str, _Tensor], num_bytes: int) 
     wanted = {}
     for name, tensor in tensors.items():
         if wanted.setdefault(tensor.storage.key, tensor.storage) != tensor.storage:
-            raise _Fault(f'{name!r:.80} contradicts an earlier tensor about their storage')
+            raise _Fault(f'{name!r:.80} contradicts an earlier tensor on the same storage')
     keys = _interpret(file)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(wanted):
-        raise _Fault('its list of storages is not that of its tensors')
+        raise _Fault('its list of storages does not match its tensors')
     storages = {}
     for key in keys:
         num_elements = int.from_bytes(file.read(8), 'little', signed=True)
@@ -121,7 +121,7 @@ def _create_array(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
 
 
 def _interpret(file: BinaryIO) -> Any:
-    """Returns what the next pickle of the file describes: numbers, strings, tuples, lists, dicts and `_Tensor`s."""
+    """Returns the value of the next pickle: numbers, strings, tuples, lists, dicts and `_Tensor`s."""
     machine = _Machine()
     try:
         for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
@@ -131,12 +131,12 @@ def _interpret(file: BinaryIO) -> Any:
                 break
             machine.execute(instruction.name, argument)
         return machine.pop()
-    except (ValueError, OverflowError, MemoryError) as error:  # by genops, of bytes that are no pickle
-        raise _Fault(f'damaged, or cut short ({error!s:.200})') from error
+    except (ValueError, OverflowError, MemoryError) as error:  # from genops, if the bytes are not a pickle
+        raise _Fault(f'it is damaged or truncated ({error!s:.200})') from error
 
 
 class _Machine:
-    """The stack and the memo of a pickle's program."""
+    """The state of a pickle's program: its stack and its memo."""
 
     def __init__(self):
         self._stack: list[Any] = []
@@ -171,25 +171,25 @@ class _Machine:
             self._memo[argument] = self._peek(object)
         elif name in ('BINGET', 'LONG_BINGET'):
             if argument not in self._memo:
-                raise _Fault(f'it reads place {argument} of its memo, which is empty')
+                raise _Fault(f'it reads entry {argument} of its memo, which is not set')
             self._stack.append(self._memo[argument])
         elif name == 'GLOBAL':
             if argument not in _GLOBALS:
-                raise _Fault(f'it asks for {argument.replace(" ", ".")!r:.80}, which is no part of plain tensors')
+                raise _Fault(f'it asks for {argument.replace(" ", ".")!r:.80}, which plain tensors do not need')
             self._stack.append(_Global(argument))
         elif name == 'BINPERSID':
             self._stack.append(_describe_storage(self.pop()))
         elif name == 'REDUCE':
             arguments, function = self.pop(), self.pop()
             self._stack.append(_reduce(function, arguments))
-        elif name == 'BUILD':  # sets attributes, of which a `state_dict` has one: the versions of its modules
+        elif name == 'BUILD':  # sets attributes; a `state_dict` has one, the versions of its modules
             self.pop()
             self._peek(dict)
         else:
             raise _Fault(f'it has the instruction {name}, which plain tensors do not need')
 
     def pop(self) -> Any:
-        """Removes the last value above the last mark and returns it."""
+        """Removes and returns the last value, which must be above the last mark."""
         self._peek(object)
         return self._stack.pop()
 
@@ -217,7 +217,7 @@ def _describe_storage(identity: Any) -> _Storage:
         case ('storage', _Global(kind), str(key), str(), num_elements, None) if kind in _DTYPES:
             if _is_size(num_elements):
                 return _Storage(key, _DTYPES[kind], num_elements)
-    raise _Fault('a storage is not described as torch.save does')
+    raise _Fault('a storage is not described as torch.save describes it')
 
 
 def _reduce(function: Any, arguments: Any) -> Any:

@@ -1,14 +1,14 @@
-"""The model's variables under PyTorch's names and in its layouts: one mapping, used in both directions.
+"""Maps the model's variables to PyTorch's names and layouts, and back.
 
-A Flax path becomes the name that the same part has in a `torchvision.models.ResNet` with a tail, attention and
-classifier added to it; the tree of modules is the same on both sides. Arrays turn their axes, never their values:
+A Flax path becomes the name of the same part in a `torchvision.models.ResNet` extended by a tail, attention and a
+classifier. The module tree is the same on both sides. Arrays change their axes, never their values:
 
   convolution  [h, w, in, out] or, of 1x1, [in, out]   ->  [out, in, h, w]
   linear       [in, out]                               ->  [out, in]
   LSTM         four kernels [in, hidden], one per gate ->  [4 * hidden, in], gates in the order i, f, g, o
 
-An LSTM has one bias per gate here and two in PyTorch, of which only the sum matters: `to_torch` writes the bias as
-`bias_hh` and zeros as `bias_ih`, `from_torch` adds them.
+An LSTM has one bias per gate here and two in PyTorch, which adds them. `to_torch` writes the bias as `bias_hh` and
+zeros as `bias_ih`; `from_torch` adds both.
 """
 
 import re
@@ -31,11 +31,11 @@ _GATES = 'ifgo'
 
 
 class Place(NamedTuple):
-    """Where a variable lies in PyTorch's tensors.
+    """The place of a variable in PyTorch's tensors.
 
     Attributes:
-      name: of the tensor, e.g. 'layer1.0.downsample.0.weight'.
-      gate: which quarter of the tensor it is, 0 to 3, for variables of an LSTM; else None.
+      name: name of the tensor, e.g. 'layer1.0.downsample.0.weight'.
+      gate: for a variable of an LSTM, its quarter of the tensor, 0 to 3; else None.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Place(NamedTuple):
 
 
 def find_place(path: str) -> Place:
-    """Returns where the variable at a path lies.
+    """Returns the place of a variable in PyTorch's tensors.
 
     Args:
-      path: collection and path, e.g. 'params/backbone/layer1_0/downsample_conv/dense/kernel'. Parts of 'backbone' have
-        torchvision's names without a prefix.
+      path: collection and path, e.g. 'params/backbone/layer1_0/downsample_conv/dense/kernel'. Names of the backbone get
+        no prefix, as in torchvision.
     """
     cell = re.fullmatch(r'params/(.*)(forward|backward)/([ih])([ifgo])/(kernel|bias)', path)
     if cell:
@@ -63,7 +63,7 @@ def find_place(path: str) -> Place:
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the arrays of {'params': ..., 'batch_stats': ...} by PyTorch's names and in its layouts, dtypes kept."""
+    """Returns the arrays of {'params': ..., 'batch_stats': ...} in PyTorch's names and layouts; dtypes are kept."""
     tensors, gates = {}, {}
     for path, array in flax.traverse_util.flatten_dict(variables, sep='/').items():
         name, gate = find_place(path)
@@ -79,11 +79,11 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `variables` with every array replaced by the tensor of its place, dtypes those of `variables`.
+    """Returns `variables` with every array replaced by the tensor at its place; dtypes are those of `variables`.
 
     Args:
-      tensors: at least those that `to_torch(variables)` has, in the same shapes; what else there is plays no part.
-      variables: arrays, or shapes and dtypes.
+      tensors: all tensors of `to_torch(variables)`, in the same shapes; further tensors are ignored.
+      variables: arrays, or their shapes and dtypes.
     """
     flat = flax.traverse_util.flatten_dict(variables, sep='/')
     for path, leaf in flat.items():
@@ -100,7 +100,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], variables: Mapping[str, Any]) 
 
 
 def list_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns name and shape of what `to_torch` makes of variables, of which only the shapes are read."""
+    """Returns the shape of every tensor of `to_torch(variables)`, by name; reads only the shapes of `variables`."""
     flat = flax.traverse_util.flatten_dict(variables, sep='/')
     empty = {path: np.broadcast_to(np.int8(0), leaf.shape) for path, leaf in flat.items()}
     return {name: array.shape for name, array in to_torch(flax.traverse_util.unflatten_dict(empty, sep='/')).items()}

@@ -21,7 +21,7 @@ def add_noise(hu, seed=0):
 
 @pytest.fixture(scope='module')
 def chest():
-    """Hounsfield units of a chest on a table, and masks of its parts."""
+    """Returns Hounsfield units of a chest on a table, and masks of its parts."""
     hu = np.full(SHAPE, -1000.0)
     hu[ellipsoid((20, 64, 80), (500, 50, 68))] = 40
     hu[:, [117, 125], 20:140] = hu[:, 117:126, 20] = hu[:, 117:126, 139] = 100  # a hollow table
@@ -63,7 +63,7 @@ def test_lungs_with_lesions_and_nothing_else(chest):
     ('view', 'spacing'),
     [
         (np.s_[::-1], SPACING_MM),
-        (np.s_[:, ::-1], SPACING_MM),  # on the belly, the table in front
+        (np.s_[:, ::-1], SPACING_MM),  # prone, with the table in front
         (np.s_[::2], (10.0, 2.5, 2.5)),
         (np.s_[[*range(12), *range(16, 30), *range(33, 40)]], SPACING_MM),  # slices missing
         (np.s_[18:19], SPACING_MM),
@@ -106,12 +106,12 @@ def test_lungs_that_touch_are_closed_apart(chest):
     joined[bridge] = -850
     found = lungs.find_lungs_in_scan(joined, SPACING_MM)
     assert overlap(found, parts['lungs'] | bridge) > 0.93
-    assert not found[18, 55:65, 78:82].any()  # between the lungs, behind the bridge
+    assert not found[18, 55:65, 78:82].any()  # between the lungs, away from the bridge
 
 
 def test_enclosed_lesion_is_filled_and_the_liver_is_not(chest):
     hu, parts = chest
-    lesion = ellipsoid((18, 60, 112), (5, 12, 12))  # 60 mm across: the disc alone does not close it
+    lesion = ellipsoid((18, 60, 112), (5, 12, 12))  # 60 mm wide: the disc alone does not close it
     liver = ellipsoid((40, 60, 48), (14, 12, 12))  # from below into the other lung
     changed = hu.copy()
     changed[lesion | liver] = 40
@@ -234,7 +234,7 @@ def test_real_outlined_slices(real_data):
             np.stack([load_grey(folder / row[kind]) for row in rows if row['patient'] == patient])
             for kind in ('image', 'lesion', 'lungs')
         )
-        # The README of the data tells the window; the thickness is a guess.
+        # The window is in the README of the data; the slice thickness is a guess.
         hu = np.round(grey * (1500 / 255) - 1350).astype(np.int16)
         found = lungs.find_lungs_in_scan(hu, (4.0, 1.0, 1.0))
         recall.append(found[expected >= 128].mean())

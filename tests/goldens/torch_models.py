@@ -1,7 +1,8 @@
-"""The paper's two models and the light one in PyTorch: parameter names are those of `--mode=export`.
+"""The paper's two models and the light one in PyTorch, with the parameter names of `covidjax export`.
 
-Needs torch, torchvision and efficientnet_lite_pytorch alone. B batch, T slices, E embedding, H hidden units of both
-directions, K classes.
+Needs only torch, torchvision and efficientnet_lite_pytorch.
+
+Shapes: B batch, T slices, E embedding, H hidden units of both directions, K classes.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 
 class ImageAttention(nn.Module):
-    """Equations (7) to (12) as printed; `tanh` is the alignment model of Bahdanau et al."""
+    """The paper's equations (7) to (12) as printed; 'tanh' is the alignment model of Bahdanau et al."""
 
     def __init__(self, compatibility, local_features, global_features):
         super().__init__()
@@ -54,7 +55,7 @@ class ResNet50Att2(ResNet):
             self.classifier1, self.classifier2 = nn.Linear(1024, num_classes), nn.Linear(2048, num_classes)
 
     def extract(self, images):
-        """Returns the output of every stage, then that of the tail."""
+        """Returns the outputs of all stages and of the tail."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         stages = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.tail):
@@ -77,7 +78,7 @@ class ResNet50Att2(ResNet):
 
 
 class Lite0Att2(EfficientNet):
-    """EfficientNet-Lite0 with the two attention modules; its global feature is the average of the last features."""
+    """EfficientNet-Lite0 with two attention modules; the global feature is the average of the last features."""
 
     def __init__(self, num_classes=3, compatibility='additive', image_size=224):
         super().__init__(*get_model_params('efficientnet-lite0', {'image_size': image_size, 'drop_connect_rate': 0.0}))
@@ -107,7 +108,7 @@ class Lite0Att2(EfficientNet):
 
 
 class GlobalAttention(nn.Module):
-    """Equations (1) to (4)."""
+    """The paper's equations (1) to (4)."""
 
     def __init__(self, features):
         super().__init__()
@@ -115,7 +116,7 @@ class GlobalAttention(nn.Module):
         self.W_s = nn.Linear(features, features, bias=False)
 
     def forward(self, h, lengths):
-        """Maps hidden states [B, T, H] to a context vector [B, H] and attentions [B, T], 0 behind the lengths."""
+        """Maps hidden states [B, T, H] to a context vector [B, H] and attentions [B, T], 0 in the padding."""
         last = h[torch.arange(len(h)), lengths - 1]
         g = torch.tanh(self.W_g(last))
         scores = (g[:, None] * self.W_s(h)).sum(-1)
@@ -134,7 +135,7 @@ class SequenceClassifier(nn.Module):
         self.classifier = nn.Linear(2 * hidden, num_classes)
 
     def forward(self, x, lengths):
-        """Maps embeddings [B, T, E] and their number per scan [B] to logits [B, K] and attentions [B, T]."""
+        """Maps embeddings [B, T, E] and lengths [B] to logits [B, K] and attentions [B, T]."""
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         h, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
         context, attention = self.attention(h, lengths)

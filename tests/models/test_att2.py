@@ -43,7 +43,7 @@ def test_parameters_of_the_papers_model():
         'backbone': 23_508_032,
         'tail': 13_387_776,
         'attention1': 1024 * 2048 + 2048,  # W_p and u
-        'attention2': 2048,  # u alone: the widths agree
+        'attention2': 2048,  # only u: the widths agree
         'classifier': 3072 * 3 + 3,
     }
 
@@ -93,7 +93,7 @@ def test_average_is_the_mean_of_probabilities(images):
 
 
 def split_tail(tree):
-    """Returns the arrays of the tail and all others, by path."""
+    """Returns the arrays of the tail, and all other arrays, by path."""
     flat = flatten_dict(tree, sep='/')
     return tuple(
         {path: leaf for path, leaf in flat.items() if path.startswith('tail_') == want} for want in (True, False)
@@ -187,7 +187,7 @@ def test_dead_tail_is_not_trained(compatibility):
         for path, leaf in flatten_dict(before, sep='/').items():
             is_still = np.array_equal(leaf, flatten_dict(after, sep='/')[path])
             assert is_still == is_dead(path, compatibility), path
-    # Nor has it moments in the optimizer's state.
+    # The optimizer keeps no moments for the tail.
     trained = [leaf for path, leaf in flatten_dict(new.params, sep='/').items() if not is_dead(path, compatibility)]
     moments = [leaf for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trained)
@@ -296,6 +296,6 @@ def test_mirrored_evaluation_averages_a_slice_and_its_mirror_image(combination):
         np.testing.assert_allclose(mean, (a + b[:, :, ::-1]) / 2, atol=1e-6)
     if combination == 'concat':
         np.testing.assert_allclose(both.logits, (one.logits + other.logits) / 2, atol=1e-5)
-    # A slice and its mirror image get the same answer.
+    # A slice and its mirror image get the same logits.
     mirrored = model.clone(mirror=True).apply(variables, images[:, :, ::-1], train=False)
     np.testing.assert_allclose(mirrored.logits, both.logits, atol=1e-5)

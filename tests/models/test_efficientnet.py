@@ -24,7 +24,7 @@ def init_shapes(model, height, width):
 def test_it_has_its_published_size():
     _, variables = init_shapes(EfficientNetLite0(), 224, 224)
     sizes = [leaf.size for leaf in jax.tree.leaves(variables['params'])]
-    # EfficientNet-Lite0 has 4,652,008 parameters, of which 1280 * 1000 + 1000 are the classifier's.
+    # EfficientNet-Lite0 has 4,652,008 parameters, 1280 * 1000 + 1000 of them in the classifier.
     assert sum(sizes) == 4_652_008 - 1_281_000
     assert len([name for name in variables['params'] if name.startswith('_blocks_')]) == 16
 
@@ -49,14 +49,14 @@ def test_without_the_head_the_last_features_are_those_of_the_last_block():
 
 @pytest.fixture(scope='module')
 def imagenet():
-    """The backbone, its ImageNet variables, and weight and bias of the file's classifier."""
+    """Returns the backbone, its ImageNet variables, and weight and bias of the file's classifier."""
     model, tensors = EfficientNetLite0(), load_torch_file(find_weights(LITE0))
     variables = from_torch(tensors, init_shapes(model, 64, 64)[1])
     return model, variables, (tensors['_fc.weight'], tensors['_fc.bias'])
 
 
 def load_photograph(name, size):
-    """Returns the middle of a photograph, grey [S, S, 1]."""
+    """Returns the central square of a photograph, grey [S, S, 1]."""
     image = Image.fromarray(load_sample_image(name)).convert('L')
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -79,7 +79,7 @@ def test_the_stem_sees_grey_values_as_in_training(imagenet):
     grey = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
 
     @jax.jit
-    def compute_stem(images):  # and nothing behind it
+    def compute_stem(images):  # jit drops the later layers
         _, state = model.apply(variables, images, train=False, capture_intermediates=True)
         return state['intermediates']['_conv_stem']['__call__'][0]
 
@@ -107,7 +107,7 @@ def test_batch_statistics_move_by_a_hundredth():
     variables = draw_variables(model, image, train=False)
 
     @jax.jit
-    def compute_stem(variables):  # and nothing behind it
+    def compute_stem(variables):  # jit drops the later layers
         _, state = model.apply(variables, image, train=True, mutable=['batch_stats'], capture_intermediates=True)
         return state['intermediates']['_conv_stem']['__call__'][0], state['batch_stats']['_bn0']
 

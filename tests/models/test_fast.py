@@ -24,7 +24,7 @@ def pool_plainly(x):
 @pytest.mark.parametrize('shape', [(2, 8, 6, 3), (2, 7, 9, 3), (1, 1, 1, 1)])
 def test_max_pool_and_its_gradient_are_the_plain_ones(shape):
     rng = np.random.default_rng(0)
-    x = rng.integers(-3, 3, shape).astype(np.float32)  # with many ties: the first maximum gets the gradient
+    x = rng.integers(-3, 3, shape).astype(np.float32)  # many ties: the first maximum gets the gradient
     expected, pull_plainly = jax.vjp(pool_plainly, x)
     actual, pull = jax.vjp(max_pool, x)
     np.testing.assert_array_equal(actual, expected)
@@ -33,7 +33,7 @@ def test_max_pool_and_its_gradient_are_the_plain_ones(shape):
 
 
 def test_gradient_of_a_tie_goes_to_the_first_by_hand():
-    # Windows of a constant 2x2 image: one, whose first pixel is the top left.
+    # A 2x2 image has one window; its first pixel is the top left one.
     np.testing.assert_array_equal(
         jax.grad(lambda x: max_pool(x).sum())(jnp.ones((1, 2, 2, 1)))[0, ..., 0], [[1, 0], [0, 0]]
     )
@@ -45,7 +45,7 @@ def test_materialise_changes_neither_value_nor_gradient():
     def compute(keep):
         return compile_fast(jax.value_and_grad(lambda x: (jnp.tanh(keep(x * 2)) * x).sum()))(x)
 
-    # Fused otherwise, so that a product and a sum may be rounded once or twice.
+    # The two are fused differently, so a product and a sum may be rounded once or twice.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), compute(materialise), compute(lambda x: x))
 
 
@@ -103,7 +103,7 @@ def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(
     function, plain, x_shape, kernel_shape, g_shape
 ):
     rng = np.random.default_rng(0)
-    # Whole numbers, exact in bfloat16: so are their float32 sums, which are rounded to bfloat16 once.
+    # Integers are exact in bfloat16 and their sums are exact in float32; results are rounded to bfloat16 once.
     x, kernel, g = (rng.integers(-9, 9, shape).astype(np.float32) for shape in (x_shape, kernel_shape, g_shape))
     expected = pull_in(plain, x, kernel, g)
     for actual, wanted in zip(pull_in(function, x, kernel, g), expected, strict=True):
@@ -151,7 +151,7 @@ def test_depthwise_convolution_and_its_gradients_are_those_of_a_grouped_one(shap
 @pytest.mark.parametrize(('shape', 'size', 'stride'), [((2, 7, 8, 3), 5, 2), ((2, 7, 8, 3), 3, 1)])
 def test_depthwise_convolution_of_bfloat16_sums_in_float32(shape, size, stride):
     rng = np.random.default_rng(0)
-    # Whole numbers, exact in bfloat16: so are their float32 sums, which are rounded to bfloat16 once.
+    # Integers are exact in bfloat16 and their sums are exact in float32; results are rounded to bfloat16 once.
     x, kernel = (rng.integers(-9, 9, s).astype(np.float32) for s in (shape, (size, size, shape[-1])))
     g = rng.integers(-9, 9, convolve_groups(x, kernel, stride).shape).astype(np.float32)
     expected = pull_in(strided(convolve_groups, stride), x, kernel, g)

@@ -1,4 +1,4 @@
-"""Parity with PyTorch: values that tests/goldens/make_torch_goldens.py computed with torch and torchvision."""
+"""Parity with PyTorch: compares with the values of tests/goldens/make_torch_goldens.py."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_a_changed_array_is_noticed(array):
     golden = cases.condense(array)
     assert cases.measure_error(array, golden) == 0
     changed = array.copy()
-    changed.flat[7 % array.size] += 5  # not among the values that are kept of the first
+    changed.flat[7 % array.size] += 5  # in the first array, this value is not kept
     assert cases.measure_error(changed, golden) > 1e-6
 
 

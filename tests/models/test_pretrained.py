@@ -23,7 +23,7 @@ def variables():
 
 
 def write_torchvision_file(variables, path, seed=1):
-    """Writes a file with torchvision's names and layout for the backbone, and a classifier; returns its arrays."""
+    """Writes a backbone and a classifier with torchvision's names and layouts; returns the arrays."""
     rng = np.random.default_rng(seed)
     backbone = {name: {'backbone': variables[name]['backbone']} for name in variables}
     tensors = {

@@ -39,7 +39,7 @@ def test_resnet18_has_its_published_size():
     [
         ('imagenet', 'bottleneck', 224, [(56, 256), (28, 512), (14, 1024), (7, 2048)]),
         ('small', 'basic', 64, [(32, 64), (16, 128), (8, 256), (4, 512)]),
-        ('imagenet', 'basic', 65, [(17, 64), (9, 128), (5, 256), (3, 512)]),  # rounds odd sizes like torchvision
+        ('imagenet', 'basic', 65, [(17, 64), (9, 128), (5, 256), (3, 512)]),  # odd sizes are rounded as in torchvision
     ],
 )
 def test_stage_shapes(stem, block, size, expected):

@@ -35,7 +35,7 @@ def scan_model():
 
 
 def transcribe(params, x, length):
-    """Computes equations (1) to (6) and (13) to (17), candidate with tanh, in numpy for one sequence [T, E]."""
+    """Computes equations (1) to (6) and (13) to (17), with a tanh candidate, for one sequence [T, E]."""
     x = np.asarray(x[:length], np.float64)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 

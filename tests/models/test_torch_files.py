@@ -12,7 +12,7 @@ from covidjax.models.torch_files import load_torch_file
 
 
 def encode(value):
-    """Returns the instructions that push a value, without start and stop."""
+    """Returns the instructions that push a value, without header and STOP."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -45,7 +45,7 @@ def build(
     keys=('0',),
     **tensor,
 ):
-    """Returns a file as torch.save wrote them, of one tensor 'w'."""
+    """Returns a file in the format of torch.save, with one tensor 'w'."""
     if state is None:
         state = name_global('collections.OrderedDict') + b')R(' + encode('w') + encode_tensor(**tensor) + b'u'
     facts = {'protocol_version': 1001, 'little_endian': True} if facts is None else facts
@@ -108,14 +108,14 @@ def test_the_file_of_the_wheel():
     assert len(tensors) == 296
     assert tensors['_conv_stem.weight'].shape == (32, 3, 3, 3)
     assert tensors['_bn0.num_batches_tracked'].dtype == np.int64
-    # 4,652,008 parameters, and mean and variance of 21,008 normalised channels.
+    # 4,652,008 parameters, plus mean and variance of 21,008 normalised channels.
     floats = [tensor for tensor in tensors.values() if tensor.dtype == np.float32]
     assert sum(tensor.size for tensor in floats) == 4_652_008 + 2 * 21_008
     assert all(np.isfinite(tensor).all() for tensor in floats)
 
 
 class Call:
-    """Unpickles as a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -125,7 +125,7 @@ class Call:
 
 
 def deepen(levels):
-    """Returns a tuple whose tree has 2 ** levels leaves and whose pickle has a few bytes per level."""
+    """Returns a tuple with 2 ** levels leaves, whose pickle has a few bytes per level."""
     value = ()
     for _ in range(levels):
         value = (value, value)

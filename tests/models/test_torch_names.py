@@ -60,7 +60,7 @@ def test_resnet50_has_the_arrays_of_torchvisions_file():
         lambda key: Att2().init(key, jnp.zeros((1, 64, 64, 1)), train=False, full=True), jax.random.key(0)
     )
     by_name = list_shapes({name: {'backbone': shapes[name]['backbone']} for name in shapes})
-    # torchvision's resnet50 state dict: 320 entries, 53 of them num_batches_tracked, 2 of the classifier.
+    # torchvision's resnet50 state dict has 320 entries: 53 are num_batches_tracked, 2 are the classifier's.
     assert len(by_name) == 320 - 53 - 2
     assert by_name['conv1.weight'] == (64, 3, 7, 7)
     assert by_name['layer1.0.downsample.0.weight'] == (256, 64, 1, 1)
@@ -83,7 +83,7 @@ def test_the_light_model_has_the_arrays_of_its_library_there_and_back():
     model = Att2(backbone='efficientnet_lite0')
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
     tensors = to_torch(variables)
-    # The library's state dict: 296 entries, 49 of them num_batches_tracked, 2 of its classifier.
+    # The library's state dict has 296 entries: 49 are num_batches_tracked, 2 are the classifier's.
     assert len([name for name in tensors if name.startswith('_')]) == 296 - 49 - 2
     assert tensors['_blocks.0._depthwise_conv.weight'].shape == (32, 1, 3, 3)
     kernel = variables['params']['backbone']['_blocks_3']['_depthwise_conv']['kernel']
