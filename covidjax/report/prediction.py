@@ -161,7 +161,8 @@ def _build_course(prediction: Prediction) -> Section:
     if counts['pneumonia'] and counts['covid19']:
         text += ' Both pneumonia and COVID-19 are predicted: check the slices.'
     if total < summary['input']['num_slices']:
-        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices, evenly spaced.'
+        how = ', the others show few or no lungs' if prediction.attention is None else ', spread over the scan'
+        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices{how}.'
     picture = create_picture(_render_course(prediction), 'Probability of each class, slice by slice, from head to feet')
     return Section('course', 'Along the scan', [picture, text])
 
