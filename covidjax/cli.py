@@ -177,7 +177,11 @@ COMMANDS = {
             Flag('workdir', 'DIR', 'Folder of a finished run.'),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag('output', 'DIR', 'Folder of the reports; default: <workdir>/predictions/<input name>.'),
-            Flag('series', 'UID', 'The DICOM series to read, where there are several.'),
+            Flag(
+                'series',
+                'NAME',
+                'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
+            ),
             Flag('force', '', 'Predict in spite of doubts that the input is a chest CT; the report says so.'),
         ),
         predict,

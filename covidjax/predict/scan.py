@@ -16,7 +16,7 @@ from covidjax.data import sequences
 from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import Box, crop_grey_resize
 from covidjax.data.scan.body import find_body_box, find_doubts
-from covidjax.data.scan.volume import Volume, read_volume
+from covidjax.data.scan.volume import Volume, format_counts, read_volume
 from covidjax.errors import UserError
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
@@ -50,24 +50,34 @@ def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, s
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
     """
     names = [path.resolve().name for path in inputs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f'several inputs are called {", ".join(twice)}: pass them one at a time, with an --output each')
+    shared = sorted({name for name in names if names.count(name) > 1})
+    if shared:
+        log.info(
+            'several inputs are called %s: the SHA-256 of the contents tells their folders apart', ', '.join(shared)
+        )
     run = load_run(workdir)
     parent = output or workdir / 'predictions'
     all_well = True
     for path, name in zip(inputs, names, strict=True):
         folder = output if output is not None and len(inputs) == 1 else parent / name
         try:
-            print(predict_one(run, path, folder, series=series, force=force), flush=True)
+            is_shared = name in shared
+            print(predict_one(run, path, folder, series=series, force=force, is_shared=is_shared), flush=True)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr, flush=True)
             all_well = False
     return all_well
 
 
-def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool) -> str:
+def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool, is_shared: bool = False) -> str:
     """Reads a scan, classifies it, writes prediction.json and prediction.html, and returns a line that says it.
+
+    Args:
+      run: the model.
+      path, series: see `volume.read_volume`.
+      folder: where the files go.
+      force: goes on in spite of doubts.
+      is_shared: appends the start of the SHA-256 of the contents to the name of the folder, which another scan has too.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
@@ -75,6 +85,8 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
     start = time.perf_counter()
     volume = read_volume(path, series)
     seconds = {'reading': time.perf_counter() - start}
+    if is_shared:
+        folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
     prediction = predict_scan(run, volume, seconds, force=force, path=path)
     start = time.perf_counter()
     with report_write_errors(folder, '--output'), report_full_disk(folder):
@@ -139,6 +151,7 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     summary = {
         'input': {'name': volume.name, 'sha256': volume.sha256, 'kind': volume.kind, 'num_slices': count},
         'reading': {**dict(volume.facts), 'notes': volume.notes},
+        'left_out': volume.left_out,
         'forced': doubts,
         'model': run.results['model'],
         'trained_on': run.results['data'],
@@ -238,8 +251,10 @@ def format_line(summary: dict[str, Any], folder: Path) -> str:
     seconds = summary['seconds']
     stages = ', '.join(f'{stage} {s:.1f}' for stage, s in seconds.items())
     rests = ', '.join(map(str, summary['rests_on']))
+    left_out = f'; left out: {format_counts(summary["left_out"])}' if summary['left_out'] else ''
     marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
     return (
         f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
-        f'{summary["input"]["num_slices"]}; {sum(seconds.values()):.1f} s ({stages}); {folder / "prediction.html"}'
+        f'{summary["input"]["num_slices"]}{left_out}; {sum(seconds.values()):.1f} s ({stages}); '
+        f'{folder / "prediction.html"}'
     )

@@ -1,4 +1,4 @@
-"""Reads one scan from DICOM, NIfTI or image files as grey slices from head to feet.
+"""Reads one scan from DICOM, NIfTI, MetaImage, NRRD or image files as grey slices from head to feet.
 
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
@@ -10,7 +10,7 @@ import logging
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +19,27 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_window, convert_grey, open_image
-from covidjax.data.scan import dicom
+from covidjax.data.scan import dicom, itk
+from covidjax.data.scan.dicom import compute_planes
+from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
+from covidjax.data.scan.series import (
+    choose_series,
+    count_single,
+    count_strays,
+    create_affine,
+    describe_geometry,
+    group_series,
+    refuse_undecodable,
+)
 from covidjax.data.scan.sources import MAX_BYTES, Entry, hash_contents, open_entries
 from covidjax.errors import UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
 _IMAGE_MAGIC = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'BM')
-_MIN_AIR, _MIN_TISSUE, _MAX_METAL = 0.02, 0.02, 0.02  # limits, as shares of the voxels
+_VOXELS = ('.nii', '.nii.gz', *itk.ENDINGS)
+_MAX_LOST = 0.1  # share of the slices
+# Reasons of `dicom.LeftOut` by which slices of the scan may be lost whatever the series they name.
+_LOST = ('damaged', 'truncated', 'of impossible size', 'of several frames', 'without a position')
 _MIN_CONTRAST = 32  # grey values between the 1st and 99th percentile
 
 
@@ -35,12 +49,13 @@ class Volume(NamedTuple):
     Attributes:
       name: file or folder name.
       sha256: SHA-256, in hex, of the contents; the same for a folder and its zip.
-      kind: 'DICOM', 'NIfTI' or 'images'.
+      kind: 'DICOM', 'NIfTI', 'MetaImage', 'NRRD' or 'images'.
       slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
       depths_mm: [T] depth of each slice below the first, None for images.
       facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
+      left_out: how many files or slices were left out, by reason.
     """
 
     name: str
@@ -51,16 +66,19 @@ class Volume(NamedTuple):
     facts: list[tuple[str, str]]
     notes: list[str]
     doubts: list[str]
+    left_out: dict[str, int]
 
 
 def read_volume(path: Path, series: str | None = None) -> Volume:
     """Reads a scan.
 
-    DICOM slices are ordered by position, not by name. NIfTI is reoriented by its header. Images are in natural order of
-    their names. Hounsfield units are mapped to grey by the COVIDx CT window; images are used unchanged.
+    DICOM slices are ordered by position, not by name. NIfTI, MetaImage and NRRD are reoriented by their header. Images
+    are in natural order of their names. Hounsfield units are mapped to grey by the COVIDx CT window; images are used
+    unchanged.
 
     Args:
-      path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), or a single file.
+      path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), MetaImage
+        (.mha, .mhd), NRRD (.nrrd, .nhdr), or a single file.
       series: name of the DICOM series to read if there are several.
 
     Raises:
@@ -74,83 +92,137 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
             raise UserError(f'{path}: {error}') from error
 
 
-def _read_entries(entries: Sequence[Entry], name: str, series: str | None) -> Volume:
-    digests, frames, images, niftis = [], [], [], []
-    left_out: Counter[str] = Counter()
+def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None) -> Volume:
+    digests, frames, images, voxels, left_out = [], [], [], [], []
     for entry in entries:
         data = entry.read()
         digests.append(hashlib.sha256(data).digest())
-        if entry.name.lower().endswith(('.nii', '.nii.gz')):
-            niftis.append(entry)
+        if entry.name.lower().endswith(_VOXELS):
+            voxels.append(entry)
         elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
             images.append(entry)
+        elif data.startswith(b'PK\3\4') and data[128:132] != b'DICM':
+            left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
         else:
             try:
                 found = dicom.read_frames(entry, data)
             except dicom.LeftOut as reason:
-                left_out[str(reason)] += 1
+                left_out.append(reason)
             else:
                 frames += found or ()
-                left_out['not DICOM'] += found is None
+                if found is None:
+                    left_out.append(dicom.LeftOut('not DICOM'))
     identity = name, hash_contents(digests)
-    left_out = +left_out
-    reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
+    counts = Counter(map(str, left_out))
+    reasons = format_counts(counts)
     if frames:
-        left_out['images and NIfTI'] += len(images) + len(niftis)
-        return _read_dicom(identity, frames, series, +left_out)
-    if left_out.keys() - {'not DICOM'}:
+        left_out += [dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * (len(images) + len(voxels))
+        return _read_dicom(identity, frames, wanted, left_out)
+    if counts.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
-    if series is not None:
-        raise UserError(f'--series={series} is for DICOM, and no DICOM slice is in it')
-    if len(niftis) > 1 or (niftis and images):
-        raise UserError(f'{len(niftis)} NIfTI files and {len(images)} images in it: name one of them')
-    if niftis:
-        return _read_nifti(identity, niftis[0])
+    if wanted is not None:
+        raise UserError(f'--series={wanted} is for DICOM, and no DICOM slice is in it')
+    if len(voxels) > 1 or (voxels and images):
+        raise UserError(
+            f'{len(voxels)} NIfTI, MetaImage or NRRD files and {len(images)} images in it: name one of them'
+        )
+    if voxels:
+        [entry] = voxels
+        if entry.name.lower().endswith(itk.ENDINGS):
+            return _read_itk(identity, entry, counts)
+        return _read_nifti(identity, entry, counts)
     if images:
-        notes = [f'left out: {reasons}'] if reasons else []
-        return _read_images(identity, images, notes)
+        return _read_images(identity, images, counts)
     raise UserError(
         f'no DICOM, NIfTI or image in it{f" ({reasons})" if reasons else ""}: name the folder of a chest CT'
     )
 
 
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Returns e.g. '2 copies, 1 not DICOM'."""
+    return ', '.join(f'{count:,} {reason}' for reason, count in counts.items())
+
+
 def _read_dicom(
-    identity: tuple[str, str], frames: Sequence[dicom.Frame], wanted: str | None, left_out: Counter[str]
+    identity: tuple[str, str], frames: Sequence[dicom.Frame], wanted: str | None, left_out: Sequence[dicom.LeftOut]
 ) -> Volume:
-    series = dicom.group_series(frames)
-    chosen = dicom.choose_series(series, wanted)
-    hu, kept, notes = dicom.load_series(chosen)
-    check_hu(hu)
-    depths, geometry = dicom.describe_geometry(kept)
-    num_copies = len(frames) - sum(len(one.frames) for one in series)
-    if num_copies:
-        left_out['copies'] += num_copies
-    doubts = []
-    if left_out['damaged']:
-        doubts.append(f'{left_out["damaged"]} damaged files: slices may be missing')
+    series = group_series(frames)
+    chosen = choose_series(series, wanted)
+    kept = chosen.frames
+    counts, doubts, notes = Counter(map(str, left_out)), [], []
+    label = kept[0].label
+    # Slices of this scan, as far as one can tell. Scouts, captures and other series are none.
+    lost = Counter(
+        str(reason)
+        for reason in left_out
+        if str(reason).startswith(_LOST) or (all(label) and reason.label == label and not _is_other(reason))
+    )
+    if chosen.num_copies:
+        notes.append(f'{chosen.num_copies} slices stood there twice and were left out')
+    for reason, count in (
+        ('of another size or spacing in this series', count_strays(chosen, series)),
+        ('single slices', count_single(chosen, series)),
+        ('copies', chosen.num_copies),
+    ):
+        lost[reason] += count
+        counts[reason] += count
+    counts['copies'] += sum(one.num_copies for one in series if one is not chosen)
+    counts, lost = +counts, +lost
+    if lost['damaged']:
+        doubts.append(f'{lost["damaged"]} damaged files: slices may be missing')
+    total = lost.total() + len(kept)
+    if lost.total() > _MAX_LOST * total:
+        doubts.append(f'{lost.total():,} of {total:,} slices of this scan were left out ({format_counts(lost)})')
+    missing = {frame.missing for frame in kept} - {''}
+    if 'modality and class' in missing:
+        doubts.append('the headers do not say that it is a CT; its values look like Hounsfield units')
+    elif missing:
+        notes.append('the headers lack the modality; their class says CT')
+    slices = _window_planes(compute_planes(kept), create_affine(kept), [frame.entry.name for frame in kept])
+    depths, geometry = describe_geometry(kept)
     others = [one.describe() for one in series if one is not chosen]
     facts = [
         ('series', chosen.describe()),
         ('chosen', 'by --series' if wanted else 'the chest series with the most slices' if others else 'the only one'),
         *([('other series', '; '.join(others))] if others else []),
-        *([('left out', ', '.join(f'{n} {reason}' for reason, n in left_out.items()))] if left_out else []),
+        *([('left out', format_counts(counts))] if counts else []),
         ('order', 'by position, from head to feet'),
         ('extent', f'{depths[-1]:.1f} mm'),
         *_WINDOWED,
     ]
-    slices = _orient(hu, dicom.create_affine(kept))
-    return Volume(*identity, 'DICOM', [apply_window(s) for s in slices], depths, facts, notes + geometry, doubts)
+    return Volume(*identity, 'DICOM', slices, depths, facts, notes + geometry, doubts, dict(counts))
+
+
+def _is_other(reason: dicom.LeftOut) -> bool:
+    return str(reason) in ('localizers (scouts)', 'secondary captures', 'projection X-rays', 'not CT')
+
+
+def _window_planes(
+    planes: Iterable[np.ndarray | Exception], affine: np.ndarray, names: Sequence[str]
+) -> list[np.ndarray]:
+    """Maps the planes of a scan, from head to feet, to grey as they come: the scan takes one byte a voxel.
+
+    Raises:
+      UserError: planes that can't be decoded, or values that are not Hounsfield units.
+    """
+    slices, faults, check = [], [], HounsfieldCheck()
+    turn = ornt_transform(io_orientation(affine), _ORDER)
+    for plane, name in zip(planes, names, strict=True):
+        if isinstance(plane, Exception):
+            faults.append(f'{name} ({type(plane).__name__})')
+        elif not faults:
+            check.add(plane)
+            slices.append(np.ascontiguousarray(apply_orientation(apply_window(plane)[np.newaxis], turn)[0]))
+    if faults:
+        refuse_undecodable(list(dict.fromkeys(faults)))
+    check.finish()
+    return slices
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
 
 
-def _orient(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Reorients voxels to [T, H, W]: slices to the feet, rows to the back, columns to the patient's left."""
-    return apply_orientation(voxels, ornt_transform(io_orientation(affine), _ORDER))
-
-
-def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
+def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str]) -> Volume:
     data = entry.read()
     try:
         if data[:2] == b'\x1f\x8b':
@@ -172,61 +244,69 @@ def _read_nifti(identity: tuple[str, str], entry: Entry) -> Volume:
                     raise UserError(
                         f'a NIfTI of shape {shape}: it must be one scan of at most {dicom.MAX_VOXELS:,} voxels'
                     )
-                hu = np.empty(shape, np.int16)
+                grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
                 for place in range(shape[2]):
-                    hu[..., place] = _round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
+                    plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
+                    check.add(plane)
+                    grey[..., place] = apply_window(plane)
         finally:
             logger.disabled = before
-        axis = io_orientation(affine)[:, 0].tolist().index(2.0)  # voxel axis along feet to head
-        direction = affine[:3, axis]
-        upright = abs(direction[2]) / np.linalg.norm(direction)
-        spacing = float(np.linalg.norm(direction))
-        slices = _orient(hu, affine)
     except UserError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError('a damaged or truncated .nii.gz: copy it again') from error
     except Exception as error:  # damaged headers can raise anything
         raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
-    if not upright > 0.8 or not 0 < spacing < np.inf:
-        raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
-    check_hu(slices)
     doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
+    return _turn_voxels(identity, 'NIfTI', grey, affine, check, doubts, left_out)
+
+
+def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str]) -> Volume:
+    planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
+    check, grey = HounsfieldCheck(), []
+    for plane in planes:
+        plane = round_plane(plane)
+        check.add(plane)
+        grey.append(apply_window(plane))
+    name, contents = identity
+    # The header alone does not identify a scan whose voxels lie in a file of their own.
+    identity = name, hash_contents([bytes.fromhex(contents), digest])
+    kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
+    return _turn_voxels(identity, kind, np.stack(grey), affine, check, [], left_out)
+
+
+def _turn_voxels(
+    identity: tuple[str, str],
+    kind: str,
+    grey: np.ndarray,
+    affine: np.ndarray,
+    check: HounsfieldCheck,
+    doubts: list[str],
+    left_out: Counter[str],
+) -> Volume:
+    """Turns grey voxels by their affine, to RAS in mm, to slices from head to feet."""
+    try:
+        turn = io_orientation(affine)
+        direction = affine[:3, turn[:, 0].tolist().index(2.0)]  # voxel axis along feet to head
+        spacing = float(np.linalg.norm(direction))
+        is_sound = abs(direction[2]) / spacing > 0.8 and 0 < spacing < np.inf
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError):
+        is_sound = False
+    if not is_sound:
+        raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
+    check.finish()
+    slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
     facts = [
-        ('voxels', ' x '.join(map(str, shape))),
+        ('voxels', ' x '.join(map(str, grey.shape))),
+        *([('left out', format_counts(left_out))] if left_out else []),
         ('order', 'turned by its orientation, from head to feet'),
         ('slice distance', f'{spacing:.2f} mm'),
         *_WINDOWED,
     ]
-    depths = spacing * np.arange(len(slices))
-    return Volume(*identity, 'NIfTI', [apply_window(s) for s in slices], depths, facts, [], doubts)
+    return Volume(*identity, kind, list(slices), spacing * np.arange(len(slices)), facts, [], doubts, dict(left_out))
 
 
-def _round_plane(voxels: np.ndarray) -> np.ndarray:
-    """Returns one plane of a NIfTI as int16 Hounsfield units; converting the whole scan takes four times the memory."""
-    if voxels.dtype.kind not in 'iuf':
-        raise UserError('a NIfTI in colour or of complex numbers: it must hold Hounsfield units')
-    if not np.isfinite(voxels).all():
-        raise UserError('NaN or infinite voxels: replace them by -1024, the value of air')
-    return np.clip(np.round(voxels), *dicom.HU_RANGE).astype(np.int16)
-
-
-def check_hu(hu: np.ndarray) -> None:
-    """Checks that voxels [T, H, W] look like Hounsfield units of a body in air.
-
-    Raises:
-      UserError: too little air or soft tissue (2 % each), or too much metal (more than 2 %).
-    """
-    some = hu[:, ::2, ::2]
-    air, tissue, metal = (some < -700).mean(), ((some > -200) & (some < 300)).mean(), (some >= dicom.HU_RANGE[1]).mean()
-    if air < _MIN_AIR or tissue < _MIN_TISSUE or metal > _MAX_METAL:
-        raise UserError(
-            f'values from {some.min()} to {some.max()}, {air:.0%} air and {tissue:.0%} soft tissue, are not the '
-            'Hounsfield units of a chest: store true units, or window the slices and pass them as images'
-        )
-
-
-def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: list[str]) -> Volume:
+def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:
     slices, faults, num_pixels = [], [], 0
     for entry in entries:
         try:
@@ -253,8 +333,9 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: lis
             ('order', 'of the names, numbers counted; taken to run from head to feet'),
             ('window', 'none applied: images are taken as they are'),
         ],
-        notes,
+        [f'left out: {format_counts(left_out)}'] if left_out else [],
         doubts,
+        dict(left_out),
     )
 
 
