@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     EnhancedCTImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
@@ -200,11 +201,12 @@ def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
         raise LeftOut('not CT')
     if 'LOCALIZER' in kind:
         raise LeftOut('localizers (scouts)')
-    if 'SCREEN SAVE' in kind or sop_class not in (*_CT_CLASSES, ''):
+    is_known = UID(sop_class).name != sop_class  # registered, for another kind of object
+    if 'SCREEN SAVE' in kind or (is_known and sop_class not in _CT_CLASSES):
         raise LeftOut('secondary captures' if modality else 'not CT')
     if not modality and 'Rows' not in header:
         raise LeftOut('not CT')
-    missing = '' if modality else 'modality' if sop_class else 'modality and class'
+    missing = '' if modality else 'modality' if is_known else 'modality and class'
     if header.get('SamplesPerPixel') != 1 or header.get('PhotometricInterpretation') != 'MONOCHROME2':
         raise LeftOut('in colour or inverted')
     shape = int(header.Rows), int(header.Columns)

@@ -183,7 +183,8 @@ def _group_by_label(stack: Sequence[Frame], digests: _Digests) -> list[list[Fram
     # A number for every file.
     tiny = [part for part in joined if len(part) < _MIN_SLICES]
     for pool in _split([frame for part in tiny for frame in part], lambda frame: (frame.kernel, frame.thickness)):
-        if len(pool) >= _MIN_SLICES and _is_even(pool[:1], pool[1:]):
+        first = [place[0] for place in _find_places(pool)]
+        if len(first) >= _MIN_SLICES and _is_even(first[:1], first[1:]):
             known = {id(frame) for frame in pool}
             joined = [*(part for part in joined if id(part[0]) not in known), pool]
     return joined
