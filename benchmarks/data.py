@@ -1,4 +1,4 @@
-"""Folders that the benchmarks read, made from phantoms once and kept in their workdir."""
+"""Data folders of the benchmarks, created from phantoms once and kept in the workdir."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,9 @@ NUM_PATIENTS = {'num_train': 9, 'num_val': 3, 'num_test': 3}
 
 
 def write_raw_folder(workdir: Path, *, num_slices: int, raw_size: int) -> Path:
-    """Makes a raw COVIDx-CT folder with `num_slices` training slices and returns its path.
+    """Creates a raw COVIDx-CT folder with `num_slices` training slices and returns its path.
 
-    A few phantoms are drawn and stand in it under many names, as links to the same files.
+    Only a few phantoms are generated; the folder links to the same files under many names.
     """
     folder = workdir / f'raw_{num_slices}_{raw_size}'
     drawn = workdir / f'phantoms_{raw_size}'
@@ -40,7 +40,7 @@ def write_raw_folder(workdir: Path, *, num_slices: int, raw_size: int) -> Path:
 
 
 def write_png_folder(workdir: Path, data: covidx_ct.Prepared, image_size: int) -> Path:
-    """Writes the prepared training slices as <class>/<number>.png, as torchvision's ImageFolder reads them."""
+    """Writes the prepared training slices as <class>/<number>.png, for torchvision's ImageFolder."""
     folder = workdir / f'png_{len(data.sources["train"])}_{image_size}'
     for label in range(len(lists.CLASSES)):
         (folder / str(label)).mkdir(parents=True, exist_ok=True)

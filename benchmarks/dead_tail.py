@@ -1,8 +1,9 @@
-"""What the part of ResNet50-ATT2 that eq. 11 makes dead would cost: parameters, and time with it and without it.
+"""Measures the cost of the part of ResNet50-ATT2 that cannot change its output (eq. 11): parameters, FLOP and time.
 
   python -m benchmarks.dead_tail
 
-Runs alternate, and medians are compared, so that another program on the machine slows both alike.
+Runs with and without that part alternate, so that other load on the machine affects both equally. The table compares
+medians.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from covidjax.training.devices import compile_step
 
 
 def time_alternating(calls, rounds):
-    """Returns the median seconds of every call, each of which is made once in every round after one to compile."""
+    """Returns the median seconds of each call over rounds of one call each; one more round compiles."""
     seconds = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
@@ -39,7 +40,7 @@ def time_alternating(calls, rounds):
 
 
 def create_call(model, variables, batch, *, full):
-    """Returns a call that makes one step of Adam from the state that the last call left."""
+    """Returns a function that makes one Adam step; each call continues from the state of the previous one."""
     state, step = create_training(model, variables, full=full, augmentation=None)
     compiled = compile_step(step, 'jit')
 

@@ -1,9 +1,9 @@
-"""Shows how cost grows with images, batches and data, and how near to the machine's peak a step comes.
+"""Measures cost against image size, batch size and number of slices, and the share of the machine's peak speed.
 
-  python benchmarks/growth.py                        all of it
+  python benchmarks/growth.py                        all parts
   python benchmarks/growth.py --only=roofline        one part
 
-Every number is of a process of its own, so that its peak memory is its own too.
+Each measurement runs in its own process, so that its peak memory is measured separately.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def show_batch_sizes(options: argparse.Namespace) -> tuple[list[str], dict]:
 
 
 def show_dataset_sizes(options: argparse.Namespace) -> tuple[list[str], dict]:
-    """Small slices, of 96 pixels prepared as 64, so that what grows is their number."""
+    """Measures preparing and reading against the number of slices; small slices, 96 pixels prepared as 64."""
     lines = ['| slices | preparing, images/s | peak MB | reading, images/s | peak MB |', '|' + '---|' * 5]
     results = {}
     for num_slices in DATASET_SIZES:
@@ -61,7 +61,7 @@ def show_dataset_sizes(options: argparse.Namespace) -> tuple[list[str], dict]:
         with tempfile.TemporaryDirectory(dir=options.workdir) as prepared_dir:
             shared = {'folder': folder, 'image_size': 64}
             prepared = measure({'prepare': jax_side(task='prepare', **shared, prepared_dir=prepared_dir)}, 1, warm_up=0)
-            first = Path(prepared_dir) / '0'  # what the only round prepared
+            first = Path(prepared_dir) / '0'  # output of the only round
             reading = {'load': jax_side(task='load', **shared, prepared_dir=first, batch_size=64, steps=200)}
             measured = {**prepared, **measure(reading, options.rounds)}
         lines.append(format_model(num_slices, measured))
@@ -70,7 +70,7 @@ def show_dataset_sizes(options: argparse.Namespace) -> tuple[list[str], dict]:
 
 
 def show_roofline(options: argparse.Namespace) -> tuple[list[str], dict]:
-    """The products take turns with the steps, and so meet the machine in the same state."""
+    """Compares steps with a matrix product; they alternate, so that machine load affects both equally."""
     shared = {'image_size': 224, 'batch_size': 16}
     measured = measure(
         {
@@ -80,7 +80,7 @@ def show_roofline(options: argparse.Namespace) -> tuple[list[str], dict]:
         },
         options.rounds,
     )
-    # `flops` are of one step or one product.
+    # `flops` counts one step or one product.
     steps = {'matrix product': 4, 'training step': 1, 'inference': 1}
     rates = {name: m.facts['flops'] * steps[name] / statistics.median(m.seconds) / 1e9 for name, m in measured.items()}
     lines = ['| 224 pixels, batch of 16, float32 | GFLOP/s | share of the matrix product |', '|---|---|---|']
@@ -99,9 +99,9 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', choices=PARTS, help='one part')
+    parser.add_argument('--only', choices=PARTS, help='run only this part')
     parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--batch_size', type=int, default=8, help='where the image size grows')
+    parser.add_argument('--batch_size', type=int, default=8, help='batch size of the image_size part')
     parser.add_argument('--workdir', type=lambda text: Path(text).absolute(), default=ROOT / 'runs' / 'benchmarks')
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def main() -> None:
         write_json(path, results)
         print('\n'.join(lines), end='\n\n', flush=True)
     print(format_facts(machine))
-    say(f'every round: {path}')
+    say(f'all rounds: {path}')
 
 
 if __name__ == '__main__':

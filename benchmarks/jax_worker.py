@@ -1,4 +1,4 @@
-"""This project's side of the benchmarks: rounds of its own functions, in a process set up as `main.py` sets it up."""
+"""The JAX worker of the benchmarks: rounds of this project's functions, in a process set up like `main.py`."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def draw_batch(batch_size, image_size):
 
 
 def create_training(model, variables, *, full=False, **options):
-    """Returns the state before the first step of Adam, and the step (state, batch, axis_name), not compiled."""
+    """Returns the initial state and the uncompiled Adam step (state, batch, axis_name)."""
     is_frozen = (lambda path: False) if full else functools.partial(is_dead, compatibility=model.compatibility)
     optimizer = create_optimizer(
         optax.constant_schedule(5e-4), weight_decay=0.0, decay='decoupled', is_frozen=is_frozen
@@ -58,13 +58,13 @@ def create_training(model, variables, *, full=False, **options):
         return outputs.logits, updates['batch_stats']
 
     step = functools.partial(train_step, forward=forward, optimizer=optimizer, class_weights=CLASS_WEIGHTS, **options)
-    # Copies, for the step takes the state's memory.
+    # Copies, because the step donates the state.
     state = create_train_state(jax.tree.map(jnp.copy, variables), optimizer, jax.random.key(0))
     return place_state(state), step
 
 
 def create_inference(model, *, dtype='float32', full=False):
-    """Returns the compiled (variables, images uint8) -> logits of the model in evaluation mode."""
+    """Returns the compiled function (variables, images uint8) -> logits, in evaluation mode."""
 
     def apply(variables, images):
         return model.apply(variables, normalise(images).astype(dtype), train=False, full=full).logits
@@ -73,8 +73,8 @@ def create_inference(model, *, dtype='float32', full=False):
 
 
 def create_train_round(options, augmentation=None):
-    """Returns a function that trains on batches, one step each, and waits for the last; and facts."""
-    model = Att2()
+    """Returns a function that makes one step per batch and waits for the last one; and the worker's facts."""
+    model = Att2(backbone=options.model)
     state, step = create_training(
         model, create_variables(model, options.image_size), augmentation=augmentation, dtype=options.dtype
     )
@@ -101,8 +101,8 @@ def start_training(options):
 
 
 def start_compilation(options):
-    """Compiles a training step, or finds it compiled; seconds are in the facts, and rounds do nothing."""
-    model = Att2()
+    """Compiles a training step or loads it from the cache; the facts hold the seconds, rounds do nothing."""
+    model = Att2(backbone=options.model)
     state, step = create_training(
         model, create_variables(model, options.image_size), augmentation=None, dtype=options.dtype
     )
@@ -115,7 +115,7 @@ def start_compilation(options):
 
 
 def start_inference(options):
-    model = Att2()
+    model = Att2(backbone=options.model)
     variables = jax.tree.map(lambda x: x.astype(options.dtype), create_variables(model, options.image_size))
     images = jnp.asarray(draw_images(options.batch_size, options.image_size))
     apply = create_inference(model, dtype=options.dtype)
@@ -154,13 +154,13 @@ def open_data(options):
 
 
 def load_batches(data, options, first_step):
-    # A stream of its own for every round: one that is kept would read ahead while the others work.
+    # A new stream for each round: a shared one would read ahead while the other worker is measured.
     batches = load_train_batches(data.sources['train'], batch_size=options.batch_size, seed=0, first_step=first_step)
     return itertools.islice(batches, options.steps)
 
 
 def start_epoch(options):
-    """A round is `steps` steps with augmentation on batches that are read, decoded and placed meanwhile."""
+    """A round makes `steps` steps with augmentation; batches are read, decoded and placed in parallel."""
     data = open_data(options)
     train, facts = create_train_round(options, AugmentOptions())
     first_steps = itertools.count(step=options.steps)
@@ -174,7 +174,7 @@ def start_loading(options):
 
 
 def start_preparation(options):
-    """A round prepares the raw folder into a folder of its own, <prepared_dir>/<number of the round>."""
+    """Each round prepares the raw folder into a new folder, <prepared_dir>/<number of the round>."""
     numbers = itertools.count()
 
     def prepare():
@@ -186,7 +186,7 @@ def start_preparation(options):
 
 
 def start_pillow_loop(options):
-    """A round is what a script of ten lines would do: the same pixels, one PNG file after the other."""
+    """A round runs the baseline, a ten-line script: the same pixels, one PNG file after the other."""
     rows = [row for split in lists.read_lists(options.folder).values() for row in split]
     images = lists.find_images(options.folder, lists.find_version(options.folder))
     size = (options.image_size, options.image_size)
@@ -203,7 +203,7 @@ def start_pillow_loop(options):
 
 
 def start_matrix_product(options):
-    """A round is `steps` products of square matrices of 4096 numbers a side."""
+    """A round computes `steps` products of 4096 x 4096 matrices."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4096, 4096)), jnp.float32)
     multiply = jax.jit(jnp.dot)
 

@@ -1,10 +1,10 @@
-r"""Times this project, and beside it the same pipeline in PyTorch, and prints how much faster which one is.
+r"""Benchmarks this project against the same pipeline in PyTorch and prints a table of speed ratios.
 
   python benchmarks/run.py --torch_python=/path/to/torch-venv/bin/python     every row
-  python benchmarks/run.py --only=train,inference --rounds=9                 our own figures of two rows
+  python benchmarks/run.py --only=train,inference --rounds=9                 two rows, without PyTorch
 
-The two sides are processes that take turns, round by round, so that what else happens on the machine slows both alike;
-a ratio is that of the medians, and the range behind it is that of the single rounds.
+The two sides are separate processes that alternate round by round, so that other load on the machine affects both
+equally. Ratios are ratios of medians; the range in brackets is over single rounds.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.workers import ROOT, Contender, Measurement, Worker, measure, sa
 from covidjax.errors import UserError
 from covidjax.files import write_json
 
-# What `training.memory` does for this project, for any program: freed memory stays with the process.
+# Environment variables that make any program keep freed memory, as `training.runtime.keep_freed_memory` does here.
 KEEP_MEMORY = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**40)}
 CPU_FLAGS = ('avx2', 'avx512f', 'avx512_bf16', 'avx512_vnni', 'amx_tile', 'amx_bf16')
 
@@ -39,10 +39,10 @@ class Comparison(NamedTuple):
     """A line of the table.
 
     Attributes:
-      what: that is compared.
+      what: the work that is compared.
       ours, theirs: names of measurements.
-      must, aim: ratios of speed, ours over theirs; None where nothing was promised.
-      unit: 'images/s', or 's' where a round as a whole counts.
+      must, aim: required and desired speed ratio, ours over theirs; None if there is no goal.
+      unit: 'images/s', or 's' for the time of a whole round.
     """
 
     what: str
@@ -62,7 +62,7 @@ def jax_side(**options: object) -> Contender:
 
 
 def torch_sides(options: argparse.Namespace, contenders: dict[str, dict], **shared: object) -> dict[str, Contender]:
-    """Returns PyTorch's contenders, none where there is no PyTorch; names that end in 'kept memory' get it."""
+    """Returns the PyTorch contenders, none without --torch_python; names ending in 'kept memory' get KEEP_MEMORY."""
     if options.torch_python is None:
         return {}
     return {
@@ -86,7 +86,7 @@ BFLOAT16 = {'channels_last': True, 'dtype': 'bfloat16'}
 
 
 def measure_pairs(comparisons: list[Comparison], contenders: dict[str, Contender], rounds: int) -> Row:
-    """Measures one comparison after the other: all contenders at once would not fit into memory."""
+    """Measures the comparisons one after the other: all contenders together do not fit into memory."""
     row, seen = [], set()
     for comparison in comparisons:
         pair = {name: contenders[name] for name in (comparison.ours, comparison.theirs) if name in contenders}
@@ -103,14 +103,14 @@ def compare_steps(
     bfloat16: tuple[str, ...],
     goals: dict[str, tuple[float | None, float]],
 ) -> Row:
-    """Measures steps in memory beside every form of PyTorch's.
+    """Measures steps on data in memory against every PyTorch variant.
 
     Args:
-      options: of the command line.
-      what: is compared.
+      options: command-line options.
+      what: the work that is compared.
       shared: options of both workers.
-      bfloat16: names of PyTorch's contenders in it.
-      goals: 'must' and 'aim' by contender of PyTorch.
+      bfloat16: names of the PyTorch contenders in bfloat16.
+      goals: ('must', 'aim') by PyTorch contender.
     """
     shared = {**shared, 'image_size': options.image_size, 'batch_size': options.batch_size}
     contenders = {
@@ -136,6 +136,19 @@ def run_inference(options: argparse.Namespace) -> Row:
     return compare_steps(options, 'inference', {'task': 'inference', 'steps': 4}, narrow, goals)
 
 
+LIGHT = {'model': 'efficientnet_lite0'}
+
+
+def run_light_training(options: argparse.Namespace) -> Row:
+    goals = {'channels_last': (1, 1.2)}
+    return compare_steps(options, 'training step, light', {**LIGHT, 'task': 'train', 'steps': 4}, (), goals)
+
+
+def run_light_inference(options: argparse.Namespace) -> Row:
+    goals = {'channels_last': (1.3, 1.5)}
+    return compare_steps(options, 'inference, light', {**LIGHT, 'task': 'inference', 'steps': 8}, (), goals)
+
+
 def run_augmentation(options: argparse.Namespace) -> Row:
     shared = {'task': 'augment', 'image_size': options.image_size, 'batch_size': 4 * options.batch_size, 'steps': 8}
     measurements = measure(
@@ -158,7 +171,7 @@ def run_preparation(options: argparse.Namespace) -> Row:
                 'Pillow loop, 1 process': jax_side(task='pillow', **shared),
             },
             options.rounds,
-            warm_up=0,  # there is nothing to compile
+            warm_up=0,  # nothing to compile
         )
     return [(Comparison('preparation', 'covidjax', 'Pillow loop, 1 process', 1.8, 1.95), measurements)]
 
@@ -207,9 +220,9 @@ def run_compilation(options: argparse.Namespace) -> Row:
 
 
 def run_sequences(options: argparse.Namespace) -> Row:
-    """Trains the demo's scan model by the command line on one extractor, with and without cached draws.
+    """Trains the demo's scan model from the command line, with and without cached draws, on the same extractor.
 
-    Slices have the size of the other rows, the network is the demo's: eight channels wide.
+    The image size is that of the other rows; the network is the demo's, with width 8.
     """
     seconds = {}
     with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
@@ -237,15 +250,17 @@ def run_sequences(options: argparse.Namespace) -> Row:
 
 
 def run_main(*flags: str) -> None:
-    """Runs this project's command line; what it says is shown only if it fails."""
+    """Runs `main.py`; its output is shown only if it fails."""
     done = subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f'`main.py {" ".join(flags)}` ended with status {done.returncode}: {done.stderr[-2000:]}')
+        raise UserError(f'`main.py {" ".join(flags)}` failed with status {done.returncode}: {done.stderr[-2000:]}')
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
     'train': run_training,
     'inference': run_inference,
+    'light_train': run_light_training,
+    'light_inference': run_light_inference,
     'augment': run_augmentation,
     'prepare': run_preparation,
     'epoch': run_epoch,
@@ -255,7 +270,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
 
 
 def describe_machine() -> dict[str, object]:
-    """Returns versions of this side, the cores that this process may use and what they can do."""
+    """Returns the versions of this project's dependencies, the CPU model, usable cores and CPU flags."""
     cpu = Path('/proc/cpuinfo').read_text()
     flags = re.search(r'^flags\s*: (.*)$', cpu, re.MULTILINE)
     model = re.search(r'^model name\s*: (.*)$', cpu, re.MULTILINE)
@@ -269,12 +284,12 @@ def describe_machine() -> dict[str, object]:
 
 
 def format_facts(machine: dict[str, object]) -> str:
-    """Returns versions and facts of the machine on one line."""
+    """Formats the facts of the machine on one line."""
     return ', '.join(f'{key} {" ".join(v) if isinstance(v, list) else v}' for key, v in machine.items())
 
 
 def format_line(comparison: Comparison, measurements: Measurements) -> str:
-    """Returns a line of the table; without the other side only our own figure."""
+    """Formats a line of the table; without the other side it shows only our result."""
     what, ours, theirs, must, aim, unit = comparison
 
     def show(name: str) -> str:
@@ -290,37 +305,37 @@ def format_line(comparison: Comparison, measurements: Measurements) -> str:
 
 
 def compute_ratio(ours: Measurement, theirs: Measurement) -> tuple[float, float, float]:
-    """Returns how much faster we are at the medians, and the least and the most of single rounds."""
+    """Returns the speed ratio of the medians, and the minimum and maximum over single rounds."""
     rounds = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     return statistics.median(theirs.seconds) / statistics.median(ours.seconds), min(rounds), max(rounds)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--torch_python', help='Python interpreter with PyTorch; without it PyTorch is not measured')
     parser.add_argument(
-        '--torch_python', help='python of a virtual environment with PyTorch; without it only our own figures'
+        '--only', type=lambda text: text.split(','), default=list(ROWS), help=f'rows to measure, from {",".join(ROWS)}'
     )
-    parser.add_argument(
-        '--only', type=lambda text: text.split(','), default=list(ROWS), help=f'rows, of {",".join(ROWS)}'
-    )
-    parser.add_argument('--rounds', type=int, default=5, help='of every contender; epochs half of it')
+    parser.add_argument('--rounds', type=int, default=5, help='rounds per contender; half as many for epochs')
     parser.add_argument('--image_size', type=int, default=224, help='pixels, even')
-    parser.add_argument('--batch_size', type=int, default=16, help='of steps; augmentation gets four times as many')
-    parser.add_argument('--num_slices', type=int, default=8000, help='training slices to prepare')
+    parser.add_argument(
+        '--batch_size', type=int, default=16, help='images per step; four times as many for augmentation'
+    )
+    parser.add_argument('--num_slices', type=int, default=8000, help='number of training slices to prepare')
     parser.add_argument(
         '--workdir',
         type=lambda text: Path(text).absolute(),
         default=ROOT / 'runs' / 'benchmarks',
-        help='for data and results',
+        help='folder for data and results',
     )
     options = parser.parse_args()
     unknown = set(options.only) - ROWS.keys()
     if unknown:
-        parser.error(f'--only={",".join(sorted(unknown))}: there is no such row, only {", ".join(ROWS)}')
+        parser.error(f'--only={",".join(sorted(unknown))}: unknown row; choose from {", ".join(ROWS)}')
     if options.torch_python is not None and shutil.which(options.torch_python) is None:
-        parser.error(f'--torch_python={options.torch_python} is no program')
+        parser.error(f'--torch_python={options.torch_python} is not an executable')
     if min(options.rounds, options.image_size, options.batch_size, options.num_slices) < 1:
-        parser.error('--rounds, --image_size, --batch_size and --num_slices are at least 1')
+        parser.error('--rounds, --image_size, --batch_size and --num_slices must be at least 1')
     return options
 
 
@@ -344,21 +359,21 @@ def main() -> None:
         }
         for m in itertools.chain.from_iterable(measurements.values() for _, measurements in row):
             results['machine'].update((key, m.facts[key]) for key in ('torch', 'torchvision') if key in m.facts)
-        write_json(path, results)  # after every row, so that an interruption keeps what was measured
+        write_json(path, results)  # after every row, so that an interruption keeps the finished rows
     print('\n'.join(lines))
     print(f'\n{format_facts(results["machine"])}')
-    print(f'{options.image_size} pixels, float32 unless said, medians of {options.rounds} alternating rounds')
-    say(f'every round, page faults and peak memory: {path}')
+    print(f'{options.image_size} pixels, float32 unless stated, medians of {options.rounds} alternating rounds')
+    say(f'all rounds, page faults and peak memory: {path}')
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command of this folder; a mistake or an interruption is one line."""
+    """Runs a command of this folder; a user error or an interruption prints one line."""
     try:
         command()
     except UserError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
-        sys.exit('interrupted: what was finished is in the workdir, by default runs/benchmarks')
+        sys.exit('interrupted: finished measurements are in the workdir, by default runs/benchmarks')
 
 
 if __name__ == '__main__':

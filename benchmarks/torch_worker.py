@@ -1,6 +1,7 @@
-"""The same pipeline in PyTorch, eager, as the paper's authors ran theirs: torchvision's ResNet, transforms and loader.
+"""The PyTorch worker of the benchmarks: eager, like the paper's code, with torchvision's ResNet, transforms and loader,
+and the light model of efficientnet_lite_pytorch.
 
-Needs `requirements-torch.txt` and nothing of this project but the model, which the tests compare with ours.
+Needs `requirements-torch.txt`. From this project it imports only the model, which the tests compare with ours.
 """
 
 import itertools
@@ -14,12 +15,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks import workers
-from tests.goldens.torch_models import ResNet50Att2
+from tests.goldens.torch_models import Lite0Att2, ResNet50Att2
 
 NUM_WORKERS = 2
 CLASS_WEIGHTS = torch.ones(3)
 
-# As in covidjax.training.augment. On images of Pillow they are faster than on tensors.
+# Same ranges as covidjax.training.augment. The transforms are faster on Pillow images than on tensors.
 AUGMENTATION = (
     transforms.RandomHorizontalFlip(),
     transforms.RandomVerticalFlip(),
@@ -42,19 +43,19 @@ def draw_images(options):
 
 
 def to_input(images, options):
-    """Repeats grey images [B, 1, S, S] to three channels."""
+    """Repeats grey images [B, 1, S, S] to three channels, [B, 3, S, S]."""
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     return images.repeat(1, 3, 1, 1).contiguous(memory_format=layout)
 
 
 def create_model(options):
     torch.manual_seed(0)
-    model = ResNet50Att2()
+    model = {'resnet': ResNet50Att2, 'efficientnet_lite0': Lite0Att2}[options.model]()
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
 def create_train_round(options):
-    """Returns a function that trains on batches (images, labels), one step each."""
+    """Returns a function that makes one step per batch (images, labels)."""
     model = create_model(options).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     loss_function = torch.nn.CrossEntropyLoss(CLASS_WEIGHTS)
@@ -83,7 +84,7 @@ def start_training(options):
 
 
 def start_inference(options):
-    dtype = getattr(torch, options.dtype)  # of the whole model: faster than autocast
+    dtype = getattr(torch, options.dtype)  # the whole model in this dtype is faster than autocast
     model = create_model(options).eval().to(dtype)
     images = draw_images(options).to(dtype)
 
@@ -97,7 +98,7 @@ def start_inference(options):
 
 
 class GreyImages(Dataset):
-    """Decoded images in memory, each augmented when it is asked for."""
+    """Decoded images in memory; each one is augmented on access."""
 
     def __init__(self, images, transform):
         self._images = images
@@ -111,7 +112,7 @@ class GreyImages(Dataset):
 
 
 def create_loader(dataset, options, **more):
-    # Workers stay between rounds: their start is small beside an epoch of a thousand steps, but not beside a round.
+    # Workers persist between rounds: their start-up is negligible in an epoch of 1000 steps, but not in a round.
     return DataLoader(
         dataset, options.batch_size, num_workers=NUM_WORKERS, persistent_workers=True, drop_last=True, **more
     )
@@ -128,7 +129,7 @@ def start_augmentation(options):
 
 
 def start_epoch(options):
-    """A round is an epoch over the first images of a folder of PNGs, as many as make `steps` batches."""
+    """A round is an epoch of `steps` batches, sampled from a folder of PNGs."""
     transform = transforms.Compose(
         [transforms.Grayscale(), *AUGMENTATION, transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
     )

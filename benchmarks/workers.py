@@ -1,8 +1,8 @@
-"""Processes that do one round of work whenever they are told to, so that two of them alternate while both stay warm.
+"""Worker processes that do one round of work per request, so that two of them alternate while both stay warm.
 
-A worker writes a line of JSON when it is ready, {'facts': ...}, and one for every line that it reads: {'seconds': ...,
-'items': images of the round, 'faults': page faults, 'peak_mb': most memory the process held}. Standard library only:
-the workers of both sides import this module. Linux, as the counts of pages and memory come from there.
+A worker prints one line of JSON when it is ready, {'facts': ...}, and one for every line it reads: {'seconds': ...,
+'items': images of the round, 'faults': page faults, 'peak_mb': peak memory of the process}. It uses only the standard
+library, because the workers of both sides import it. It needs Linux for page faults and memory.
 """
 
 import argparse
@@ -25,24 +25,26 @@ ROOT = Path(__file__).parents[1]
 
 
 def serve(tasks: dict[str, Callable[[argparse.Namespace], tuple[Callable[[], int], dict]]]) -> None:
-    """Runs the task that the command line names until standard input ends.
+    """Runs the task named on the command line until standard input ends.
 
-    A task gets the options and returns the function that does a round and returns its number of images, and facts.
+    A task takes the options and returns a function and a dict of facts. The function does one round and returns its
+    number of images.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the driver speaks for all
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the driver reports the interruption
     parser = argparse.ArgumentParser()
     parser.add_argument('--task', choices=tasks, required=True)
+    parser.add_argument('--model', choices=('resnet', 'efficientnet_lite0'), default='resnet', help='backbone')
     parser.add_argument('--image_size', type=int, default=224)
     parser.add_argument('--batch_size', type=int, default=16)
-    parser.add_argument('--steps', type=int, default=1, help='batches of a round')
+    parser.add_argument('--steps', type=int, default=1, help='batches per round')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--channels_last', action='store_true')
-    parser.add_argument('--folder', help='of the data that the task reads')
-    parser.add_argument('--prepared_dir', help='of prepared slices')
+    parser.add_argument('--folder', help='folder of input data')
+    parser.add_argument('--prepared_dir', help='folder of prepared slices')
     options = parser.parse_args()
 
     answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps output of libraries out of the answers
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -61,18 +63,18 @@ def _count_page_faults() -> int:
 
 
 def _find_peak_memory() -> float:
-    # getrusage would count the parent's memory from before this program was loaded.
+    # getrusage would include the parent's memory from before exec.
     return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1000
 
 
 class Contender(NamedTuple):
-    """How a worker is started.
+    """How to start a worker.
 
     Attributes:
       python: interpreter.
-      module: that is run.
-      options: of its command line; True is a flag by itself, False and None leave it out.
-      environment: variables that it gets besides.
+      module: module to run.
+      options: command-line options; True is a bare flag, False and None omit it.
+      environment: additional environment variables.
     """
 
     python: str
@@ -82,14 +84,14 @@ class Contender(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What the rounds of one contender came to.
+    """Results of one contender.
 
     Attributes:
-      seconds: of every round.
-      items: images of a round.
+      seconds: duration of every round.
+      items: images per round.
       faults: page faults of every round.
-      peak_mb: most memory that the process held.
-      facts: what the worker said of itself.
+      peak_mb: peak memory of the process, MB.
+      facts: facts reported by the worker.
     """
 
     seconds: list[float]
@@ -100,12 +102,12 @@ class Measurement(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Images per second, at the median."""
+        """Images per second, from the median duration."""
         return self.items / statistics.median(self.seconds)
 
 
 class Worker:
-    """A running contender."""
+    """The running process of a contender."""
 
     def __init__(self, contender: Contender):
         arguments = [
@@ -124,17 +126,15 @@ class Worker:
         )
 
     def read(self) -> dict[str, Any]:
-        """Waits for the next answer."""
+        """Waits for the next answer and returns it."""
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(
-                f'error: the worker `{self._name}` ended with status {self._process.wait()}; see what it says above'
-            )
+            sys.exit(f'error: the worker `{self._name}` ended with status {self._process.wait()}; see its output above')
         return json.loads(line)
 
     def do_round(self) -> dict[str, Any]:
-        """Has a round done and returns its answer."""
-        with contextlib.suppress(BrokenPipeError):  # `read` tells of a worker that is gone
+        """Requests one round and returns its answer."""
+        with contextlib.suppress(BrokenPipeError):  # `read` reports a worker that has ended
             self._process.stdin.write('\n')
             self._process.stdin.flush()
         return self.read()
@@ -151,10 +151,10 @@ class Worker:
 
 
 def measure(contenders: dict[str, Contender], rounds: int, warm_up: int = 2) -> dict[str, Measurement]:
-    """Has every contender do a round, in turn, `rounds` times after `warm_up` times that do not count."""
+    """Alternates the contenders for `warm_up` uncounted rounds and then `rounds` counted ones."""
     with contextlib.ExitStack() as stack:
         workers, facts = {}, {}
-        for name, contender in contenders.items():  # one after the other: starting takes all cores
+        for name, contender in contenders.items():  # sequentially: starting a worker uses all cores
             workers[name] = stack.enter_context(Worker(contender))
             facts[name] = workers[name].read()['facts']
         answers = {name: [] for name in contenders}
@@ -168,7 +168,7 @@ def measure(contenders: dict[str, Contender], rounds: int, warm_up: int = 2) -> 
 
 
 def summarise(answers: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Measurement:
-    """Returns what a contender's answers come to."""
+    """Collects the answers of a contender."""
     return Measurement(
         seconds=[answer['seconds'] for answer in answers],
         items=answers[-1]['items'],
@@ -179,5 +179,5 @@ def summarise(answers: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Measu
 
 
 def say(text: str) -> None:
-    """Shows progress."""
+    """Prints progress on stderr."""
     print(text, file=sys.stderr, flush=True)

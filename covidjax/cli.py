@@ -70,8 +70,8 @@ def evaluate(values: flags.FlagValues) -> None:
     """Tests the best model of --workdir again."""
     workdir = _get_workdir(values, 'evaluate')
     _start_jax(values)
+    from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
-    from covidjax.experiment.workdir import load_config
 
     config = load_config(workdir)
     if 'extractor' not in config:
@@ -151,7 +151,7 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, seq) or a file, and the raw COVIDx-CT directory; without one: phantoms. '
+                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory; without one: phantoms. '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),

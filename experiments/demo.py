@@ -1,4 +1,4 @@
-"""Log and scale of the notebooks: a demo that fits into a lesson, and one for trials of the notebooks themselves."""
+"""Logging and scale of the notebooks: a short demo, and a still shorter run that only tests the notebooks."""
 
 import logging
 import os
@@ -12,27 +12,27 @@ TINY_MODEL = {'stage_sizes': (1, 1), 'width': 4, 'block': 'basic', 'stem': 'smal
 
 
 def set_up_log() -> None:
-    """Shows messages as main.py does, for which absl's `app.run` makes a handler; a notebook has none."""
+    """Shows log messages as main.py does; a notebook lacks the handler that absl's `app.run` creates."""
     cli.set_up_log()
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
 
 
 def share_phantoms(source: Path, workdir: Path) -> None:
-    """Lets a workdir use the phantoms of another one, if there are any, instead of drawing the same ones again."""
+    """Links a workdir to the phantoms of another one, if it has any, so that they are not generated again."""
     if (source / 'phantoms').exists() and not (workdir / 'phantoms').exists():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / 'phantoms').symlink_to((source / 'phantoms').absolute())
 
 
 def shorten(config: ConfigDict, num_epochs: int) -> ConfigDict:
-    """Returns the config with fewer epochs on phantoms; with a raw directory it stays as it is.
+    """Returns the config with fewer epochs on phantoms; a config with a raw directory stays unchanged.
 
-    If COVIDJAX_NOTEBOOK_STEPS is set, a tiny model makes so many training steps on small slices, and a scan model a
-    single pass: enough to see whether a notebook runs, not to learn.
+    If COVIDJAX_NOTEBOOK_STEPS is set, a tiny slice model is trained for so many steps on 64-pixel slices, and a scan
+    model for one epoch: enough to test a notebook, not to learn.
 
     Args:
-      config: of configs/att2.py or configs/seq.py.
-      num_epochs: on phantoms.
+      config: config of configs/att2.py or configs/seq.py.
+      num_epochs: number of epochs on phantoms.
     """
     config = config.copy_and_resolve_references().unlock()
     if not config.data.raw_dir:

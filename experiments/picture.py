@@ -1,9 +1,9 @@
-"""Draws the picture of the README: a phantom of each class, where a trained slice model looks, and where the lesion is.
+"""Draws the figure of the README: a phantom of each class, its lesion, and the maps of a trained slice model.
 
   python main.py --config=configs/att2.py --workdir=/tmp/run
   python -m experiments.picture --workdir=/tmp/run --output=docs/example.png
 
-The slices are the middle ones of the middle patients of the test list: nothing is picked by hand.
+It takes the middle slice of the middle test patient of each class, so that no slice is picked by hand.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from covidjax.data.lesions import read_phantom_lesions
 from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError
 from covidjax.experiment import common, slices
-from covidjax.experiment.workdir import load_config
+from covidjax.experiment.config import load_config
 from covidjax.explain.maps import explain, segment
 from covidjax.explain.scores import compute_maps
 from covidjax.report import figures, pictures
@@ -51,15 +51,15 @@ def draw(workdir: Path, output: Path) -> None:
     )
     with Image.open(output) as image:
         small = image.convert('RGB')
-    small.thumbnail((600, 600))  # of a README
+    small.thumbnail((600, 600))  # size for the README
     small.save(output, optimize=True)
 
 
 def main() -> None:
-    """Draws what the command line names; a user's mistake is one line on stderr and exit status 1."""
+    """Parses the command line and draws; a user error prints one line on stderr and exits with status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--workdir', type=Path, required=True, help='of a finished slice run on phantoms')
-    parser.add_argument('--output', type=Path, required=True, help='PNG to write')
+    parser.add_argument('--workdir', type=Path, required=True, help='workdir of a finished slice run on phantoms')
+    parser.add_argument('--output', type=Path, required=True, help='PNG file to write')
     options = parser.parse_args()
     try:
         draw(options.workdir, options.output)

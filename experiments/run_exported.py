@@ -1,6 +1,8 @@
-"""Runs what `--mode=export --output=model.stablehlo` wrote; needs jax, flatbuffers and Pillow, nothing of this project.
+"""Runs a model exported with `--mode=export --output=model.stablehlo`; needs only jax, flatbuffers and Pillow.
 
-python run_exported.py model.stablehlo slice1.png slice2.png    (cropped to the body; of one scan, from head to feet)
+python run_exported.py model.stablehlo slice1.png slice2.png
+
+Crop the slices to the body. For a scan model, pass the slices of one scan from head to feet.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Executes the notebooks from top to bottom, in their order; the first error ends it with the cell and its traceback.
+"""Executes the notebooks in order; stops at the first error and prints the cell and its traceback.
 
-  python -m experiments.run_notebooks                               a trial: hardly any training, see demo.py
-  python -m experiments.run_notebooks --full                        as they stand
-  python -m experiments.run_notebooks --output=/tmp/seen 1_data     one of them, kept with its outputs and runs
+  python -m experiments.run_notebooks                               a test with very little training, see demo.py
+  python -m experiments.run_notebooks --full                        the full training of each notebook
+  python -m experiments.run_notebooks --output=/tmp/seen 1_data     one notebook; keeps its outputs and runs
 
-Needs requirements-dev.txt. The notebooks here stay as they are; a temporary folder, or --output, takes what they make.
+Needs requirements-dev.txt. The notebooks here are not modified; results go to a temporary folder, or to --output.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def execute(name: str, output: Path) -> None:
-    """Executes a notebook in the folder `output` and writes it there with its outputs, also if a cell fails."""
+    """Executes a notebook in the folder `output` and saves it there with its outputs, even if a cell fails."""
     notebook = nbformat.read(FOLDER / f'{name}.ipynb', as_version=4)
     client = NotebookClient(notebook, timeout=None, resources={'metadata': {'path': str(output)}})
     try:
@@ -33,16 +33,18 @@ def execute(name: str, output: Path) -> None:
 
 
 def main() -> None:
-    """Executes what the command line names, by default all."""
+    """Executes the notebooks named on the command line, by default all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = sorted(path.stem for path in FOLDER.glob('*.ipynb'))
-    parser.add_argument('names', nargs='*', metavar='name', help=f'some of {", ".join(every)}; by default all')
-    parser.add_argument('--full', action='store_true', help='train as the notebooks say')
-    parser.add_argument('--output', type=Path, help='folder to keep executed notebooks and their runs in')
+    parser.add_argument(
+        'names', nargs='*', metavar='name', help=f'notebooks to execute, from {", ".join(every)}; default: all'
+    )
+    parser.add_argument('--full', action='store_true', help='train as long as the notebooks specify')
+    parser.add_argument('--output', type=Path, help='folder for the executed notebooks and their runs')
     options = parser.parse_args()
     unknown = set(options.names) - set(every)
     if unknown:
-        parser.error(f'no notebook {", ".join(sorted(unknown))}: there are {", ".join(every)}')
+        parser.error(f'unknown notebook {", ".join(sorted(unknown))}; choose from {", ".join(every)}')
 
     os.environ['PYTHONPATH'] = os.pathsep.join([str(FOLDER.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     if not options.full:

@@ -22,7 +22,7 @@ from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.data.preprocess import apply_window, load_slice
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.experiment import slices
-from covidjax.experiment.workdir import load_config
+from covidjax.experiment.config import load_config
 from covidjax.models.torch_names import from_torch
 from covidjax.training.checkpoints import open_checkpoints
 from tests.scan_files import encode_dicom, make_chest, make_dicom, write_images, write_series

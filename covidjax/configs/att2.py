@@ -1,51 +1,60 @@
 """The paper's first experiment: ResNet50-ATT2 classifies single slices (section IV).
 
-`--config=configs/att2.py:/data/covidx-ct` is the paper's setting on that raw COVIDx-CT directory. Without a directory
-the run uses generated phantoms at demo scale: a smaller network, smaller slices and fewer steps of the same code.
+`--config=configs/att2.py:/data/covidx-ct` has the paper's values, for that raw COVIDx-CT directory. Without a directory
+the run uses generated phantoms at demo scale: a smaller network, smaller slices and fewer steps.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(raw_dir: str = '') -> ConfigDict:
-    """Returns the paper's values with a raw directory, demo values without."""
+    """Returns the paper's values for a raw directory, or demo values without one."""
     config = ConfigDict()
     config.name = 'att2'
-    config.seed = 0  # of initial weights, data order and augmentation
+    config.seed = 0  # for initial weights, data order and augmentation
 
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.image_size = 224  # side of a slice, pixels
-    data.skip_bad = False  # drop missing and unreadable images (and record them) instead of stopping
-    data.phantom_seed = 0  # of the phantoms; unused with a raw directory
+    data.region = 'body'  # what is left of a slice: 'body' (its box) or 'lungs' (on black)
+    data.skip_bad = False  # skip (and record) missing and unreadable images instead of stopping
+    data.phantom_seed = 0  # seed of the phantoms; unused with a raw directory
 
     config.model = model = ConfigDict()
+    model.backbone = 'resnet'  # 'resnet' or 'efficientnet_lite0' (see lite.py)
     model.stage_sizes = (3, 4, 6, 3)  # residual blocks per stage
     model.width = 64  # channels of the first stage
     model.block = 'bottleneck'  # 'bottleneck' or 'basic'
     model.stem = 'imagenet'  # 'imagenet' (7x7 and max-pool, stride 4) or 'small' (3x3, stride 2)
-    model.tail_blocks = 3  # blocks after the last stage that compute the global feature
+    model.tail_blocks = 3  # blocks after the last stage, which compute the global feature
     model.compatibility = 'additive'  # (eq. 11), 'dot' (eq. 12), 'tanh' (Bahdanau) or 'uniform' (average pooling)
-    model.combination = 'concat'  # of the two attention modules: 'concat' or 'average'
+    model.combination = 'concat'  # how the two attention modules combine: 'concat' or 'average'
+    model.dropout = 0.0  # of the embedding
+    model.mirror = False  # evaluation averages over a slice and its mirror image
     model.pretrained = 'timm/resnet50.tv_in1k'  # Hugging Face name or .safetensors file; empty: from scratch
 
     config.train = train = ConfigDict()
     train.batch_size = 64  # slices per step, over all devices
     train.steps_per_epoch = 1000  # drawn from an endless shuffled stream
-    train.num_epochs = 25  # at most
+    train.num_epochs = 25  # maximum
     train.patience = 5  # epochs without a better validation loss before stopping
-    train.min_delta = 1e-4  # what counts as better
-    train.learning_rate = 5e-4  # of Adam
+    train.min_delta = 1e-4  # smallest decrease that counts as better
+    train.learning_rate = 5e-4  # for Adam
     train.schedule = 'constant'  # 'constant' or 'cosine' (to 0 at the last step)
-    train.warmup_steps = 0  # of linear warm-up from 0
+    train.warmup_steps = 0  # steps of linear warm-up from 0
     train.weight_decay = 0.0
     train.decay = 'decoupled'  # 'decoupled' (AdamW) or 'l2' (in the gradient)
     train.augment = True  # flips, blur and affine of section IV-B
-    train.dtype = 'float32'  # of activations: 'float32' or 'bfloat16'; parameters and sums stay float32
-    train.accumulation_steps = 1  # parts of a batch that go through the model one after the other, to save memory
-    train.parallelism = 'jit'  # over devices: 'jit' (the compiler divides the batch) or 'pmap'
-    train.checkpoint_steps = 0  # steps between checkpoints within an epoch; 0: at the end of epochs only
+    train.scale = (0.9, 1.1)  # zoom of the affine map
+    train.brightness = 0.0  # half-width of the range of a factor about 1
+    train.contrast = 0.0  # likewise, of the distance from the mean grey
+    train.label_smoothing = 0.0
+    train.ema_decay = 0.0  # of a moving average of the weights, which is validated and tested; 0: none
+    train.dtype = 'float32'  # activations: 'float32' or 'bfloat16'; parameters and sums stay float32
+    train.accumulation_steps = 1  # split a batch into this many parts, computed one after the other to save memory
+    train.parallelism = 'jit'  # over devices: 'jit' (the compiler shards the batch) or 'pmap'
+    train.checkpoint_steps = 0  # steps between checkpoints within an epoch; 0: only at the end of each epoch
 
     if not raw_dir:
         data.image_size = 64

@@ -50,11 +50,13 @@ class CovidxCtConfig(tfds.core.BuilderConfig):
 
     Attributes:
       image_size: side of the prepared slices in pixels.
+      region: see `preprocess.load_slice`.
       skip_bad: True drops and records missing and unreadable images; False raises an error for them.
       fingerprint: SHA-256, in hex, of the lists and these settings.
     """
 
     image_size: int = 224
+    region: str = 'body'
     skip_bad: bool = False
     fingerprint: str = ''
 
@@ -111,7 +113,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
     def _check_bad(self) -> None:
         if self._bad and not self.builder_config.skip_bad:
             _raise_bad_images(self._bad, self._rows, self._images)
-        _check_remaining(_drop_rows(self._rows, self._bad), self._images)
+        _check_remaining(self._rows, _drop_rows(self._rows, self._bad), self._images)
 
     def _shard_iterators_per_split(self, dl_manager) -> dict[str, list]:
         del dl_manager
@@ -125,7 +127,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
         rows = self._rows[split][start : start + SHARD_SIZE]
         present = [row for row in rows if (split, row.file) not in self._bad]
         self._progress.update(len(rows) - len(present))
-        encoded = _encode_slices(present, self._images, self.builder_config.image_size)
+        encoded = _encode_slices(present, self._images, self.builder_config)
         for key, (row, (png, fault)) in enumerate(zip(present, encoded, strict=True), start):
             self._progress.update()
             if fault:
@@ -200,7 +202,9 @@ class Prepared(NamedTuple):
     dropped: list[tuple[str, str]]
 
 
-def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool = False) -> Prepared:
+def prepare(
+    raw_dir: str, *, image_size: int, prepared_dir: str, region: str = 'body', skip_bad: bool = False
+) -> Prepared:
     """Prepares a raw directory if necessary and opens the prepared dataset.
 
     The folder name contains a fingerprint of the lists and settings: another list or image size gives a new dataset.
@@ -210,6 +214,7 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
     Args:
       raw_dir: directory with the three lists and the image folder.
       image_size: side of the prepared slices in pixels.
+      region: see `preprocess.load_slice`.
       prepared_dir: parent folder of prepared datasets; '' is TFDS's default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
       skip_bad: drop and record missing and unreadable images instead of raising an error.
 
@@ -223,7 +228,9 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
     data_dir = prepared_dir or os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
     # With skip_bad, a dataset prepared without skip_bad also fits: it has no bad images.
-    configs = [_create_config(version, rows, image_size, skip) for skip in ([True, False] if skip_bad else [False])]
+    configs = [
+        _create_config(version, rows, image_size, region, skip) for skip in ([True, False] if skip_bad else [False])
+    ]
     with _quiet_tfds():
         for config in configs:
             builder = CovidxCt(config=config, data_dir=data_dir)
@@ -238,14 +245,17 @@ def prepare(raw_dir: str, *, image_size: int, prepared_dir: str, skip_bad: bool 
         return _open(builder, raw_dir, version, rows)
 
 
-def _create_config(version: str, rows: Mapping, image_size: int, skip_bad: bool) -> CovidxCtConfig:
+def _create_config(version: str, rows: Mapping, image_size: int, region: str, skip_bad: bool) -> CovidxCtConfig:
     """Returns a config whose name, and so its folder, contains a fingerprint of the lists and settings."""
-    fingerprint = lists.compute_fingerprint(
-        rows, version=version, image_size=image_size, skip_bad=skip_bad, format=str(CovidxCt.VERSION)
-    )
+    settings = {'version': version, 'image_size': image_size, 'skip_bad': skip_bad, 'format': str(CovidxCt.VERSION)}
+    if region != 'body':  # so that what earlier versions prepared still counts
+        settings['region'] = region
+    fingerprint = lists.compute_fingerprint(rows, **settings)
     plain = next(config for config in CovidxCt.BUILDER_CONFIGS if config.name == version.lower())
     name = f'{plain.name}_{image_size}px_{fingerprint[:12]}'
-    return dataclasses.replace(plain, name=name, image_size=image_size, skip_bad=skip_bad, fingerprint=fingerprint)
+    return dataclasses.replace(
+        plain, name=name, image_size=image_size, region=region, skip_bad=skip_bad, fingerprint=fingerprint
+    )
 
 
 def _write(builder: CovidxCt, raw_dir: str) -> None:
@@ -298,14 +308,17 @@ def _check_sizes(builder: CovidxCt) -> None:
             raise ValueError(f'{size} bytes of {split} instead of {info.num_bytes}')
 
 
-def _encode_slices(rows: Sequence[lists.Row], images: str, size: int) -> Iterator[tuple[bytes, str]]:
+def _encode_slices(rows: Sequence[lists.Row], images: str, config: CovidxCtConfig) -> Iterator[tuple[bytes, str]]:
     """Yields (PNG bytes, '') or (b'', reason) for each row, in row order; worker processes decode on all cores."""
     tasks = [(os.path.join(images, row.file), row.box) for row in rows]
     batches = [tasks[start : start + BATCH_SIZE] for start in range(0, len(tasks), BATCH_SIZE)]
     num_workers = max(1, min(joblib.cpu_count(), len(batches)))
     # max_nbytes=None turns off memory mapping, which does not pay for small batches of paths.
     parallel = joblib.Parallel(n_jobs=num_workers, return_as='generator', batch_size=1, max_nbytes=None)
-    results = parallel(joblib.delayed(preprocess.encode_slices)(batch, size, os.getpid()) for batch in batches)
+    results = parallel(
+        joblib.delayed(preprocess.encode_slices)(batch, config.image_size, os.getpid(), config.region)
+        for batch in batches
+    )
     try:
         yield from itertools.chain.from_iterable(results)
     finally:
@@ -350,13 +363,11 @@ def _raise_bad_images(bad: BadImages, rows: Mapping[str, Sequence[lists.Row]], i
     )
 
 
-def _check_remaining(rows: Mapping[str, Sequence[lists.Row]], images: str) -> None:
-    """Raises UserError if, without the bad images, a split is empty or train lacks a class."""
-    lost = [f'{split} is empty' for split in lists.SPLITS if not rows[split]]
-    present = {row.label for row in rows['train']}
-    lost += [
-        f'train has no {lists.CLASSES[i]}' for i in range(len(lists.CLASSES)) if rows['train'] and i not in present
-    ]
+def _check_remaining(listed: Mapping[str, Sequence], kept: Mapping[str, Sequence], images: str) -> None:
+    """Raises UserError if, without the bad images, a split is empty or train lacks a class that its list has."""
+    lost = [f'{split} is empty' for split in lists.SPLITS if not kept[split]]
+    absent = {row.label for row in listed['train']} - {row.label for row in kept['train']}
+    lost += [f'train has no {lists.CLASSES[label]}' for label in sorted(absent)] if kept['train'] else []
     if lost:
         raise UserError(f'too many images are missing or unreadable in {images}: without them, {", ".join(lost)}')
 

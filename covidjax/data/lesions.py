@@ -41,7 +41,7 @@ class LesionSlice(NamedTuple):
     lung: np.ndarray | None
 
 
-def read_lesion_folder(folder: Path, size: int) -> list[LesionSlice]:
+def read_lesion_folder(folder: Path, size: int, region: str = 'body') -> list[LesionSlice]:
     """Reads a folder of slices and lesion masks listed in `slices.csv`.
 
     The columns `image` and `lesion` hold the paths of a slice and its mask, relative to the folder. Both images have
@@ -70,7 +70,7 @@ def read_lesion_folder(folder: Path, size: int) -> list[LesionSlice]:
     slices, faults = [], []
     for number, row in enumerate(rows, start=2):
         try:
-            slices.append(_read_row(folder, row, size))
+            slices.append(_read_row(folder, row, size, region))
         except ValueError as error:
             faults.append(f'{LIST_NAME}:{number}: {error}')
     if faults:
@@ -78,7 +78,7 @@ def read_lesion_folder(folder: Path, size: int) -> list[LesionSlice]:
     return [s for s in slices if s.lesion.any()]
 
 
-def _read_row(folder: Path, row: dict[str, str | None], size: int) -> LesionSlice:
+def _read_row(folder: Path, row: dict[str, str | None], size: int, region: str) -> LesionSlice:
     name = row['image'] or ''
     label = row.get('class') or _DEFAULT_CLASS
     if label not in CLASSES:
@@ -89,11 +89,11 @@ def _read_row(folder: Path, row: dict[str, str | None], size: int) -> LesionSlic
         if not part or not path.is_relative_to(folder.resolve()):
             raise ValueError(f'{part!r} is not a path inside the folder')
         paths.append(path)
-    image, mask = _load_pair(*paths, None, size)
+    image, mask = _load_pair(*paths, None, size, region)
     return LesionSlice(name, row.get('patient') or name, CLASSES.index(label), image, mask, find_lung(image, mask))
 
 
-def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int) -> list[LesionSlice]:
+def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int, region: str = 'body') -> list[LesionSlice]:
     """Returns the rows of a phantom dataset that show a lesion; an empty list if the dataset has no masks.
 
     Args:
@@ -105,18 +105,19 @@ def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int) -> list[
     for row in rows:
         mask_path = raw_dir / phantom.MASK_FOLDER / row.file
         if mask_path.exists():
-            image, mask = _load_pair(raw_dir / phantom.IMAGE_FOLDER / row.file, mask_path, row.box, size)
+            image, mask = _load_pair(raw_dir / phantom.IMAGE_FOLDER / row.file, mask_path, row.box, size, region)
             if mask.any():
                 slices.append(LesionSlice(row.file, row.patient, row.label, image, mask, find_lung(image, mask)))
     return slices
 
 
 def _load_pair(
-    image_path: Path, mask_path: Path, box: preprocess.Box | None, size: int
+    image_path: Path, mask_path: Path, box: preprocess.Box | None, size: int, region: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns an image uint8 [S, S, 1] and its mask bool [S, S], True where lesion covers at least half of a pixel."""
     try:
-        image = preprocess.load_slice(str(image_path), box, size)
+        with preprocess.open_image(str(image_path)) as of_image:
+            grey, place = preprocess.cut_region(of_image, box, region)
     except ValueError as error:
         raise ValueError(f'{image_path.name}: {error}') from error
     try:
@@ -126,9 +127,8 @@ def _load_pair(
             mask = Image.fromarray((np.asarray(of_mask.convert('I')) > 0).astype(np.uint8) * 255)
     except (ValueError, OSError) as error:
         raise ValueError(f'{mask_path.name}: {error}') from error
-    if box is not None:
-        mask = mask.crop((max(box[0], 0), max(box[1], 0), min(box[2], mask.width), min(box[3], mask.height)))
-    return image[..., np.newaxis], np.asarray(mask.resize((size, size), Image.Resampling.BOX)) >= 128
+    small = mask.crop(place).resize((size, size), Image.Resampling.BOX)
+    return preprocess.resize(grey, size)[..., np.newaxis], np.asarray(small) >= 128
 
 
 def find_lung(image: np.ndarray, lesion: np.ndarray) -> np.ndarray | None:
@@ -142,31 +142,10 @@ def find_lung(image: np.ndarray, lesion: np.ndarray) -> np.ndarray | None:
       bool [S, S], or None if it covers less than 5 % of the image, which means that the rule failed.
     """
     grey = image[..., 0]
-    regions, count = scipy.ndimage.label(grey < compute_otsu_threshold(grey))
+    regions, count = scipy.ndimage.label(grey < preprocess.compute_otsu_threshold(grey))
     # Air outside the body is in the corners. The lungs can touch the sides if the slice is cropped to them.
     corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
     areas = np.bincount(regions.ravel(), minlength=count + 1)
     kept = np.setdiff1d(np.flatnonzero(areas >= 0.005 * grey.size), [0, *corners])
     lung = scipy.ndimage.binary_fill_holes(np.isin(regions, kept) | lesion)
     return lung if lung.mean() >= MIN_LUNG else None
-
-
-def compute_otsu_threshold(values: np.ndarray) -> float:
-    """Returns the threshold with the largest between-class variance (Otsu 1979), over 256 bins.
-
-    Values below the threshold are the low group. For constant values the threshold is that value
-    and the group is empty.
-    """
-    low, high = float(values.min()), float(values.max())
-    if low == high:
-        return low
-    counts, edges = np.histogram(values, bins=256, range=(low, high))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below, total = np.cumsum(counts)[:-1], counts.sum()
-    sums = np.cumsum(counts * centres)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (total - below)
-    between = np.nan_to_num(below * (total - below) * (means[0] - means[1]) ** 2)
-    # All thresholds in a gap of empty bins tie: take the middle.
-    best = np.flatnonzero(between == between.max())
-    return float(edges[1:-1][best].mean())

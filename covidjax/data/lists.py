@@ -138,7 +138,7 @@ def read_lists(raw_dir: str) -> dict[str, list[Row]]:
 
     Raises:
       UserError: as in `find_version` and `read_list`, but one message covers all three lists; also if a file is listed
-        twice or a class has no row in train.
+        twice or train has fewer than two classes.
     """
     version = find_version(raw_dir)
     first_seen: dict[str, str] = {}
@@ -146,7 +146,9 @@ def read_lists(raw_dir: str) -> dict[str, list[Row]]:
     for split in SPLITS:
         rows[split], list_faults, _ = parse_list(os.path.join(raw_dir, get_list_name(split, version)), first_seen)
         if split == 'train' and not list_faults:
-            list_faults = _find_absent_classes(rows[split], get_list_name(split, version))
+            absent = find_absent_classes(rows[split])
+            if len(CLASSES) - len(absent) < 2:
+                list_faults = [f'{get_list_name(split, version)}: no row of {" or ".join(absent)}']
         faults += list_faults
     _raise_faults(faults, raw_dir)
     return rows
@@ -269,9 +271,10 @@ def _check_name(file: str) -> None:
             raise ValueError(f'file name {_show(file)} is not a plain path inside the image folder')
 
 
-def _find_absent_classes(rows: Sequence[Row], name: str) -> list[str]:
+def find_absent_classes(rows: Sequence[Row]) -> list[str]:
+    """Returns the classes that no row has."""
     present = {row.label for row in rows}
-    return [f'{name}: no row of class {i} ({CLASSES[i]})' for i in range(len(CLASSES)) if i not in present]
+    return [name for label, name in enumerate(CLASSES) if label not in present]
 
 
 def _raise_faults(faults: Sequence[str], directory: str) -> None:

@@ -20,26 +20,53 @@ from PIL import Image
 MAX_PIXELS = 64_000_000
 WINDOW_WIDTH_HU, WINDOW_LEVEL_HU = 1500, -600  # of COVIDx CT: lungs in the middle, soft tissue bright
 
+REGIONS = ('body', 'lungs')  # what is left of a slice
+
 Box = tuple[int, int, int, int]
 
 
-def load_slice(path: str, box: Box | None, size: int) -> np.ndarray:
-    """Reads an image file, crops it to the body, converts it to grey and resizes it.
+def load_slice(path: str, box: Box | None, size: int, region: str = 'body') -> np.ndarray:
+    """Reads an image file, crops it to the body or to the lungs, converts it to grey and resizes it.
 
     Args:
       path: an image in a format that Pillow reads. A truncated image is an error; it is not padded.
       box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
       size: side of the result in pixels.
+      region: 'body' is the box; 'lungs' is what `lungs.find_lungs_in_slice` finds in the box, on black.
 
     Returns:
       uint8 [size, size], 0 to 255.
 
     Raises:
-      ValueError: the file is missing, damaged, not an image or larger than `MAX_PIXELS`, or the box misses the image.
-        The message is the reason on one line, without the path.
+      ValueError: the file is missing, damaged, not an image or larger than `MAX_PIXELS`, the box misses the image, or
+        no lungs are found. The message is the reason on one line, without the path.
     """
     with open_image(path) as image:
-        return crop_grey_resize(image, box, size)
+        return resize(cut_region(image, box, region)[0], size)
+
+
+def cut_region(image: Image.Image, box: Box | None, region: str) -> tuple[np.ndarray, Box]:
+    """Cuts a region out of an image (see `load_slice`); returns its grey values uint8 [h, w] and its box in the image.
+
+    Raises:
+      ValueError: see `load_slice`.
+    """
+    xmin, ymin, xmax, ymax = _clip_box(box or (0, 0, image.width, image.height), image.width, image.height)
+    grey = np.asarray(convert_grey(image.crop((xmin, ymin, xmax, ymax))))
+    if region == 'body':
+        return grey, (xmin, ymin, xmax, ymax)
+    from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice  # loads scipy, which 'body' does not need
+
+    lungs = find_lungs_in_slice(grey)
+    if lungs is None:
+        raise ValueError('no lungs found in it')
+    cut, (left, top, right, bottom) = cut_to_lungs(grey, lungs)
+    return cut, (xmin + left, ymin + top, xmin + right, ymin + bottom)
+
+
+def resize(grey: np.ndarray, size: int) -> np.ndarray:
+    """Resizes grey values uint8 [h, w] to [size, size]; bicubic with antialiasing, aspect ratio not kept."""
+    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
 
 
 @contextlib.contextmanager
@@ -65,22 +92,8 @@ def open_image(file: str | BinaryIO) -> Iterator[Image.Image]:
 
 
 def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarray:
-    """Crops an image to a box, converts it to grey and resizes it to a square. Does not keep the aspect ratio.
-
-    Args:
-      image: any size; 16-bit images are scaled to 8 bits.
-      box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
-      size: side of the result in pixels; the filter is bicubic with antialiasing.
-
-    Returns:
-      uint8 [size, size], 0 to 255.
-
-    Raises:
-      ValueError: the box misses the image, or the pixels have neither 8 nor 16 bits.
-    """
-    if box is not None:
-        image = image.crop(_clip_box(box, image.width, image.height))
-    return np.asarray(convert_grey(image).resize((size, size), Image.Resampling.BICUBIC))
+    """Crops an image to a box, converts it to grey and resizes it: uint8 [size, size] (see `cut_region`, `resize`)."""
+    return resize(cut_region(image, box, 'body')[0], size)
 
 
 def apply_window(hu: np.ndarray) -> np.ndarray:
@@ -89,13 +102,16 @@ def apply_window(hu: np.ndarray) -> np.ndarray:
     return np.round((hu.astype(np.float32) - low).clip(0, WINDOW_WIDTH_HU) * (255 / WINDOW_WIDTH_HU)).astype(np.uint8)
 
 
-def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) -> list[tuple[bytes, str]]:
+def encode_slices(
+    tasks: Sequence[tuple[str, Box]], size: int, main_pid: int, region: str = 'body'
+) -> list[tuple[bytes, str]]:
     """Loads slices and encodes them as PNG. This is one task of a preparation worker.
 
     Args:
       tasks: (path, box) of each slice.
       size: side of the result in pixels.
       main_pid: process that waits for the result; a worker exits soon after that process ends.
+      region: see `load_slice`.
 
     Returns:
       For each task (bytes of a grey PNG [size, size], ''), or (b'', reason) if the slice is unreadable.
@@ -105,7 +121,7 @@ def encode_slices(tasks: Sequence[tuple[str, Box]], size: int, main_pid: int) ->
     results = []
     for path, box in tasks:
         try:
-            results.append((encode_png(load_slice(path, box, size)), ''))
+            results.append((encode_png(load_slice(path, box, size, region)), ''))
         except ValueError as error:
             results.append((b'', str(error)))
     return results
@@ -154,3 +170,24 @@ def convert_grey(image: Image.Image) -> Image.Image:
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f'pixels from {pixels.min()} to {pixels.max()}; save the slice with 8 or 16 bits')
     return Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+
+
+def compute_otsu_threshold(values: np.ndarray) -> float:
+    """Returns the threshold with the largest between-class variance (Otsu 1979), over 256 bins.
+
+    Values below the threshold are the low group. For constant values the threshold is that value
+    and the group is empty.
+    """
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return low
+    counts, edges = np.histogram(values, bins=256, range=(low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below, total = np.cumsum(counts)[:-1], counts.sum()
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (total - below)
+    between = np.nan_to_num(below * (total - below) * (means[0] - means[1]) ** 2)
+    # All thresholds in a gap of empty bins tie: take the middle.
+    best = np.flatnonzero(between == between.max())
+    return float(edges[1:-1][best].mean())

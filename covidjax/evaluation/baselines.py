@@ -37,11 +37,17 @@ def compute_thumbnail_scores(
 
     Returns:
       Scores [N, K] of the test split and the penalty. The scores are not probabilities; the largest is the prediction.
+      A class without training examples scores below all others.
     """
     thumbnails = {split: compute_thumbnails(source, name=split) for split, source in sources.items()}
     models = [RidgeClassifier(alpha=alpha).fit(thumbnails['train'], labels['train']) for alpha in RIDGE_ALPHAS]
     best = max(models, key=lambda model: model.score(thumbnails['val'], labels['val']))
-    return best.decision_function(thumbnails['test']), best.alpha
+    found = best.decision_function(thumbnails['test'])
+    if found.ndim == 1:  # of the second of two classes against the first
+        found = np.stack([-found, found], axis=1)
+    scores = np.full((len(found), len(CLASSES)), found.min() - 1)
+    scores[:, best.classes_] = found
+    return scores, best.alpha
 
 
 def compute_majority_scores(train_labels: np.ndarray, num_examples: int, num_classes: int) -> np.ndarray:

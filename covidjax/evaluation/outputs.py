@@ -38,7 +38,7 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
         mutable=['intermediates'],
         capture_intermediates=lambda module, _: module.name == 'backbone',
     )
-    [stages] = captured['intermediates']['backbone']['__call__']
+    stages = captured['intermediates']['backbone']['__call__'][0]  # of the slice; a model may add its mirror image
     moments = [moment for x in stages for moment in (x.mean((1, 2)), x.std((1, 2)))]
     return SliceOutputs(*outputs, statistics=jnp.concatenate(moments, axis=-1))
 

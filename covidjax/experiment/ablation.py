@@ -1,7 +1,7 @@
-"""Every kind of attention trained with the same budget and seeds, and compared in accuracy, AUC and where it looks.
+"""Ablation of the attention: variants trained with equal budget and seeds, compared by accuracy, AUC and localisation.
 
 Shapes: M seeds, N slices of the test split, L slices with a lesion, K classes, S side of a slice, P patients, R
-resamples of them.
+resamples of the patients.
 """
 
 import logging
@@ -27,7 +27,7 @@ from covidjax.explain.maps import combine_attention, explain
 from covidjax.files import replace_file, write_json
 from covidjax.training.checkpoints import open_checkpoints
 
-REFERENCE = 'additive-concat'  # the paper's; differences are taken from it, or from the first variant without it
+REFERENCE = 'additive-concat'  # the paper's variant; if absent, differences are taken to the first variant
 _TITLES = {
     'accuracy': 'accuracy',
     'auc': 'AUC',
@@ -46,11 +46,11 @@ log = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
-    """What the runs of one variant make of the N test slices, M runs with a seed each.
+    """Predictions and localisation scores of one variant on the test slices: M runs, one per seed.
 
     Attributes:
       probabilities: [M, N, K].
-      localisation: of both attention maps' product on the L slices with a lesion, by score of `_SCORES`: [M, L].
+      localisation: [M, L] by name in `_SCORES`, for the combined attention map on slices with a lesion.
     """
 
     probabilities: np.ndarray
@@ -66,7 +66,7 @@ def create_config(base: ConfigDict, compatibility: str, combination: str, seed: 
 
 
 def predict(config: ConfigDict, data: covidx_ct.Prepared, workdir: Path, lesions: Sequence[LesionSlice]) -> Outcome:
-    """Returns the outcome of one finished run; M is 1."""
+    """Returns the outcome of one finished run, with M = 1."""
     model = slices.create_model(config.model)
     with open_checkpoints(workdir) as checkpoints:
         variables = slices.restore_best(config, checkpoints)
@@ -79,7 +79,7 @@ def predict(config: ConfigDict, data: covidx_ct.Prepared, workdir: Path, lesions
 
 
 def score_maps(maps: Sequence[np.ndarray], lesions: Sequence[LesionSlice]) -> dict[str, np.ndarray]:
-    """Returns each localisation score of each slice, float [L], of maps [S, S]."""
+    """Returns the localisation scores of maps [S, S]: float [L] by name in `_SCORES`."""
     return {
         name: np.array([score(m, s.lesion) for m, s in zip(maps, lesions, strict=True)], float)
         for name, score in _SCORES.items()
@@ -89,11 +89,11 @@ def score_maps(maps: Sequence[np.ndarray], lesions: Sequence[LesionSlice]) -> di
 def estimate(
     outcome: Outcome, rows: Sequence[Row], lesions: Sequence[LesionSlice], resamples_RxP: np.ndarray
 ) -> dict[str, Estimate]:
-    """Returns the figures of one variant.
+    """Returns the metrics of one variant.
 
     Returns:
-      'accuracy' of slices; 'auc', the mean over the classes of one against the rest, or of the two there are; where
-      both are there, 'auc_covid19_pneumonia' per patient; and, where there are lesions, the scores of `_SCORES`.
+      'accuracy' per slice; 'auc', the mean one-vs-rest AUC over the classes present (with two classes, their AUC);
+      'auc_covid19_pneumonia' per patient if both classes are present; the scores of `_SCORES` if there are lesions.
     """
     labels = np.array([row.label for row in rows])
     patients = [row.patient for row in rows]
@@ -126,7 +126,7 @@ def estimate(
 
 
 def _number_patients(rows: Sequence[Row], lesions: Sequence[LesionSlice]) -> np.ndarray:
-    """Returns the number of each lesion's patient in the order of `group_by_patient`, int [L]."""
+    """Returns the patient index of each lesion, as numbered by `group_by_patient`, int [L]."""
     patients = [row.patient for row in rows]
     number = dict(zip(patients, group_by_patient(patients).tolist(), strict=True))
     return np.array([number[s.patient] for s in lesions], int)
@@ -135,7 +135,7 @@ def _number_patients(rows: Sequence[Row], lesions: Sequence[LesionSlice]) -> np.
 def estimate_references(
     rows: Sequence[Row], lesions: Sequence[LesionSlice], resamples_RxP: np.ndarray
 ) -> dict[str, dict[str, Estimate]]:
-    """Returns the localisation of maps that know nothing of the slice: a flat one and one about the centre."""
+    """Returns the localisation scores of two maps that ignore the slice: a flat one and a centred one."""
     if not lesions:
         return {}
     size, groups = lesions[0].lesion.shape[0], _number_patients(rows, lesions)
@@ -158,7 +158,7 @@ def format_cell(summary: dict[str, Any] | None) -> str:
 
 
 def format_table(by_row: dict[str, dict[str, Any]]) -> str:
-    """Returns a markdown table, a row per variant, of those columns that any row has."""
+    """Returns a markdown table with one row per variant; columns without any value are left out."""
     columns = [name for name in _TITLES if any(name in row for row in by_row.values())]
     lines = ['| | ' + ' | '.join(_TITLES[name] for name in columns) + ' |', '|---' * (len(columns) + 1) + '|']
     for row, summaries in by_row.items():
@@ -167,7 +167,7 @@ def format_table(by_row: dict[str, dict[str, Any]]) -> str:
 
 
 def format_report(comparison: dict[str, Any]) -> str:
-    """Returns the comparison as markdown."""
+    """Returns the content of ablation.md."""
     counts = comparison['test']
     lines = [
         '# Ablation of the attention',
@@ -175,7 +175,7 @@ def format_report(comparison: dict[str, Any]) -> str:
         f'Seeds {", ".join(map(str, comparison["seeds"]))}, equal budget, best epoch by validation loss. Test split: '
         f'{counts["slices"]:,} slices of {counts["patients"]} patients, {counts["lesion_slices"]:,} of them with a '
         'known lesion. Each cell: mean over the seeds, 95 % interval over seeds (Student), 95 % interval over patients '
-        '(bootstrap). Localisation is that of the geometric mean of both attention maps.',
+        '(bootstrap). Localisation is scored on the geometric mean of both attention maps.',
         *([f'Data: {comparison["notice"]}.'] if comparison['notice'] else []),
         '',
         format_table({**comparison['variants'], **comparison['references']}),
@@ -190,16 +190,17 @@ def format_report(comparison: dict[str, Any]) -> str:
 def compare(
     base: ConfigDict, seeds: Sequence[int], compatibilities: Sequence[str], combinations: Sequence[str], output: Path
 ) -> dict[str, Any]:
-    """Trains what is missing, compares all runs and writes ablation.json and ablation.md.
+    """Trains the missing runs, compares all runs and writes ablation.json and ablation.md.
 
     Args:
-      base: config of the slice experiment; its seed, compatibility and combination are those of no run.
-      seeds, compatibilities, combinations: every triple of them is a run.
+      base: config of the slice experiment; each run replaces its seed, compatibility and combination.
+      seeds, compatibilities, combinations: every triple of them is one run.
       output: created if absent; the workdir of a run is <output>/<compatibility>-<combination>/seed<seed>.
 
     Returns:
-      The content of ablation.json: by variant and figure (see `estimate`) the dicts of `over_seeds.summarise`, the same
-      for 'references' that know nothing of the slice, and the 'differences' to one variant.
+      The content of ablation.json. 'variants' has a dict of `over_seeds.summarise` by variant and metric (see
+      `estimate`), 'references' the same for baselines that ignore the slice, 'differences' the same relative to the
+      variant 'reference'.
 
     Raises:
       UserError: bad config, data or folder.
@@ -212,7 +213,9 @@ def compare(
     with lock_workdir(output):
         data = common.load_data(base.data, output)
         rows = data.rows['test']
-        lesions = read_phantom_lesions(data.raw_dir, rows, base.data.image_size)  # none where there are no masks
+        lesions = read_phantom_lesions(
+            data.raw_dir, rows, base.data.image_size, base.data.region
+        )  # none where there are no masks
         for i, ((variant, seed), config) in enumerate(runs.items(), start=1):
             workdir = output / variant / f'seed{seed}'
             log.info('run %d of %d: %s', i, len(runs), workdir)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import covidjax
 from covidjax.data import covidx_ct, phantom
-from covidjax.data.lists import CLASSES
+from covidjax.data.lists import CLASSES, find_absent_classes
 from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.metrics import compute_metrics, format_score
@@ -31,8 +31,8 @@ from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.predictions import softmax, write_predictions
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
-from covidjax.experiment.config import check_config, flatten_config
-from covidjax.experiment.workdir import check_workdir, load_config, lock_workdir, save_config
+from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
 from covidjax.report import figures, sections
@@ -245,11 +245,17 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
             phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
         multihost_utils.sync_global_devices('phantoms')
     data = covidx_ct.prepare(
-        raw_dir, image_size=config.image_size, prepared_dir=config.prepared_dir, skip_bad=config.skip_bad
+        raw_dir,
+        image_size=config.image_size,
+        region=config.region,
+        prepared_dir=config.prepared_dir,
+        skip_bad=config.skip_bad,
     )
     if data.dropped and is_first():
         log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
         write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    for warning in find_warnings(data):
+        log.warning('%s', warning)
     for split, rows in data.rows.items():
         log.info('%s: %s', split, format_counts([row.label for row in rows]))
     return data
@@ -289,7 +295,11 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         total_steps=config.num_epochs * experiment.steps_per_epoch,
     )
     optimizer = create_optimizer(
-        learning_rate, weight_decay=config.weight_decay, decay=config.decay, is_frozen=experiment.is_frozen
+        learning_rate,
+        weight_decay=config.weight_decay,
+        decay=config.decay,
+        ema_decay=config.ema_decay,
+        is_frozen=experiment.is_frozen,
     )
     init_key, train_key = jax.random.split(jax.random.key(experiment.config.seed))
 
@@ -317,7 +327,8 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         forward=experiment.forward,
         optimizer=optimizer,
         class_weights=class_weights,
-        augmentation=AugmentOptions() if config.augment else None,
+        augmentation=create_augmentation(config),
+        label_smoothing=config.label_smoothing,
         dtype=config.dtype,
         accumulation_steps=config.accumulation_steps,
     )
@@ -340,6 +351,13 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         examples_per_step=config.batch_size,
     )
     return loop.fit(task, schedule, checkpoints, workdir)
+
+
+def create_augmentation(config: ConfigDict) -> AugmentOptions | None:
+    """Returns the augmentation of the section `train`, None where there is none."""
+    if not config.augment:
+        return None
+    return AugmentOptions(scale=tuple(config.scale), brightness=config.brightness, contrast=config.contrast)
 
 
 def restore_best(create_variables: Callable[[jax.Array], dict[str, Any]], checkpoints: Checkpoints) -> dict[str, Any]:
@@ -444,11 +462,20 @@ def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
     return f'COVIDx CT-{data.version} layout' if config.raw_dir else 'phantoms'
 
 
+def find_warnings(data: covidx_ct.Prepared) -> list[str]:
+    """Returns what every output of a run on these data must say."""
+    return [
+        f'no training slice is {name}: the model cannot tell this class, and calls its cases something else'
+        for name in find_absent_classes(data.rows['train'])
+    ]
+
+
 def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:
     """Returns the parts of results.json that say what the run was made on."""
     return {
         'data': name_data(config, data),
         'notice': PHANTOM_NOTICE if not config.raw_dir else '',
+        **({'warnings': warnings} if (warnings := find_warnings(data)) else {}),
         'dataset': {
             'raw_dir': config.raw_dir,
             'version': data.version,
@@ -500,6 +527,7 @@ def format_ending(results: dict[str, Any], workdir: Path, *, unit: str) -> list[
     return [
         f'Brackets: {intervals["level"]:.0%} intervals, {intervals["method"]}.',
         *([f'Data: {results["notice"]}.'] if results['notice'] else []),
+        *(f'Warning: {warning}.' for warning in results.get('warnings', ())),
         f'Tested: epoch {training["best_epoch"]} of {training["num_epochs"]} (lowest validation loss), '
         f'{results["num_examples"]:,} {unit} of {results["num_patients"]} patients.',
         f'Report: {workdir / "report.html"}',

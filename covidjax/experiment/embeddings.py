@@ -1,7 +1,7 @@
-"""Embeddings of scans, computed once: a frozen extractor says the same of the same images in every epoch.
+"""Cached embeddings of scans: a frozen extractor computes them once instead of in every epoch.
 
-What augmentation draws anew for every step is drawn a few times for each scan instead, and the draws take turns. Only
-the part behind the extractor is computed in training.
+A fixed number of augmentations is drawn for each scan, and the epochs use them in turn. Training then computes only the
+part after the extractor.
 
 Shapes: D draws, N slices of all scans one after the other, T slices of a scan, S side of a slice, E embedding.
 """
@@ -19,7 +19,6 @@ from covidjax.data.sequences import Scan
 from covidjax.errors import UserError
 from covidjax.models.att2 import Att2
 from covidjax.models.fast import compile_fast
-from covidjax.models.resnet import stage_features
 from covidjax.models.seq import apply_extractor, split_slices
 from covidjax.progress import track
 from covidjax.training.augment import AugmentOptions
@@ -29,21 +28,21 @@ from covidjax.training.step import cast, prepare_images
 
 log = logging.getLogger(__name__)
 
-_PURPOSE = np.uint32(2**32 - 1)  # folded into the root key of a run; no step has this number
+_PURPOSE = np.uint32(2**32 - 1)  # folded into the root key of a run; no step number is this large
 
 
 def run_pass(
     apply: Callable[[dict], Any], batches: Iterator[dict], chosen: Sequence[Scan], batch_size: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yields for every scan its number and what `apply` says of it.
+    """Yields (scan number, outputs of `apply`) for every scan.
 
-    A process loads some of the scans of a batch and gets the outputs of all.
+    Each process loads its share of the scans of a batch and gets the outputs of all of them.
 
     Args:
       apply: batch on the devices -> a tree of replicated arrays [B, ...].
       batches: this process's rows of all batches, in the order of `sequences.plan_pass` without `rng`.
       chosen: the scans.
-      batch_size: of all processes together.
+      batch_size: scans per batch, over all processes.
     """
     for members, batch in zip(sequences.plan_pass(chosen, batch_size, None), batches, strict=True):
         outputs = jax.device_get(apply(place_batch(batch)))
@@ -51,21 +50,21 @@ def run_pass(
             yield member, jax.tree.map(lambda leaf, i=i: leaf[i], outputs)
 
 
-@functools.partial(compile_fast, static_argnums=(0, 5))
+@functools.partial(compile_fast, static_argnums=(0, 5, 6))
 def _embed(
     model: Att2,
     variables: dict[str, Any],
     batch: dict[str, jax.Array],
     key: jax.Array | None,
     draw: int,
+    augmentation: AugmentOptions | None,
     dtype: str,
 ) -> jax.Array:
     """Returns the embeddings [B, T, E] under one draw, by the computation of `train_step` up to there."""
-    keys_B = augmentation = None
-    if key is not None:
+    keys_B = None
+    if augmentation is not None:
         draw_key = jax.random.fold_in(jax.random.fold_in(key, _PURPOSE), draw)
         keys_B = jax.vmap(functools.partial(jax.random.fold_in, draw_key))(batch['index'])
-        augmentation = AugmentOptions()
     images = cast(prepare_images(batch['image'], keys_B, augmentation), dtype)
     variables = {**variables, 'params': cast(variables['params'], dtype)}
     embeddings = apply_extractor(model, variables, split_slices(images)).embedding
@@ -79,32 +78,32 @@ def compute_embeddings(
     chosen: Sequence[Scan],
     *,
     key: jax.Array | None,
+    augmentation: AugmentOptions | None,
     num_draws: int,
     dtype: str,
     batch_size: int,
     title: str,
 ) -> np.ndarray:
-    """Returns the embeddings of all slices of scans, float32 [D, N, E], in every process.
+    """Returns the embeddings of all slices of all scans, float32 [D, N, E], in every process.
 
-    A draw depends on `key`, the number of the scan and its own number only.
+    A draw depends only on `key`, the scan number and the draw number.
 
     Args:
       model, variables: the frozen extractor.
       source: records of the scans' split.
       chosen: the scans, with the slices that are used.
-      key: root key of the run; None leaves the images as they are.
+      key: root key of the run; may be None where there is no augmentation.
+      augmentation: None leaves the images as they are.
       num_draws: D.
-      dtype: of the activations, as in `train_step`.
-      batch_size: scans at once.
-      title: of the progress bar.
+      dtype: dtype of the activations, as in `train_step`.
+      batch_size: scans per batch.
+      title: title of the progress bar.
 
     Raises:
       UserError: the embeddings do not fit into memory.
     """
     places, batch_size = sequences.locate_slices(chosen), pad_batch_size(batch_size)
-    last = len(model.stage_sizes) - 1
-    width = sum(stage_features(model.block, model.width, stage) for stage in (last - 1, last))
-    shape = (num_draws, places[-1].stop, width)
+    shape = (num_draws, places[-1].stop, sum(model.local_features()))
     size = f'{np.prod(shape, dtype=float) * 4 / 1e6:,.0f} MB of memory in every process'
     try:
         embeddings_DxNxE = np.zeros(shape, np.float32)
@@ -115,7 +114,7 @@ def compute_embeddings(
     log.info('%s, %d draws: %s', title, num_draws, size)
 
     def apply(batch: dict[str, jax.Array]) -> list[jax.Array]:
-        return [_embed(model, variables, batch, key, draw, dtype) for draw in range(num_draws)]
+        return [_embed(model, variables, batch, key, draw, augmentation, dtype) for draw in range(num_draws)]
 
     load_slices = sequences.load_images(source, chosen)
     batches = sequences.load_eval_scans(load_slices, chosen, batch_size=batch_size, shard=get_shard())

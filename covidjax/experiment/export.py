@@ -21,7 +21,7 @@ from covidjax.errors import UserError
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file
 from covidjax.models.att2 import Att2, normalise
-from covidjax.models.seq import SequenceClassifier
+from covidjax.models.seq import HEADS
 from covidjax.models.torch_names import to_torch
 
 NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
@@ -52,6 +52,8 @@ def export_run(workdir: Path, output: Path) -> None:
     print(f'{output}: {run.results["model"]}, {what}, {size / 1e6:.1f} MB')
     if run.results['notice']:
         print(f'Trained on {run.results["notice"]}.')
+    for warning in run.results.get('warnings', ()):
+        print(f'Warning: {warning}.')
 
 
 def write_safetensors(path: Path, run: Run) -> str:
@@ -68,6 +70,7 @@ def write_safetensors(path: Path, run: Run) -> str:
         'model': run.results['model'],
         'data': run.results['data'],
         'notice': run.results['notice'],
+        'warnings': json.dumps(run.results.get('warnings', [])),
         'classes': json.dumps(CLASSES),
         'normalisation': json.dumps(NORMALISATION),
         'temperature': json.dumps(run.rules['temperature']),
@@ -137,7 +140,7 @@ def create_scan_function(run: Run) -> Callable[..., dict]:
         # The sequence model wants padding behind the slices, a mask may have it anywhere.
         order_BxT = jnp.argsort(~mask_BxT, axis=1, stable=True)
         ordered = jnp.take_along_axis(embeddings, order_BxT[..., None], axis=1)
-        model = SequenceClassifier(run.config.model.hidden, len(CLASSES))
+        model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
         logits, attention_BxT = model.apply({'params': run.sequence}, ordered, mask_BxT.sum(1, dtype=jnp.int32))
         attention_BxT = jnp.take_along_axis(attention_BxT, jnp.argsort(order_BxT, axis=1), axis=1)
         probabilities = jax.nn.softmax(logits / run.rules['temperature'])

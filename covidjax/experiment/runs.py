@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from covidjax.evaluation.novelty import Novelty, load_novelty
 from covidjax.experiment import common, scans, slices
-from covidjax.experiment.workdir import load_config
+from covidjax.experiment.config import load_config
 from covidjax.models.att2 import Att2
 from covidjax.training.checkpoints import open_checkpoints
 
-EXPERIMENTS = {'att2': slices, 'seq': scans}  # by `config.name`
+EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans}  # by `config.name`
 
 
 class Run(NamedTuple):

@@ -20,8 +20,8 @@ from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import common, slices
 from covidjax.experiment.common import Experiment, Findings, PaperTable
+from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
-from covidjax.experiment.workdir import load_config
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
@@ -34,6 +34,7 @@ from covidjax.training.step import Forward
 
 log = logging.getLogger(__name__)
 
+HEAD_NAMES = {'lstm': 'LSTM', 'gated': 'Gated'}
 PAPER = PaperTable('Table IV', published.SEQUENCES[2], published.SCAN_SCORES)
 
 
@@ -85,17 +86,19 @@ def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:
       UserError: the folder is not such a run, or it was trained on slices of another size.
     """
     extractor = load_config(extractor_dir)
-    if extractor.name != 'att2':
+    if 'extractor' in extractor:
         raise UserError(
-            f'config.extractor={extractor_dir} is the workdir of a {extractor.name!r} run; it must be one of att2'
+            f'config.extractor={extractor_dir} is the workdir of a {extractor.name!r} run; it must be a slice run'
         )
     if not (extractor_dir / 'results.json').exists():
         raise UserError(f'config.extractor={extractor_dir} has not finished: run its training command again first')
-    if extractor.data.image_size != config.data.image_size:
-        raise UserError(
-            f'config.extractor={extractor_dir} was trained on slices of {extractor.data.image_size} pixels: pass '
-            f'--config.data.image_size={extractor.data.image_size} (now {config.data.image_size})'
-        )
+    for field in ('image_size', 'region'):
+        theirs, ours = extractor.data[field], config.data[field]
+        if theirs != ours:
+            raise UserError(
+                f'config.extractor={extractor_dir} was trained with data.{field}={theirs}: pass '
+                f'--config.data.{field}={theirs} (now {ours})'
+            )
     config = config.copy_and_resolve_references().unlock()
     config.att2.model = extractor.model
     return config.lock()
@@ -103,7 +106,7 @@ def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:
 
 def create_model(config: ConfigDict) -> Seq:
     """Returns the sequence model with its extractor."""
-    return Seq(extractor=slices.create_model(config.att2.model), hidden=config.model.hidden)
+    return Seq(slices.create_model(config.att2.model), config.model.hidden, config.model.head)
 
 
 def create_variables(model: Seq, image_size: int, key: jax.Array) -> dict[str, Any]:
@@ -254,7 +257,8 @@ def create_embedding_feed(
         embeddings_DxNxE = embed(
             state.variables,
             'train',
-            key=state.key if config.train.augment else None,
+            key=state.key,
+            augmentation=common.create_augmentation(config.train),
             num_draws=num_draws,
             dtype=config.train.dtype,
             title='embeddings of train',
@@ -283,7 +287,9 @@ def create_embedding_feed(
         nonlocal val_1xNxE
         chosen, padded = selections['val'].scans, pad_batch_size(batch_size)
         if val_1xNxE is None:
-            val_1xNxE = embed(variables, 'val', key=None, num_draws=1, dtype='float32', title='embeddings of val')
+            val_1xNxE = embed(
+                variables, 'val', key=None, augmentation=None, num_draws=1, dtype='float32', title='embeddings of val'
+            )
         load_slices = sequences.load_embeddings(val_1xNxE, chosen)
         batches = sequences.load_eval_scans(load_slices, chosen, batch_size=padded, shard=get_shard())
         found = dict(run_pass(functools.partial(classify, variables), batches, chosen, padded))
@@ -328,7 +334,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
     return Experiment(
         config=config,
         data=data,
-        title='ResNet50-LSTM-ATT2 (scans)',
+        title=f'{slices.BACKBONE_NAMES[config.att2.model.backbone]}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
         unit='scans',
         paper=PAPER,
         examples=chosen,

@@ -30,6 +30,8 @@ from covidjax.training.checkpoints import Checkpoints, has_checkpoint
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.state import TrainState
 
+BACKBONE_NAMES = {'resnet': 'ResNet50', 'efficientnet_lite0': 'EfficientNetLite0'}
+_DROPOUT = np.uint32(2**32 - 1)  # folded into the key of an example, of which augmentation takes other parts
 PAPER = PaperTable('Table III', published.SLICES['CT-2A'][2], published.SLICE_SCORES)
 
 
@@ -66,17 +68,10 @@ def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool 
 
 
 def create_model(config: ConfigDict) -> Att2:
-    """Returns the model of the section `model`."""
-    return Att2(
-        stage_sizes=tuple(config.stage_sizes),
-        width=config.width,
-        block=config.block,
-        stem=config.stem,
-        tail_blocks=config.tail_blocks,
-        num_classes=len(CLASSES),
-        compatibility=config.compatibility,
-        combination=config.combination,
-    )
+    """Returns the model of the section `model`, whose fields but `pretrained` are those of `Att2`."""
+    fields = {name: tuple(value) if name == 'stage_sizes' else value for name, value in config.items()}
+    del fields['pretrained']
+    return Att2(num_classes=len(CLASSES), **fields)
 
 
 def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, Any]:
@@ -121,14 +116,17 @@ def create_experiment(
     model = create_model(config.model)
     trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
     predict = create_predictor(model, data, config.train.batch_size)
-    outlined = None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size)
+    outlined = (
+        None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
+    )
 
     def load_weights(variables: dict[str, Any]) -> dict[str, Any]:
         pretrained = config.model.pretrained
         return load_pretrained(variables, find_weights(pretrained)) if pretrained else variables
 
-    def forward(variables: dict[str, Any], images: jax.Array, _: dict) -> tuple[jax.Array, Any]:
-        outputs, updates = trained.apply(variables, images, train=True, mutable=['batch_stats'])
+    def forward(variables: dict[str, Any], images: jax.Array, batch: dict) -> tuple[jax.Array, Any]:
+        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))(batch['key']) if model.dropout else None
+        outputs, updates = trained.apply(variables, images, train=True, dropout_keys_B=keys_B, mutable=['batch_stats'])
         return outputs.logits, updates['batch_stats']
 
     def load_batches(first_step: int, shard: tuple[int, int]) -> Iterator[dict]:
@@ -149,7 +147,7 @@ def create_experiment(
     def examine(variables: dict[str, Any], predictions: dict[str, Predictions], rules: dict[str, Any]) -> Findings:
         lesions = outlined
         if lesions is None:
-            lesions = read_phantom_lesions(data.raw_dir, data.rows['test'], config.data.image_size)
+            lesions = read_phantom_lesions(data.raw_dir, data.rows['test'], config.data.image_size, config.data.region)
         explanations = score_explanations(model, variables, data, lesions, occlusion=occlusion)
         probabilities = softmax(predictions['test'].logits)
         return _compare(data, predictions, probabilities, rules)._replace(
@@ -160,7 +158,7 @@ def create_experiment(
     return Experiment(
         config=config,
         data=data,
-        title='ResNet50-ATT2 (slices)',
+        title=f'{BACKBONE_NAMES[config.model.backbone]}-ATT2 (slices)',
         unit='slices',
         paper=PAPER,
         examples=data.rows,
@@ -172,7 +170,7 @@ def create_experiment(
         is_frozen=functools.partial(is_dead, compatibility=config.model.compatibility),
         load_batches=load_host_batches,
         name_batch=name_batch,
-        steps_per_epoch=config.train.steps_per_epoch,
+        steps_per_epoch=config.train.steps_per_epoch or -(-len(data.rows['train']) // config.train.batch_size),
         compute_val_logits=lambda variables: predict(variables, 'val'),
         predict=lambda variables, split: Predictions(predict(variables, split)),
         examine=examine,

@@ -1,28 +1,22 @@
-"""The folder of a run: one run at a time, and always the same config."""
+"""The folder of a run, locked to one run at a time."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
-from ml_collections import ConfigDict
 
 from covidjax.errors import UserError
-from covidjax.experiment.config import flatten_config
-from covidjax.files import report_write_errors, write_json
+from covidjax.files import report_write_errors
 from covidjax.training.hosts import is_first
-
-# Neither where prepared slices lie nor how often a run is saved changes a result.
-_MAY_DIFFER = ('data.prepared_dir', 'train.checkpoint_steps', 'att2.train.checkpoint_steps')
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Creates the workdir if absent and keeps other runs out of it; of several processes the first holds the lock.
+    """Creates the workdir if absent and locks it; with several processes the first one holds the lock.
 
     Raises:
-      UserError: it can't be created or written, or another run is in it.
+      UserError: the workdir cannot be created or written, or another run is using it.
     """
     if not is_first():
         yield
@@ -35,45 +29,3 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
             raise UserError(f'another run is using {workdir}: wait for it, or choose another --workdir') from error
     with held:
         yield
-
-
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Checks that a workdir is new or was made by the same config.
-
-    Raises:
-      UserError: the workdir holds a run with other fields; the differences are listed.
-    """
-    if not (workdir / 'config.json').exists():
-        return
-    flat, saved = flatten_config(config), flatten_config(load_config(workdir))
-    differences = [
-        f'{name} was {saved.get(name, "absent")!r}, now {flat.get(name, "absent")!r}'
-        for name in sorted(saved.keys() | flat.keys())
-        if saved.get(name) != flat.get(name) and name not in _MAY_DIFFER
-    ]
-    if differences:
-        raise UserError(
-            f'{workdir} holds a run with another config ({"; ".join(differences)}): choose another --workdir, or '
-            'repeat the fields it was made with'
-        )
-
-
-def save_config(workdir: Path, config: ConfigDict) -> None:
-    """Saves the config of a run. Call it when the data are there: a mistyped command shall not claim the workdir."""
-    if is_first():
-        write_json(workdir / 'config.json', config.to_dict())
-
-
-def load_config(workdir: Path) -> ConfigDict:
-    """Returns the config saved in a workdir.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
-    path = workdir / 'config.json'
-    try:
-        return ConfigDict(json.loads(path.read_text())).lock()
-    except FileNotFoundError as error:
-        raise UserError(f'{workdir} is not the workdir of a run (it has no config.json)') from error
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path} is unreadable ({error}): put a copy back, or choose another --workdir') from error

@@ -16,11 +16,10 @@ import numpy as np
 import scipy.ndimage
 import scipy.stats
 
-from covidjax.data.lesions import compute_otsu_threshold
+from covidjax.data.preprocess import compute_otsu_threshold
 from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
-from covidjax.models.resnet import ResNet
 from covidjax.progress import track
 
 BATCH_SIZE = 32
@@ -48,7 +47,7 @@ def _explain(model: Att2, full: bool, variables: Any, images: jax.Array, classes
     def add_to_last_stage(change, next_method, args, kwargs, context):
         nonlocal features
         outputs = next_method(*args, **kwargs)
-        if not isinstance(context.module, ResNet):
+        if context.module.name != 'backbone' or context.method_name != '__call__':
             return outputs
         features = outputs[-1]
         return [*outputs[:-1], features if change is None else features + change]
@@ -204,10 +203,16 @@ def randomise(variables: Any, chosen: Callable[[str], bool], *, seed: int = 0) -
     return {**variables, 'params': jax.tree_util.tree_map_with_path(shuffle, variables['params'])}
 
 
-def list_parts(params: Any) -> list[str]:
-    """Returns the parts of a slice model but its tail, from output to input, as prefixes of parameter paths."""
-    layers = sorted({name.split('_')[0] for name in params['backbone'] if name.startswith('layer')}, reverse=True)
-    return ['classifier', 'attention', *(f'backbone/{layer}' for layer in layers), 'backbone/']
+def list_parts(params: Any) -> dict[str, tuple[str, ...]]:
+    """Returns the parts of a slice model but its tail, from output to input: prefixes of parameter paths by name."""
+    parts = {'classifier': ('classifier',), 'attention': ('attention',)}
+    names = params['backbone'].keys()
+    layers = sorted({name.split('_')[0] for name in names if name.startswith('layer')}, reverse=True)
+    parts |= {layer: (f'backbone/{layer}',) for layer in layers}
+    if '_conv_head' in names:  # an EfficientNet
+        parts['head'] = ('backbone/_conv_head/', 'backbone/_bn1/')
+        parts |= {f'block {n}': (f'backbone/_blocks_{n}/',) for n in range(15, -1, -1)}
+    return parts | {'stem': ('backbone/',)}
 
 
 def compute_randomisation(
@@ -215,8 +220,8 @@ def compute_randomisation(
 ) -> list[dict[str, Any]]:
     """Shuffles parameters from the output on and compares the maps with those of the intact model (Adebayo 2018).
 
-    Maps that hardly change do not show what was learnt. The full model is used, so that shuffling only the tail is a
-    control: under 'additive' compatibility it must change nothing.
+    Maps that hardly change do not show what was learnt. The full model is used, so that shuffling only the tail, where
+    there is one, is a control: under 'additive' compatibility it must change nothing.
 
     Returns:
       A dict per row, the control first: 'shuffled', the name of the shuffled parts; 'attention' and 'grad_cam',
@@ -225,10 +230,15 @@ def compute_randomisation(
     """
     intact = explain(model, variables, images, classes_N, full=True)
     parts = list_parts(variables['params'])
-    rows = [('tail only', lambda path: path.startswith('tail_'))]
-    for end in range(1, len(parts) + 1):
-        prefixes = tuple(parts[:end])
-        name = f'{"classifier" if end == 1 else "all down to " + (parts[end - 1].removeprefix("backbone/") or "stem")}'
+    rows = []
+    if 'tail_0' in variables['params']:
+        rows.append(('tail only', lambda path: path.startswith('tail_')))
+    prefixes = ()
+    for number, (part, added) in enumerate(parts.items()):
+        prefixes += added
+        if part.startswith('block') and int(part.split()[1]) % 5:  # every fifth of many
+            continue
+        name = 'all down to ' * (number > 0) + part
         rows.append((name, lambda path, prefixes=prefixes: path.startswith(prefixes)))
     results = []
     for name, chosen in rows:

@@ -11,22 +11,22 @@ import jax.numpy as jnp
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 COMPATIBILITIES = ('additive', 'dot', 'tanh', 'uniform')
-NEED_GLOBAL_FEATURE = ('dot', 'tanh')  # of these; under the others it cannot change the output
+NEED_GLOBAL_FEATURE = ('dot', 'tanh')  # with the others the global feature cannot change the output
 
 
 class ImageAttention(nn.Module):
-    """Weighs local features x_i by their compatibility with the global feature g and averages them.
+    """Averages local features x_i, weighted by their compatibility with the global feature g.
 
-    Compatibility functions, with the projected feature p_i = W_p x_i (eq. 7; the identity where C = D):
+    Compatibility functions, with the projected feature p_i = W_p x_i (eq. 7; the identity if C = D):
       'additive': <u, p_i + g> (eq. 11, the paper),
       'dot': <p_i, g> (eq. 12),
       'tanh': <u, tanh(p_i + g)> (the alignment model of Bahdanau et al. 2015),
-      'uniform': 0, so that every a_i is 1/N: plain global average pooling, the baseline of the others.
+      'uniform': 0, hence every a_i is 1/N: global average pooling, the baseline for the others.
 
-    In eq. 11 the global feature cancels: <u, W_p x_i + g> = <W_p^T u, x_i> + <u, g>, and the second term is the same
-    at every position i, so that the softmax of eq. 9 removes it. The scores then are <v, x_i> with the one vector
-    v = W_p^T u, which costs D times less than projecting x, and neither g nor what computes g can change the output
-    or receive a gradient. Called without g, 'additive' uses this form; called with g it computes eq. 11 as printed.
+    In eq. 11 the global feature cancels: <u, W_p x_i + g> = <W_p^T u, x_i> + <u, g>. The second term is the same at
+    every position i, so the softmax of eq. 9 removes it. The scores reduce to <v, x_i> with one vector v = W_p^T u,
+    which costs D times less than projecting x. Neither g nor the layers that compute g can change the output or receive
+    a gradient. Called without g, 'additive' uses this form; called with g, it computes eq. 11 as printed.
 
     Attributes:
       compatibility: one of COMPATIBILITIES.
@@ -38,7 +38,11 @@ class ImageAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxNxC: jax.Array, g_BxD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Returns the context vector [B, C] (eq. 10, of the unprojected x) and the attentions [B, N] (eq. 9)."""
+        """Returns the context vector [B, C] (eq. 10, from the unprojected x) and the attentions [B, N] (eq. 9).
+
+        Raises:
+          ValueError: unknown compatibility, or a missing g that it needs.
+        """
         if self.compatibility not in COMPATIBILITIES:
             raise ValueError(f'compatibility must be one of {COMPATIBILITIES}, got {self.compatibility!r}')
         if self.compatibility in NEED_GLOBAL_FEATURE and g_BxD is None:

@@ -24,9 +24,13 @@ class BatchNorm(nn.Module):
     Attributes:
       axis_name: axis of `jax.pmap` over which the statistics of a batch are taken; None elsewhere. Under `jax.jit`
         those of a batch that is divided over devices are of the whole batch by themselves.
+      momentum: share of the running statistics that a step keeps.
+      epsilon: added to the variance.
     """
 
     axis_name: str | None = None
+    momentum: float = MOMENTUM
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -37,42 +41,42 @@ class BatchNorm(nn.Module):
         mean = self.variable('batch_stats', 'mean', jnp.zeros, (features,))
         variance = self.variable('batch_stats', 'var', jnp.ones, (features,))
         if not train:
-            a = scale * jax.lax.rsqrt(variance.value + EPSILON)
+            a = scale * jax.lax.rsqrt(variance.value + self.epsilon)
             return _scale_and_shift(x, a, bias - mean.value * a)
-        y, batch_mean, batch_variance = normalise_batch(materialise(x), scale, bias, self.axis_name)
+        y, batch_mean, batch_variance = normalise_batch(materialise(x), scale, bias, self.axis_name, self.epsilon)
         if not self.is_initializing():
-            mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
-            variance.value = MOMENTUM * variance.value + (1 - MOMENTUM) * batch_variance
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
+            variance.value = self.momentum * variance.value + (1 - self.momentum) * batch_variance
         return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, axis_name: str | None
+    x: jax.Array, scale: jax.Array, bias: jax.Array, axis_name: str | None, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns scale * (x - mean) / sqrt(variance + EPSILON) + bias, and mean and (biased) variance of the batch.
+    """Returns scale * (x - mean) / sqrt(variance + epsilon) + bias, and mean and (biased) variance of the batch.
 
     Sums are in float32 at least. No gradient flows through the statistics that are returned.
 
     Args:
       x: [..., C].
       scale, bias: [C].
-      axis_name: see `BatchNorm`.
+      axis_name, epsilon: see `BatchNorm`.
     """
-    return _forward(x, scale, bias, axis_name)[0]
+    return _forward(x, scale, bias, axis_name, epsilon)[0]
 
 
-def _forward(x, scale, bias, axis_name):
+def _forward(x, scale, bias, axis_name, epsilon):
     wide, axes = x.astype(jnp.promote_types(x.dtype, jnp.float32)), tuple(range(x.ndim - 1))
     mean, square = _average(axis_name, wide.mean(axes), (wide * wide).mean(axes))
     variance = jnp.maximum(square - mean * mean, 0)
-    inverse = jax.lax.rsqrt(variance + EPSILON)
+    inverse = jax.lax.rsqrt(variance + epsilon)
     a = scale * inverse
     y = _scale_and_shift(x, a, bias - mean * a)
     return (y, mean, variance), (x, scale, mean, inverse)
 
 
-def _backward(axis_name, kept, gradients):
+def _backward(axis_name, _, kept, gradients):
     x, scale, mean, inverse = kept
     wide, axes = x.astype(mean.dtype), tuple(range(x.ndim - 1))
     g = gradients[0].astype(mean.dtype)

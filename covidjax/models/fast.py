@@ -6,15 +6,19 @@ All that is written for a platform stands here. What XLA does badly on a CPU (ja
   stage, and transposes gradients element by element on the way: `materialise` keeps them from being fused.
 - It drops what `materialise` asks for before it decides about fusions: `compile_fast` keeps it.
 - Max-pooling compares windows one element at a time, and its gradient scatters: `max_pool`.
-- A 1x1 convolution is slower than the equal matrix product: `models.resnet.Conv1x1`.
+- A 1x1 convolution is slower than the equal matrix product: `models.resnet.Conv1x1`. The gradient of its kernel copies
+  large maps first: `dot_general_of_maps`.
 - A bfloat16 matrix product is fast if its result is float32, and slow if it is bfloat16: `dot_general`.
 - A 3x3 convolution in bfloat16 is slower than the nine such products that it is the sum of, and one of a map that is
   smaller than its kernel many times slower: `conv3x3`.
+- A depthwise convolution is up to forty times slower than the sum of shifted products that it is, and so is the
+  automatic gradient of that sum: `depthwise_conv`.
 
 Batch normalisation with a gradient by hand is in `models.batch_norm`; memory between steps in `training.memory`.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +53,7 @@ def materialise(x: jax.Array) -> jax.Array:
     return _keep(x)
 
 
-def _keep(x: jax.Array) -> jax.Array:
+def _keep(x: Any) -> Any:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
@@ -141,6 +145,41 @@ def _multiply_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple
 _multiply.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _multiply_backward)
 
 
+def dot_general_of_maps(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers, precision: Any = None
+) -> jax.Array:
+    """Returns what `dot_general` does, with the gradient by hand in every dtype. Reverse-mode gradients only.
+
+    A product over all positions of two maps starts with a transposed copy of the first. The automatic gradient of the
+    kernel puts the gradient of the output first; of large maps the copy then takes several times as long as the
+    product. Here the narrower map comes first.
+    """
+    return _multiply_maps(x, kernel)
+
+
+@jax.custom_vjp
+def _multiply_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _multiply(x, kernel)
+
+
+def _multiply_maps_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x = _keep(x)  # or the copy would be fused with what computes x, element by element
+    return _multiply(x, kernel), (x, kernel)
+
+
+def _multiply_maps_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    g, axes = _keep(g), tuple(range(x.ndim - 1))
+    if x.shape[-1] <= g.shape[-1]:
+        d_kernel = _sum_products(x, g, axes, axes)
+    else:
+        d_kernel = _keep(_sum_products(g, x, axes, axes)).T
+    return _multiply(g, kernel.T), d_kernel.astype(kernel.dtype)
+
+
+_multiply_maps.defvjp(_multiply_maps_forward, _multiply_maps_backward)
+
+
 def conv3x3(x_BxHxWxC: jax.Array, kernel_3x3xCxF: jax.Array, stride: int) -> jax.Array:
     """Returns the 3x3 convolution [B, ceil(H / stride), ceil(W / stride), F], one pixel of zeros around x.
 
@@ -197,3 +236,114 @@ def _conv3x3_backward(stride: int, kept: tuple[jax.Array, jax.Array], g: jax.Arr
 _conv3x3_by_products.defvjp(
     lambda x, kernel, stride: (_conv3x3_by_products(x, kernel, stride), (x, kernel)), _conv3x3_backward
 )
+
+
+def depthwise_conv(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, stride: int) -> jax.Array:
+    """Returns the convolution of every channel with its own kernel, [B, ceil(H / stride), ceil(W / stride), C].
+
+    The padding is TensorFlow's 'SAME': of an odd number of zeros, the end gets one more than the start. Sums are in
+    float32 at least. Reverse-mode gradients only.
+
+    Args:
+      x_BxHxWxC: any H and W.
+      kernel_KxKxC: in the dtype of x.
+      stride: 1 or 2.
+    """
+
+    def pad(size: int) -> tuple[int, int]:
+        total = max((-(-size // stride) - 1) * stride + len(kernel_KxKxC) - size, 0)
+        return total // 2, total - total // 2
+
+    _, h, w, _ = x_BxHxWxC.shape
+    padded = jnp.pad(x_BxHxWxC, ((0, 0), pad(h), pad(w), (0, 0)))
+    return _depthwise_conv(padded, kernel_KxKxC, stride)
+
+
+def _convolve_groups(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (stride, stride),
+        'VALID',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, int], jax.Array]:
+    """Returns what each place of the kernel meets, each [B, h, w, C], in float32 at least."""
+    b, *sizes, c = x.shape
+    h, w = ((size - kernel_size) // stride * stride + 1 for size in sizes)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return {
+        (i, j): jax.lax.slice(x, (0, i, j, 0), (b, i + h, j + w, c), (1, stride, stride, 1))
+        for i in range(kernel_size)
+        for j in range(kernel_size)
+    }
+
+
+def _sum_taps(taps: dict[tuple[int, int], jax.Array], kernel: jax.Array) -> jax.Array:
+    """Returns the sum of taps, each times its place in the kernel, in the kernel's dtype."""
+    return sum(tap * kernel[place].astype(tap.dtype)[None, None, None] for place, tap in taps.items()).astype(
+        kernel.dtype
+    )
+
+
+def _sum_maps(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Returns the sums [B, C] over the maps of equally shaped arrays [B, H, W, C], in one pass over all of them."""
+    zeros = [jnp.zeros((), array.dtype) for array in arrays]
+    return jax.lax.reduce(arrays, zeros, lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)], (1, 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return _depthwise_forward(x, kernel, stride)[0]
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _sum_taps(_list_taps(x, len(kernel), stride), kernel)
+
+    x = _keep(x)
+    default = functools.partial(_convolve_groups, stride=stride)
+    return jax.lax.platform_dependent(x, kernel, cpu=convolve, default=default), (x, kernel)
+
+
+def _depthwise_backward(stride: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pull(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(functools.partial(_convolve_groups, stride=stride), x, kernel)[1](g)
+
+    def pull_taps(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        products = [tap * g.astype(tap.dtype) for tap in _list_taps(x, len(kernel), stride).values()]
+        d_kernel = jnp.stack(_sum_maps(products)).sum(1).reshape(kernel.shape)
+        return _spread_taps(g, kernel, x.shape, stride), d_kernel.astype(kernel.dtype)
+
+    # Behind a barrier of their own, or XLA would write every tap of the forward pass to memory and use it here again.
+    return jax.lax.platform_dependent(*_keep((*kept, g)), cpu=pull_taps, default=pull)
+
+
+def _spread_taps(g: jax.Array, kernel: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+    """Returns the gradient with respect to x, whose shape is given.
+
+    Pixel stride * t + p of x meets tap i = p, p + stride, ... of output t, t - 1, ...: per phase p the gradient is a
+    convolution with every stride-th tap, the last one first.
+    """
+    b, h, w, c = shape
+    before = (len(kernel) - 1) // stride
+    rows, columns = -(-h // stride), -(-w // stride)
+    behind_h, behind_w = rows - g.shape[1], columns - g.shape[2]
+    padded = _keep(jnp.pad(g, ((0, 0), (before, behind_h), (before, behind_w), (0, 0))))
+    padded = padded.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+    def compute_phase(p: int, q: int) -> jax.Array:
+        taps = {}
+        for i, j in itertools.product(range(p, len(kernel), stride), range(q, len(kernel), stride)):
+            top, left = before - i // stride, before - j // stride
+            taps[i, j] = jax.lax.slice(padded, (0, top, left, 0), (b, top + rows, left + columns, c))
+        return _sum_taps(taps, kernel)
+
+    phases = [jnp.stack([compute_phase(p, q) for q in range(stride)], 3) for p in range(stride)]
+    return jnp.stack(phases, 2).reshape(b, stride * rows, stride * columns, c)[:, :h, :w]
+
+
+_depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)

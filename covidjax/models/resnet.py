@@ -17,33 +17,33 @@ KAIMING_FAN_OUT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class Conv1x1(nn.Module):
-    """A 1x1 convolution without bias, as a matrix product.
+    """A 1x1 convolution without bias, computed as a matrix product.
 
-    On a CPU, XLA runs a matrix product several times faster than the equal convolution.
+    On a CPU, XLA runs a matrix product several times faster than the equivalent convolution.
     """
 
     features: int
     stride: int = 1
+    dot_general: Callable[..., jax.Array] = fast.dot_general
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
         x = x_BxHxWxC[:, :: self.stride, :: self.stride]
         return nn.Dense(
-            self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, dot_general=fast.dot_general, name='dense'
+            self.features, use_bias=False, kernel_init=KAIMING_FAN_OUT, dot_general=self.dot_general, name='dense'
         )(x)
 
 
 class StemConv(nn.Module):
-    """The first convolution, stride 2, without bias, of a grey image that stands for three equal channels.
+    """The first convolution: stride 2, no bias, applied to a grey image as if it had three equal channels.
 
-    Its parameters are those of three channels, as in ImageNet weights; their sum over the channels is applied to the
-    one that there is.
+    The kernel has three input channels, as in ImageNet weights. It is summed over them and applied to the one channel.
     """
 
     features: int
     size: int
-    padding: int
+    padding: str | Sequence[tuple[int, int]]
 
     @nn.compact
     def __call__(self, x_BxHxWx1: jax.Array) -> jax.Array:
@@ -54,13 +54,13 @@ class StemConv(nn.Module):
             image,
             kernel,
             window_strides=(2, 2),
-            padding=[(self.padding, self.padding)] * 2,
+            padding=self.padding,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution without bias, padded by one pixel on every side as in PyTorch."""
+    """A 3x3 convolution without bias, padded by one pixel on each side as in PyTorch."""
 
     features: int
     stride: int = 1
@@ -73,17 +73,17 @@ class Conv3x3(nn.Module):
 
 
 def batch_norm(train: bool, axis_name: str | None, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns a batch normalisation in the mode that `train` says."""
+    """Returns a batch normalisation in training or evaluation mode."""
     return functools.partial(BatchNorm(axis_name, name=name), train=train)
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """Returns the positive part of x, which all that follow share."""
+    """ReLU, materialised once so that later operations reuse it."""
     return fast.materialise(nn.relu(x))
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 (strided), 1x1 convolutions with a shortcut around them; `features` is the output width."""
+    """1x1, 3x3 (strided) and 1x1 convolutions with a shortcut; `features` is the output width."""
 
     features: int
     stride: int = 1
@@ -104,7 +104,7 @@ class BottleneckBlock(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut around them; `features` is the output width."""
+    """Two 3x3 convolutions with a shortcut; `features` is the output width."""
 
     features: int
     stride: int = 1
@@ -126,14 +126,14 @@ BLOCKS = {'bottleneck': BottleneckBlock, 'basic': BasicBlock}
 
 
 def stage_features(block: str, width: int, stage: int) -> int:
-    """Returns the output width of stage 0, 1, ... of a ResNet of base width `width`."""
+    """Returns the output width of a stage (from 0) of a ResNet with base width `width`."""
     return width * 2**stage * (4 if block == 'bottleneck' else 1)
 
 
 class ResNet(nn.Module):
     """Convolutional stages of a ResNet, without pooling and classifier.
 
-    With the defaults it is torchvision's ResNet-50: 23,508,032 parameters, and stages 3 and 4 end with the paper's
+    The defaults give torchvision's ResNet-50, with 23,508,032 parameters. Its stages 3 and 4 end with the paper's
     convolutions 40 and 49. Names follow torchvision: conv1, bn1, layer1_0 ... layer4_2.
 
     Attributes:
@@ -141,7 +141,7 @@ class ResNet(nn.Module):
       width: base width, 64 in all published ResNets.
       block: 'bottleneck' or 'basic'.
       stem: 'imagenet' (7x7 stride 2, then 3x3 max-pool stride 2: map H/4) or 'small' (3x3 stride 2: map H/2).
-      axis_name: axis of `jax.pmap` over which BatchNorm takes the statistics of a batch; None elsewhere.
+      axis_name: axis of `jax.pmap` over which BatchNorm takes batch statistics; None without pmap.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -152,9 +152,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWx1: jax.Array, *, train: bool) -> list[jax.Array]:
-        """Returns the output of every stage, [B, H/(4*2^i), W/(4*2^i), C_i] with the imagenet stem."""
+        """Returns the output of every stage i, [B, H/(4*2^i), W/(4*2^i), C_i] with the imagenet stem."""
         size, pad = {'imagenet': (7, 3), 'small': (3, 1)}[self.stem]
-        x = StemConv(self.width, size, pad, name='conv1')(x_BxHxWx1)
+        x = StemConv(self.width, size, ((pad, pad), (pad, pad)), name='conv1')(x_BxHxWx1)
         x = relu(batch_norm(train, self.axis_name, 'bn1')(x))
         if self.stem == 'imagenet':
             x = fast.max_pool(x)

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from covidjax.models.att2 import Att2, Att2Outputs
 from covidjax.models.attention import LINEAR_INIT
 
-SLICES_AT_ONCE = 64  # through the extractor: bounds its memory whatever the length of a scan
+SLICES_AT_ONCE = 64  # batch size of the extractor; bounds its memory for scans of any length
 
 
 class SeqOutputs(NamedTuple):
-    """What the model says of a batch of scans.
+    """Outputs of the model for a batch of scans.
 
     Attributes:
-      logits: [B, K] of the scan.
-      attention: [B, T] over its slices, sums to 1, 0 on padding.
-      slice_logits: [B, T, K] of the extractor for every slice by itself, arbitrary on padding.
+      logits: [B, K], one row per scan.
+      attention: [B, T] over the slices of a scan; sums to 1, 0 on padding.
+      slice_logits: [B, T, K], the extractor's logits for each slice alone; arbitrary on padding.
     """
 
     logits: jax.Array
@@ -30,20 +30,20 @@ class SeqOutputs(NamedTuple):
 
 
 def masked_softmax(scores_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """Returns the softmax over the positions where the mask is True, in float32 at least, and 0 elsewhere.
+    """Returns the softmax over the positions where the mask is True, and 0 elsewhere; at least float32.
 
-    Every row needs one such position.
+    Every row of the mask needs at least one True.
     """
     scores_BxT = scores_BxT.astype(jnp.promote_types(scores_BxT.dtype, jnp.float32))
     return nn.softmax(jnp.where(mask_BxT, scores_BxT, -jnp.inf), axis=-1)
 
 
 class GlobalAttention(nn.Module):
-    """Attention of the last hidden state over all of them: the paper's equations (1) to (4)."""
+    """Attention of the last hidden state over all hidden states: the paper's equations (1) to (4)."""
 
     @nn.compact
     def __call__(self, h_BxTxH: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the context vector [B, H] and the attentions [B, T]; positions from lengths_B on are padding."""
+        """Returns the context vector [B, H] and the attentions [B, T]; positions >= lengths_B are padding."""
         width = h_BxTxH.shape[-1]
         last_BxH = jnp.take_along_axis(h_BxTxH, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         g_BxH = nn.tanh(nn.Dense(width, kernel_init=LINEAR_INIT, name='W_g')(last_BxH))
@@ -57,10 +57,35 @@ class GlobalAttention(nn.Module):
 class SequenceClassifier(nn.Module):
     """Bidirectional LSTM, global attention and a linear classifier: equations (1) to (6) and (13) to (17).
 
-    The cell's candidate is tanh; the sigma of eq. (14) is taken for a slip.
+    The cell's candidate uses tanh; the sigma in eq. (14) is treated as a misprint.
 
     Attributes:
-      hidden: units of each direction.
+      hidden: LSTM units per direction.
+      num_classes: K.
+    """
+
+    hidden: int = 128
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns logits [B, K] and attentions [B, T]; positions >= lengths_B have no influence."""
+        dtype = jnp.result_type(float)  # for parameters and carry: float64 only under jax_enable_x64
+        forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='forward'))
+        backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='backward'))
+        h_BxTxH = nn.Bidirectional(forward, backward)(x_BxTxE, seq_lengths=lengths_B)
+        context_BxH, attention_BxT = GlobalAttention(name='attention')(h_BxTxH, lengths_B)
+        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT
+
+
+class GatedClassifier(nn.Module):
+    """Gated attention over slices without recurrence, and a linear classifier (Ilse et al. 2018, eq. 9).
+
+    a_t is the softmax over t of <w, tanh(V x_t + b_V) * sigmoid(U x_t + b_U)>; the context vector is sum_t a_t x_t. The
+    order of the slices plays no part.
+
+    Attributes:
+      hidden: rows of V and of U.
       num_classes: K.
     """
 
@@ -70,22 +95,26 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns logits [B, K] and attentions [B, T]; positions from lengths_B on have no influence."""
-        dtype = jnp.result_type(float)  # of the parameters and the carry: float64 only under jax_enable_x64
-        forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='forward'))
-        backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='backward'))
-        h_BxTxH = nn.Bidirectional(forward, backward)(x_BxTxE, seq_lengths=lengths_B)
-        context_BxH, attention_BxT = GlobalAttention(name='attention')(h_BxTxH, lengths_B)
-        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT
+        signal = nn.tanh(nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name='V')(x_BxTxE))
+        gate = nn.sigmoid(nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name='U')(x_BxTxE))
+        scores_BxT = nn.Dense(1, use_bias=False, kernel_init=LINEAR_INIT, name='w')(signal * gate)[..., 0]
+        mask_BxT = jnp.arange(x_BxTxE.shape[1])[None] < lengths_B[:, None]
+        attention_BxT = masked_softmax(scores_BxT, mask_BxT)
+        context_BxE = jnp.einsum('bt,bte->be', attention_BxT, jnp.where(mask_BxT[..., None], x_BxTxE, 0))
+        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxE), attention_BxT
+
+
+HEADS = {'lstm': SequenceClassifier, 'gated': GatedClassifier}  # what follows the extractor
 
 
 def split_slices(images_BxSxSxT: jax.Array) -> jax.Array:
-    """Returns the slices of scans one after the other, [B * T, S, S, 1]."""
+    """Flattens scans into slices, [B * T, S, S, 1], scan by scan."""
     b, s, _, t = images_BxSxSxT.shape
     return jnp.moveaxis(images_BxSxSxT, -1, 1).reshape(b * t, s, s, 1)
 
 
 def apply_extractor(model: Att2, variables: dict[str, Any], images_NxSxSx1: jax.Array) -> Att2Outputs:
-    """Returns what the frozen extractor says of slices in [-1, 1], a bounded number of them at a time."""
+    """Returns the frozen extractor's outputs for slices in [-1, 1], computed SLICES_AT_ONCE at a time."""
     return jax.lax.map(
         lambda image: jax.tree.map(lambda a: a[0], model.apply(variables, image[None], train=False)),
         images_NxSxSx1,
@@ -96,21 +125,23 @@ def apply_extractor(model: Att2, variables: dict[str, Any], images_NxSxSx1: jax.
 class Seq(nn.Module):
     """The paper's ResNet50-LSTM-ATT2 with a frozen extractor.
 
-    The extractor runs with its stored batch statistics and passes no gradient; its parameters must also be kept from
-    the optimizer (see `is_extractor`), since decay moves weights without a gradient.
+    The extractor uses its stored batch statistics and gets no gradient. Exclude its parameters from the optimizer too
+    (see `is_extractor`): weight decay moves weights even without a gradient.
 
     Attributes:
       extractor: the slice model.
-      hidden: units of each direction of the LSTM.
+      hidden: see the class of the head.
+      head: one of HEADS.
     """
 
     extractor: Att2
     hidden: int = 128
+    head: str = 'lstm'
 
     @nn.nowrap
-    def create_classifier(self, name: str | None = None) -> SequenceClassifier:
-        """Returns the part behind the extractor; its parameters are those under 'sequence'."""
-        return SequenceClassifier(self.hidden, self.extractor.num_classes, name=name)
+    def create_classifier(self, name: str | None = None) -> SequenceClassifier | GatedClassifier:
+        """Returns the part after the extractor; its parameters are stored under 'sequence'."""
+        return HEADS[self.head](self.hidden, self.extractor.num_classes, name=name)
 
     @nn.compact
     def __call__(self, images_BxSxSxT: jax.Array, lengths_B: jax.Array) -> SeqOutputs:
@@ -118,7 +149,7 @@ class Seq(nn.Module):
 
         Args:
           images_BxSxSxT: float32 in [-1, 1], the slices of a scan in anatomical order along the last axis.
-          lengths_B: int32 number of slices, at least 1; what lies behind is padding of any content.
+          lengths_B: int32 number of slices, at least 1; slices after that are padding with any content.
         """
         b, _, _, t = images_BxSxSxT.shape
         slices = split_slices(images_BxSxSxT)
@@ -132,5 +163,5 @@ class Seq(nn.Module):
 
 
 def is_extractor(path: str) -> bool:
-    """Says whether the parameter at `path` ('extractor/backbone/...') belongs to the frozen extractor."""
+    """Returns whether the parameter at `path` ('extractor/backbone/...') belongs to the frozen extractor."""
     return path.startswith('extractor/')

@@ -58,7 +58,7 @@ def find_place(path: str) -> Place:
         return Place(name, _GATES.index(gate))
     collection, *modules, leaf = path.replace('/backbone/', '/').replace('/dense/', '/').split('/')
     name = '.'.join([*modules, _LEAVES[collection, leaf]])
-    name = re.sub(r'(^|\.)(layer\d|tail)_(\d+)', r'\1\2.\3', name)
+    name = re.sub(r'(^|\.)(layer\d|tail|_blocks)_(\d+)', r'\1\2.\3', name)
     return Place(name.replace('downsample_conv', 'downsample.0').replace('downsample_bn', 'downsample.1'))
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from covidjax.data import sequences
 from covidjax.data.lists import CLASSES
-from covidjax.data.preprocess import Box, crop_grey_resize
+from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice
+from covidjax.data.preprocess import Box, crop_grey_resize, resize
 from covidjax.data.scan.body import find_body_box, find_doubts
 from covidjax.data.scan.volume import Volume, format_counts, read_volume
 from covidjax.errors import UserError
@@ -26,13 +27,14 @@ from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import report_full_disk, report_write_errors, write_json
-from covidjax.models.seq import SequenceClassifier
+from covidjax.models.seq import HEADS, GatedClassifier, SequenceClassifier
 from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
 
 log = logging.getLogger(__name__)
 
 NUM_TOP = 5
 FALLBACK_RULE = 'mean'
+MIN_LUNGS_SHARE = 0.1  # of the largest lungs of a scan
 
 
 def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool) -> bool:
@@ -83,7 +85,7 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
       UserError: the scan is refused, or the folder can't be written.
     """
     start = time.perf_counter()
-    volume = read_volume(path, series)
+    volume = read_volume(path, series, with_lungs=run.config.data.region == 'lungs')
     seconds = {'reading': time.perf_counter() - start}
     if is_shared:
         folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
@@ -117,16 +119,23 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
         raise UserError(
             f'{path}: {count} slices, and this model needs {run.min_slices}: pass a whole scan, or use a slice run'
         )
-    boxes = [find_body_box(grey) for grey in volume.slices]
     size = run.config.data.image_size
-    prepared = np.stack([prepare_slice(grey, box, size) for grey, box in zip(volume.slices, boxes, strict=True)])
+    boxes = [find_body_box(grey) for grey in volume.slices]
+    prepared = [prepare_slice(grey, box, size) for grey, box in zip(volume.slices, boxes, strict=True)]
     doubts = volume.doubts + find_doubts(prepared)
     if doubts and not force:
         raise UserError(f'{path}: {"; ".join(doubts)} (--force goes on, and says so on the report)')
-    every = tuple(range(count))
-    whole = sequences.Scan('', '', 0, every, every)
-    used = np.array(every if run.sequence is None else sequences.thin_scans([whole], run.min_slices)[0].records)
-    images = prepared[used]
+    shown = list(range(count))
+    if run.config.data.region == 'lungs':
+        cut = cut_all_to_lungs(volume)
+        shown = sorted(cut)
+        for place, (grey, box) in cut.items():
+            prepared[place], boxes[place] = resize(grey, size), box
+        if len(shown) < run.min_slices:
+            raise UserError(f'{path}: lungs in {len(shown)} slices, and this model needs {run.min_slices}')
+    whole = sequences.Scan('', '', 0, tuple(shown), tuple(shown))
+    used = np.array(shown if run.sequence is None else sequences.thin_scans([whole], run.min_slices)[0].records)
+    images = np.stack([prepared[place] for place in used])
     seconds['preparing'] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -138,7 +147,8 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
         scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
     else:
         stored, rule, temperature = run.rules, None, 1.0
-        scan_logits, attention = apply_sequence(run.config.model.hidden, run.sequence, outputs.embedding)
+        model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
+        scan_logits, attention = apply_sequence(model, run.sequence, outputs.embedding)
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
@@ -150,12 +160,17 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     top = np.argsort(-weight, kind='stable')[:NUM_TOP]
     summary = {
         'input': {'name': volume.name, 'sha256': volume.sha256, 'kind': volume.kind, 'num_slices': count},
-        'reading': {**dict(volume.facts), 'notes': volume.notes},
+        'reading': {
+            **dict(volume.facts),
+            'region': run.config.data.region,
+            'notes': volume.notes + note_lungs(volume, shown, run.config.data.region),
+        },
         'left_out': volume.left_out,
         'forced': doubts,
         'model': run.results['model'],
         'trained_on': run.results['data'],
         'notice': run.results['notice'],
+        'warnings': run.results.get('warnings', []),
         'verdict': 'uncertain',
         'class': CLASSES[called],
         'probabilities': dict(zip(CLASSES, probabilities[0].tolist(), strict=True)),
@@ -183,22 +198,50 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     return Prediction(summary, used, boxes, images, of_slices, attention, outputs.attention, novelty)
 
 
+def cut_all_to_lungs(volume: Volume) -> dict[int, tuple[np.ndarray, Box]]:
+    """Cuts the slices of a scan to the lungs.
+
+    Slices at the ends of the lungs show little: those with less than a tenth of the lungs of the fullest are left out.
+
+    Returns:
+      Grey values uint8 [h, w] and their box by number of the slice (from 0).
+    """
+    masks = volume.lungs
+    if masks is None:
+        masks = [find_lungs_in_slice(grey) for grey in volume.slices]
+    areas = np.array([0.0 if mask is None else mask.mean() for mask in masks])
+    kept = np.flatnonzero((areas > 0) & (areas >= MIN_LUNGS_SHARE * areas.max(initial=0)))
+    return {int(place): cut_to_lungs(volume.slices[place], masks[place]) for place in kept}
+
+
+def note_lungs(volume: Volume, shown: Sequence[int], region: str) -> list[str]:
+    """Returns how the lungs were found and how many slices were left out for want of them."""
+    if region == 'body':
+        return []
+    how = 'from grey values, by a rule' if volume.lungs is None else 'in 3-D, from Hounsfield units'
+    return [f'lungs found {how}; {len(volume.slices) - len(shown)} slices with few or none were left out']
+
+
 def prepare_slice(grey: np.ndarray, box: Box, size: int) -> np.ndarray:
     """Returns uint8 [size, size] of a slice uint8 [H, W]: what `covidx_ct` prepares of an image file with this box."""
     return crop_grey_resize(Image.fromarray(grey), box, size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_sequence(hidden, params, embeddings_1xTxE, lengths):
-    return SequenceClassifier(hidden, len(CLASSES)).apply({'params': params}, embeddings_1xTxE, lengths)
+def _apply_sequence(
+    model: SequenceClassifier | GatedClassifier, params: dict[str, Any], embeddings_1xTxE: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return model.apply({'params': params}, embeddings_1xTxE, lengths)
 
 
-def apply_sequence(hidden: int, params: dict[str, Any], embeddings_TxE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def apply_sequence(
+    model: SequenceClassifier | GatedClassifier, params: dict[str, Any], embeddings_TxE: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits [K] and attention [T] of the sequence model, whose extractor gave the embeddings."""
     count = len(embeddings_TxE)
     padded = np.zeros((1, sequences.pad_length(count), embeddings_TxE.shape[1]), np.float32)
     padded[0, :count] = embeddings_TxE
-    logits, attention = jax.device_get(_apply_sequence(hidden, params, padded, np.array([count], np.int32)))
+    logits, attention = jax.device_get(_apply_sequence(model, params, padded, np.array([count], np.int32)))
     return logits[0], attention[0, :count]
 
 
@@ -253,6 +296,7 @@ def format_line(summary: dict[str, Any], folder: Path) -> str:
     rests = ', '.join(map(str, summary['rests_on']))
     left_out = f'; left out: {format_counts(summary["left_out"])}' if summary['left_out'] else ''
     marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
+    marks += [f' [{warning}]' for warning in summary['warnings']]
     return (
         f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
         f'{summary["input"]["num_slices"]}{left_out}; {sum(seconds.values()):.1f} s ({stages}); '

@@ -23,6 +23,12 @@ from covidjax.report.sections import TARGETS, Section, describe_interval
 _NUM_MONTAGE, _COLUMNS = 16, 4
 
 
+CROPS = {
+    'body': "each slice to the body, the largest region above Otsu's threshold",
+    'lungs': 'each slice to the lungs, black outside them',
+}
+
+
 class Prediction(NamedTuple):
     """The prediction for a scan, of which the model saw T slices.
 
@@ -58,6 +64,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
     """
     summary = prediction.summary
     warnings = [f'Forced in spite of: {doubt}' for doubt in summary['forced']]
+    warnings += [f'{warning[0].upper()}{warning[1:]}.' for warning in summary['warnings']]
     if is_unusual(summary):
         warnings.append('Do not trust the numbers below: this scan is unlike the training data.')
     write_page(
@@ -243,14 +250,14 @@ def _build_novelty(prediction: Prediction) -> Section:
 
 
 def _build_reading(volume: Volume, prediction: Prediction) -> Section:
-    middle = len(volume.slices) // 2
+    middle, reading = len(volume.slices) // 2, prediction.summary['reading']
     facts = [
         ('input', volume.name),
         ('sha256', volume.sha256),
         ('kind', volume.kind),
         ('slices', f'{len(volume.slices):,}'),
         *volume.facts,
-        ('crop', "each slice to the body, the largest region above Otsu's threshold"),
+        ('crop', CROPS[reading['region']]),
         ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
         ('seconds', ', '.join(f'{stage} {s:.1f}' for stage, s in prediction.summary['seconds'].items())),
     ]
@@ -266,10 +273,10 @@ def _build_reading(volume: Volume, prediction: Prediction) -> Section:
         'reading',
         'Input and cropping',
         [
-            *(f'{note[0].upper()}{note[1:]}.' for note in volume.notes),
+            *(f'{note[0].upper()}{note[1:]}.' for note in reading['notes']),
             Table('Input', ('property', 'value'), facts),
             'The middle slice and its crop box:',
-            create_picture(figure, 'The uncropped middle slice with the box around the body'),
+            create_picture(figure, 'The uncropped middle slice with its crop box'),
         ],
     )
 

@@ -38,7 +38,16 @@ def write_report(path: Path, results: dict[str, Any], sections: Sequence[Section
         f'are classified correctly ({describe_interval(results["intervals"]["accuracy"])}). Baselines: {beside}.'
     )
     title = f'{results["model"]} on {results["data"]}'
-    write_page(path, 'run.html', title=title, notice=results['notice'], headline=headline, sections=sections)
+    warnings = [f'{warning[0].upper()}{warning[1:]}.' for warning in results.get('warnings', ())]
+    write_page(
+        path,
+        'run.html',
+        title=title,
+        notice=results['notice'],
+        warnings=warnings,
+        headline=headline,
+        sections=sections,
+    )
 
 
 def describe_interval(interval: Sequence[float] | None) -> str:

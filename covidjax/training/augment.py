@@ -1,7 +1,7 @@
 """Random augmentation of slices on the device (the paper's section IV-B), in torchvision's parametrisation.
 
-Every function maps one image [H, W, C] of floats to an image of the same shape and range. Channels share one draw: C is
-1 for a slice and T for a scan of T slices.
+Every function maps one float image [H, W, C] to an image of the same shape and range. All channels share one random
+draw. C is 1 for a slice and T for a scan of T slices.
 """
 
 import dataclasses
@@ -19,11 +19,13 @@ class AugmentOptions:
     """Ranges of the augmentation; the defaults are the paper's.
 
     Attributes:
-      flip_probability: of each of the two flips.
-      blur_sigma: range of the gaussian's standard deviation, pixels.
+      flip_probability: probability of each of the two flips.
+      blur_sigma: range of the Gaussian's standard deviation, pixels.
       rotation_degrees, shear_degrees: half-widths of the symmetric ranges of the rotation and of the x-shear.
       scale: range of the zoom; above 1 enlarges.
       translation: largest shift as a fraction of each side.
+      brightness, contrast: half-widths of the ranges about 1 of the factors of the grey values, and of their distances
+        from the mean. 0, as in the paper, changes nothing.
     """
 
     flip_probability: float = 0.5
@@ -32,10 +34,12 @@ class AugmentOptions:
     scale: tuple[float, float] = (0.9, 1.1)
     translation: float = 0.1
     shear_degrees: float = 20.0
+    brightness: float = 0.0
+    contrast: float = 0.0
 
 
 def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int = 7) -> jax.Array:
-    """Blurs with a sampled and normalised gaussian of `sigma` pixels, borders reflected without the edge pixel."""
+    """Blurs with a sampled, normalised Gaussian of `sigma` pixels; borders are reflected without the edge pixel."""
     radius = kernel_size // 2
     weights = jax.nn.softmax(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     for axis in (0, 1):
@@ -43,7 +47,7 @@ def gaussian_blur(image_HxWxC: jax.Array, sigma: jax.Array, *, kernel_size: int 
         padded = jnp.pad(image_HxWxC, pad, mode='reflect')
         size = image_HxWxC.shape[axis]
         terms = [weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(kernel_size)]
-        image_HxWxC = materialise(sum(terms))  # or each pixel of the second pass would do the first anew
+        image_HxWxC = materialise(sum(terms))  # keeps XLA from repeating the first pass for each pixel of the second
     return image_HxWxC
 
 
@@ -58,7 +62,7 @@ def affine(
     """Rotates, zooms, x-shears and shifts about the image centre; bilinear, black (0) outside.
 
     The forward map is translation * rotation * shear * scale as in `torchvision.transforms.functional.affine`; each
-    output pixel is looked up through its inverse.
+    output pixel is sampled at its source position under the inverse map.
 
     Args:
       image_HxWxC: floats; 0 is black.
@@ -83,14 +87,25 @@ def affine(
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image_HxWxC)
 
 
+def jitter(key: jax.Array, image_HxWxC: jax.Array, *, brightness: float, contrast: float) -> jax.Array:
+    """Multiplies the grey values of an image in [0, 1] and then their distances from the mean; clipped to [0, 1]."""
+    keys = jax.random.split(key)
+    image = image_HxWxC * (1 + brightness * jax.random.uniform(keys[0], minval=-1, maxval=1))
+    mean = image.mean()
+    return jnp.clip(mean + (image - mean) * (1 + contrast * jax.random.uniform(keys[1], minval=-1, maxval=1)), 0, 1)
+
+
 def augment(key: jax.Array, image_HxWxC: jax.Array, *, options: AugmentOptions) -> jax.Array:
-    """Draws one flip, blur and affine and applies them to all channels of an image in [0, 1]."""
+    """Applies one random flip, blur and affine map to all channels of an image in [0, 1]."""
     keys = jax.random.split(key, 7)
     image = image_HxWxC
     image = jnp.where(jax.random.bernoulli(keys[0], options.flip_probability), image[:, ::-1], image)
     image = jnp.where(jax.random.bernoulli(keys[1], options.flip_probability), image[::-1], image)
     low, high = options.blur_sigma
     image = gaussian_blur(image, jax.random.uniform(keys[2], minval=low, maxval=high))
+    if options.brightness or options.contrast:
+        other = jax.random.fold_in(key, len(keys))
+        image = jitter(other, image, brightness=options.brightness, contrast=options.contrast)
     height, width, _ = image.shape
     limit_xy = options.translation * jnp.array([width, height])
     return affine(

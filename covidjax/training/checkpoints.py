@@ -1,11 +1,11 @@
-"""Checkpoints of a run: the latest state to go on from, and the best model to test.
+"""Checkpoints of a run: the latest state to resume from, and the best model to test.
 
-Both lie under `<workdir>/checkpoints`. orbax renames a finished checkpoint into place, and only then the digests of its
-files are added, so that one is whole or counts as absent. orbax itself restores a file with a flipped byte without a
-word: nothing is restored before its digests were verified.
+Both are stored under `<workdir>/checkpoints`. orbax renames a finished checkpoint into place; the digests of its files
+are written after that. A checkpoint without digests is incomplete and counts as absent. orbax restores corrupted files
+without an error, so digests are verified before every restore.
 
-A checkpoint is named by the number of updates and validations before it, which grows from one to the next also where a
-run that was stopped between an epoch's last update and its validation goes on.
+The name of a checkpoint is the number of updates plus the number of validations before it. It grows with every save,
+also when a run stops between the last update of an epoch and its validation.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The two kinds of checkpoints of one workdir.
+    """The latest and the best checkpoints of one workdir.
 
-    They have a manager each, since a manager that keeps the best drops the latest when the loss worsens.
+    Each kind has its own manager: one manager that keeps the best would drop the latest when the loss worsens.
     """
 
     def __init__(self, workdir: Path):
         folder = Path(workdir).absolute() / 'checkpoints'
-        # Two, so that one is left when the newer turns out to be damaged.
+        # Two, so that one is left if the newer one is damaged.
         self._latest = self._open(
             folder / 'latest', keep=2, state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler()
         )
-        # Three: going back by one state drops up to two that were saved after it.
+        # Three: falling back by one state drops up to two that were saved after it.
         self._best = self._open(folder / 'best', keep=3, variables=ocp.StandardCheckpointHandler())
 
     @staticmethod
@@ -49,25 +49,25 @@ class Checkpoints:
         return ocp.CheckpointManager(folder, options=options, item_handlers=item_handlers)
 
     def save_latest(self, number: int, state: TrainState, progress: dict[str, Any]) -> None:
-        """Saves a whole state and the JSON-able `progress` of the run beside it, under the name `number`."""
+        """Saves the whole state and the run's JSON-serialisable `progress` as checkpoint `number`."""
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         _save(self._latest, number, arguments)
 
     def save_best(self, number: int, state: TrainState) -> None:
-        """Saves the model's variables of the best epoch so far."""
+        """Saves the model's variables as the best so far, as checkpoint `number`."""
         _save(self._best, number, ocp.args.Composite(variables=ocp.args.StandardSave(state.variables)))
 
     def restore_latest(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Returns the latest sound state and its progress, or None before the first.
+        """Returns the latest sound state and its progress, or None if there is no checkpoint yet.
 
-        A state is sound if neither its own files nor those of the best model at that time are damaged. What was saved
-        after it is dropped: the run is going to make it again.
+        A state is sound if its own files and those of the best model at that time are undamaged. Later checkpoints are
+        deleted; the resumed run writes them again.
 
         Args:
           template: shapes, dtypes and shardings of the state.
 
         Raises:
-          UserError: there are finished checkpoints, but all are damaged; every fault is listed.
+          UserError: all finished checkpoints are damaged; every fault is listed.
         """
         damage = []
         for number in sorted(self._latest.all_steps(), reverse=True):
@@ -81,13 +81,13 @@ class Checkpoints:
                 )
                 restored = self._latest.restore(number, args=arguments)
                 return restored['state'], restored['progress']
-            log.warning('checkpoint %d is no good, trying the one before: %s', number, join_faults(faults))
+            log.warning('checkpoint %d is unusable, trying the previous one: %s', number, join_faults(faults))
             if is_finished(folders[0]):
                 damage += faults
         if damage:
             raise UserError(
-                f'no sound checkpoint is left ({join_faults(damage)}): put copies of these files back, or delete '
-                f'{self._latest.directory.parent} to start anew'
+                f'all checkpoints are damaged ({join_faults(damage)}): put copies of these files back, or delete '
+                f'{self._latest.directory.parent} to start again'
             )
         self._drop_after(-1)
         return None
@@ -104,7 +104,7 @@ class Checkpoints:
           template: shapes, dtypes and shardings of the model's variables.
 
         Raises:
-          UserError: there is none yet; its files are damaged; or its names or shapes are not the template's. All
+          UserError: there is none yet, its files are damaged, or its names or shapes differ from the template. All
             faults or differences are listed.
         """
         finished = _list_finished(self._best)
@@ -121,14 +121,14 @@ class Checkpoints:
         )
         if differences:
             raise UserError(
-                f'the checkpoint in {self._best.directory} is of another model ({join_faults(differences)}): train in '
+                f'the checkpoint in {self._best.directory} holds another model ({join_faults(differences)}): train in '
                 'another --workdir'
             )
         arguments = ocp.args.Composite(variables=ocp.args.StandardRestore(template))
         return self._best.restore(finished[-1], args=arguments)['variables']
 
     def close(self) -> None:
-        """Waits for writes and lets go of the folders."""
+        """Waits for pending writes and releases the folders."""
         self._latest.close()
         self._best.close()
 
@@ -150,7 +150,7 @@ def _save(manager: ocp.CheckpointManager, number: int, arguments: ocp.args.Compo
 
 @contextlib.contextmanager
 def _quiet_writers() -> Iterator[None]:
-    """Keeps orbax's threads from printing and logging the traceback of an error that `save` raises."""
+    """Keeps orbax's threads from printing the traceback of an error that `save` raises anyway."""
     logger = logging.getLogger('absl')
     before = threading.excepthook, logger.disabled
     threading.excepthook, logger.disabled = lambda _: None, True
@@ -166,13 +166,13 @@ def _list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Says whether a run has a state to go on from, sound or damaged."""
+    """Returns whether a run has a finished checkpoint of its state, sound or damaged."""
     return any(is_finished(folder) for folder in (Path(workdir) / 'checkpoints' / 'latest').glob('*'))
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: Path) -> Iterator[Checkpoints]:
-    """Opens the checkpoints of a workdir and closes them at the end."""
+    """Opens the checkpoints of a workdir; closes them on exit."""
     checkpoints = Checkpoints(workdir)
     try:
         yield checkpoints

@@ -1,6 +1,6 @@
-"""One step on many devices: examples divided over them, parameters on each.
+"""Data-parallel steps: examples are sharded over the devices, parameters are replicated.
 
-The mesh spans the devices of all processes; each process loads and places those rows of a batch that its devices get.
+The mesh spans the devices of all processes. Each process loads and places only the rows of its own devices.
 """
 
 import functools
@@ -20,18 +20,18 @@ PARALLELISMS = ('jit', 'pmap')
 
 
 def create_shardings() -> tuple[NamedSharding, NamedSharding]:
-    """Returns the sharding of batches (their first axis over all devices) and that of states (replicated)."""
+    """Returns the sharding of batches (first axis over all devices) and of states (replicated)."""
     mesh = Mesh(np.array(jax.devices()), (AXIS,))
     return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 
 def get_shard() -> tuple[int, int]:
-    """Returns the number of this process and that of all: which rows of every batch it loads."""
+    """Returns (process index, number of processes), which select the rows of every batch that this process loads."""
     return jax.process_index(), jax.process_count()
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int) -> None:
-    """Checks that every device gets equally many examples in every part of a batch.
+    """Checks that every part of a batch divides evenly over the devices.
 
     Raises:
       UserError: it does not.
@@ -46,16 +46,16 @@ def check_batch_size(batch_size: int, accumulation_steps: int) -> None:
 
 
 def pad_batch_size(batch_size: int) -> int:
-    """Returns the next multiple of the number of devices: evaluation pads its batches."""
+    """Rounds up to a multiple of the number of devices; evaluation pads its batches to this size."""
     return -(-batch_size // jax.device_count()) * jax.device_count()
 
 
 def place_batch(batch: dict[str, np.ndarray], parallelism: str = 'jit') -> dict[str, jax.Array]:
-    """Returns the batch of all processes on the devices.
+    """Places a batch on the devices of all processes.
 
     Args:
-      batch: this process's rows [B, ...] of it.
-      parallelism: under 'pmap' the arrays get an axis of devices before that of their rows.
+      batch: this process's rows, [B, ...].
+      parallelism: 'jit', or 'pmap', which adds a leading device axis.
     """
     sharding, _ = create_shardings()
     if parallelism == 'pmap':
@@ -64,25 +64,28 @@ def place_batch(batch: dict[str, np.ndarray], parallelism: str = 'jit') -> dict[
 
 
 def place_state(state: Any) -> Any:
-    """Returns the state, which every process has made alike, on all devices of all processes."""
+    """Replicates a state on all devices of all processes; every process passes the same state."""
     return jax.jit(lambda tree: tree, out_shardings=create_shardings()[1])(state)
 
 
 def replicate(tree: Any) -> Any:
-    """Gives every device, and so every process, the whole of arrays that are computed under `jit`."""
+    """Replicates arrays computed under `jit`, so that every device and process holds the whole of them."""
     return jax.lax.with_sharding_constraint(tree, create_shardings()[1])
 
 
 def get_axis_name(parallelism: str) -> str | None:
-    """Returns the axis over which a step, and its batch normalisation, must add up devices; None under 'jit'."""
+    """Returns the axis over which a step and its batch normalisation must sum explicitly; None under 'jit'."""
     return AXIS if parallelism == 'pmap' else None
 
 
 def compile_step(step: Callable[..., Any], parallelism: str) -> Callable[[Any, dict], Any]:
     """Compiles (state, batch, axis_name) -> (state, sums) for batches of `place_batch`; the state is donated.
 
-    'jit' compiles the step of the whole batch and leaves its division to the compiler. 'pmap' compiles the step of one
-    device's rows, which adds up the devices itself. States are replicated global arrays under both.
+    'jit' compiles the step for the whole batch and lets the compiler partition it. 'pmap' compiles the step for the
+    rows of one device; the step sums over devices itself. States are replicated global arrays in both cases.
+
+    Raises:
+      ValueError: unknown parallelism.
     """
     step = functools.partial(step, axis_name=get_axis_name(parallelism))
     if parallelism == 'jit':
@@ -101,7 +104,7 @@ def compile_step(step: Callable[..., Any], parallelism: str) -> Callable[[Any, d
     if jax.process_count() == 1:
         return mapped
     mesh = create_shardings()[1].mesh
-    # pmap returns what this process has of its results; checkpoints and validation take global arrays.
+    # pmap returns process-local arrays; checkpoints and validation need global ones.
     return lambda state, batch: multihost_utils.host_local_array_to_global_array(
         mapped(state, batch), mesh, PartitionSpec()
     )

@@ -1,4 +1,4 @@
-"""Digests of a folder's files: what tells damage that the reader of the files does not notice."""
+"""SHA-256 digests of a folder's files, to detect damage that the file's reader does not report."""
 
 import hashlib
 import json
@@ -10,24 +10,24 @@ FILE_NAME = 'sha256.json'
 
 
 def write_digests(folder: Path) -> None:
-    """Writes sha256.json into a folder: the digest of every file below it. It marks the folder as whole."""
+    """Writes sha256.json with the digest of every file below a folder. Its presence marks the folder as complete."""
     write_json(folder / FILE_NAME, {name: _compute_digest(folder / name) for name in _list_files(folder)})
 
 
 def is_finished(folder: Path) -> bool:
-    """Says whether `write_digests` came to its end."""
+    """Returns whether `write_digests` has completed for this folder."""
     return (folder / FILE_NAME).exists()
 
 
 def find_damage(folder: Path) -> list[str]:
-    """Returns what is wrong with the files of a folder; empty if every file is as it was when the digests were taken.
+    """Returns missing and changed files of a folder, one message each; empty if every file matches its digest.
 
-    A folder without digests counts as unfinished, whatever else it holds.
+    A folder without digests counts as unfinished.
     """
     try:
         digests = json.loads((folder / FILE_NAME).read_text())
     except FileNotFoundError:
-        return [f'{FILE_NAME} is missing: it was not finished']
+        return [f'{FILE_NAME} is missing: the folder is incomplete']
     except (OSError, ValueError):
         return [f'{FILE_NAME} is unreadable']
     present = set(_list_files(folder))

@@ -1,4 +1,4 @@
-"""Requests to stop, SIGTERM (Slurm, preemptible machines) and Ctrl-C, kept until the state can be saved."""
+"""Deferred handling of SIGTERM (Slurm, preemptible machines) and Ctrl-C: training saves its state, then stops."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from jax.experimental import multihost_utils
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was stopped on request and its state is saved; the message says where."""
+    """Training was stopped by a signal after saving its state; the message names the step or epoch."""
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C as they come; made by `hold_stop_signals`."""
+    """Records SIGTERM and Ctrl-C; created by `hold_stop_signals`."""
 
     def __init__(self):
         self._came = False
@@ -27,9 +27,9 @@ class StopSignals:
         self._came = True
 
     def is_due(self, num_updates: int) -> bool:
-        """Says whether to save and stop now; to be asked after every update.
+        """Returns whether to save and stop now. Call it after every update.
 
-        Several processes agree on one update: jax tells all of them of a SIGTERM that any of them gets.
+        With several processes, jax forwards a SIGTERM from any of them, and all stop after the same update.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(num_updates)
@@ -37,10 +37,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def let_through(self) -> Iterator[None]:
-        """Lets a signal interrupt this block at once; several processes, which must agree, go through it to its end.
+        """Lets a signal interrupt this block at once. With several processes, which must agree, the block completes.
 
         Raises:
-          KeyboardInterrupt: one came, or had come before.
+          KeyboardInterrupt: a signal came during the block or before it.
         """
         self._at_once = jax.process_count() == 1
         try:
@@ -53,14 +53,14 @@ class StopSignals:
 
 @contextlib.contextmanager
 def hold_stop_signals() -> Iterator[StopSignals]:
-    """Keeps SIGTERM and Ctrl-C from interrupting the block; a second one does.
+    """Records the first SIGTERM or Ctrl-C in this block; the second one interrupts.
 
     Raises:
-      KeyboardInterrupt: at the end of the block, if one came too late to be asked for.
+      KeyboardInterrupt: at the end of the block, if a signal came after the last call of `is_due`.
     """
     signals = StopSignals()
     if jax.process_count() > 1:
-        # jax keeps SIGTERM; Ctrl-C joins it.
+        # jax handles SIGTERM; turn Ctrl-C into SIGTERM.
         with _handle([signal.SIGINT], lambda *_: os.kill(os.getpid(), signal.SIGTERM)):
             yield signals
         return
@@ -72,7 +72,7 @@ def hold_stop_signals() -> Iterator[StopSignals]:
 
 @contextlib.contextmanager
 def _handle(signals: list[signal.Signals], handler: Callable) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
     before = {number: signal.signal(number, handler) for number in signals}

@@ -1,4 +1,4 @@
-"""Epochs of training with validation, early stopping and checkpoints, for any model and step."""
+"""The training loop: epochs, validation, early stopping and checkpoints, for any model and step."""
 
 import json
 import logging
@@ -25,15 +25,15 @@ LOG_EVERY_STEPS = 10
 
 
 class Schedule(NamedTuple):
-    """When to validate and when to stop.
+    """When to validate, save and stop.
 
     Attributes:
       steps_per_epoch: updates between two validations.
-      num_epochs: at most.
+      num_epochs: maximum number of epochs.
       patience: epochs without a better validation loss before stopping.
-      min_delta: by how much a loss must fall below the best to be better.
-      checkpoint_steps: updates between two checkpoints within an epoch; 0 saves at the end of epochs only.
-      examples_per_step: for the rates that are shown.
+      min_delta: smallest decrease of the validation loss that counts as an improvement.
+      checkpoint_steps: updates between two checkpoints within an epoch; 0 saves only at the end of each epoch.
+      examples_per_step: batch size, for the throughput in the log.
     """
 
     steps_per_epoch: int
@@ -45,15 +45,15 @@ class Schedule(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """What to train.
 
     Attributes:
       template: shapes and shardings of the state.
       create_state: makes the initial state; called in a new run only.
       step: compiled `train_step`.
       validate: variables -> (mean weighted loss, accuracy) of the validation split.
-      load_batches: state -> the batches that it goes on with, placed on the devices.
-      describe_step: number of a step -> its learning rate and examples, for the error of a loss that is not finite.
+      load_batches: state -> the batches that follow it, placed on the devices.
+      describe_step: step number -> its learning rate and examples, for the message about a non-finite loss.
     """
 
     template: TrainState
@@ -67,7 +67,7 @@ class Task(NamedTuple):
 class Epoch(NamedTuple):
     """Running totals of an unfinished epoch: sums over its steps (see `train_step`) and their seconds.
 
-    Sums are added in double precision in the order of the steps, so that an interruption changes none of them.
+    Sums are added in double precision in the order of the steps, so that a resumed run gets the same totals.
     """
 
     loss: float = 0.0
@@ -77,13 +77,13 @@ class Epoch(NamedTuple):
     seconds: float = 0.0
 
     def add(self, sums: dict[str, float]) -> 'Epoch':
-        """Returns the epoch with one more step."""
+        """Returns the totals with one more step."""
         added = {name: getattr(self, name) + float(sums[name]) for name in ('loss', 'weight', 'correct', 'count')}
         return self._replace(**added)
 
 
 def find_best_epoch(val_losses: Sequence[float], min_delta: float) -> int:
-    """Returns the number (from 1) of the last epoch whose loss was `min_delta` below the best before; 0 if none."""
+    """Returns the last epoch (from 1) with a loss more than `min_delta` below the previous best; 0 if none."""
     best_epoch, best = 0, math.inf
     for epoch, loss in enumerate(val_losses, start=1):
         if loss < best - min_delta:
@@ -92,24 +92,24 @@ def find_best_epoch(val_losses: Sequence[float], min_delta: float) -> int:
 
 
 def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path) -> list[dict]:
-    """Trains until the last epoch or until patience ends, going on from the latest checkpoint if there is one.
+    """Trains until the last epoch or early stopping; resumes from the latest checkpoint if there is one.
 
-    A checkpoint holds all that the rest of the run depends on: the state with its root key, the history, which decides
-    about stopping, and the totals of an unfinished epoch. The number of updates is also the position in the data.
+    A checkpoint holds everything that the rest of the run depends on: the state with its root key, the history (for
+    early stopping) and the totals of an unfinished epoch. The number of updates is also the position in the data.
 
     Args:
-      task: what is trained.
-      schedule: when to validate, to save and to stop.
-      checkpoints: the latest state is saved after every epoch, the model of the best epoch beside it.
-      workdir: gets metrics.jsonl (a line per epoch) and tensorboard/.
+      task: what to train.
+      schedule: when to validate, save and stop.
+      checkpoints: get the latest state after every epoch, and the model of the best epoch.
+      workdir: gets metrics.jsonl (one line per epoch) and tensorboard/.
 
     Returns:
-      Per epoch a dict: epoch, step, train_loss, train_accuracy, val_loss, val_accuracy, seconds, examples_per_second,
+      One dict per epoch: epoch, step, train_loss, train_accuracy, val_loss, val_accuracy, seconds, examples_per_second,
       val_seconds.
 
     Raises:
       UserError: a loss or gradient is not finite.
-      Stopped: on SIGTERM or Ctrl-C, the state being saved.
+      Stopped: SIGTERM or Ctrl-C; the state is saved.
     """
     restored = checkpoints.restore_latest(task.template)
     if restored is None:
@@ -159,13 +159,13 @@ def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path)
             }
             if not math.isfinite(val_loss):
                 raise UserError(
-                    f'the validation loss is not finite in epoch {entry["epoch"]} ({val_loss}): lower '
+                    f'the validation loss of epoch {entry["epoch"]} is not finite ({val_loss}): lower '
                     '--config.train.learning_rate; earlier checkpoints are kept'
                 )
             history.append(entry)
             epoch = Epoch()
             is_best = find_best_epoch([e['val_loss'] for e in history], schedule.min_delta) == entry['epoch']
-            # The best first: killed in between, the run repeats this epoch and finds the same best again.
+            # Save the best first: a run killed in between repeats this epoch and finds the same best.
             if is_best:
                 checkpoints.save_best(entry['step'] + len(history), state)
             save(state, epoch)
@@ -186,7 +186,7 @@ def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path)
 
 
 def is_finished(history: Sequence[dict], schedule: Schedule) -> bool:
-    """Says whether all epochs are done or patience has ended."""
+    """Returns whether all epochs are done or patience is exhausted."""
     best = find_best_epoch([entry['val_loss'] for entry in history], schedule.min_delta)
     return len(history) >= schedule.num_epochs or len(history) - best >= schedule.patience
 
@@ -203,11 +203,11 @@ def _train_epoch(
     signals: StopSignals,
     add_point: Callable[[str, float, int], None],
 ) -> tuple[TrainState, Epoch]:
-    """Trains to the end of the epoch of this number; `epoch` is what was done of it."""
+    """Trains to the end of epoch `number`; `epoch` holds the totals of the steps already done."""
     first = (number - 1) * schedule.steps_per_epoch
     done = int(state.step) - first
     seconds_before, start = epoch.seconds, time.perf_counter()
-    under_way: list[tuple[int, dict]] = []  # number and sums of the steps that were not read yet
+    under_way: list[tuple[int, dict]] = []  # number and sums of the steps not read yet
 
     def read(num_steps: int) -> None:
         nonlocal epoch
@@ -216,7 +216,7 @@ def _train_epoch(
             if not all(math.isfinite(value) for value in sums.values()):
                 raise UserError(
                     f'step {k} is not finite: loss {loss}, norm of the gradient {sums["gradient_norm"]}, '
-                    f'{task.describe_step(k)}: lower --config.train.learning_rate, or look at these; earlier '
+                    f'{task.describe_step(k)}: lower --config.train.learning_rate, or check these images; earlier '
                     'checkpoints are kept'
                 )
             epoch = epoch.add(sums)
@@ -232,7 +232,7 @@ def _train_epoch(
         for k in range(first + done, first + schedule.steps_per_epoch):
             state, sums = task.step(state, next(batches))
             under_way.append((k, sums))
-            # The device works on this step while those before are read.
+            # The device computes this step while the host reads earlier ones.
             if len(under_way) > LOG_EVERY_STEPS:
                 read(LOG_EVERY_STEPS)
             bar.update()
@@ -247,9 +247,9 @@ def _train_epoch(
 
 
 def write_history(workdir: Path, history: Sequence[dict]) -> None:
-    """Writes metrics.jsonl anew, a line per epoch, so that a resumed run neither loses nor doubles one.
+    """Rewrites metrics.jsonl, one line per epoch, so that a resumed run neither loses nor repeats a line.
 
-    Before the first epoch is finished there is no such file. Of several processes only the first writes.
+    Deletes the file if no epoch is finished. With several processes only the first writes.
     """
     if not is_first():
         return
@@ -261,7 +261,7 @@ def write_history(workdir: Path, history: Sequence[dict]) -> None:
 
 
 def read_history(workdir: Path) -> list[dict]:
-    """Returns what `write_history` wrote.
+    """Reads metrics.jsonl: one dict per finished epoch.
 
     Raises:
       UserError: the run has not finished its first epoch, or the file is damaged.

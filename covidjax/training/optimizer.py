@@ -1,6 +1,7 @@
 """Learning-rate schedules and optimizers."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -10,7 +11,11 @@ DECAYS = ('decoupled', 'l2')
 
 
 def create_schedule(schedule: str, *, learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up from 0, then 'constant' or 'cosine' (to 0 at `total_steps`)."""
+    """Returns step -> learning rate: linear warm-up from 0, then 'constant' or 'cosine' (to 0 at `total_steps`).
+
+    Raises:
+      ValueError: unknown schedule.
+    """
     if schedule == 'constant':
         after = optax.constant_schedule(learning_rate)
     elif schedule == 'cosine':
@@ -21,17 +26,50 @@ def create_schedule(schedule: str, *, learning_rate: float, warmup_steps: int, t
     return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
 
+class AverageState(NamedTuple):
+    """State of `keep_average`.
+
+    Attributes:
+      average: of the parameters.
+    """
+
+    average: Any
+
+
+def keep_average(decay: float) -> optax.GradientTransformation:
+    """Returns a transformation that averages the parameters after each update, and leaves the update as it is.
+
+    The average starts with the initial parameters and becomes `decay` * average + (1 - `decay`) * parameters. Place it
+    last in a chain.
+    """
+
+    def update(updates: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+        new = optax.apply_updates(params, updates)
+        return updates, AverageState(jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new))
+
+    return optax.GradientTransformation(AverageState, update)
+
+
 def create_optimizer(
-    schedule: optax.Schedule, *, weight_decay: float, decay: str, is_frozen: Callable[[str], bool]
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    decay: str,
+    ema_decay: float = 0.0,
+    is_frozen: Callable[[str], bool],
 ) -> optax.GradientTransformation:
-    """Returns Adam with the paper's (default) moments, blind to frozen parameters.
+    """Returns Adam with the paper's (default) moments; frozen parameters get no updates.
 
     Args:
       schedule: step -> learning rate.
       weight_decay: 0 is plain Adam.
       decay: 'decoupled' (AdamW) or 'l2' (added to the gradient before the moments, as PyTorch's Adam does).
-      is_frozen: path ('tail_0/conv1/dense/kernel') -> whether that parameter stays as it is. Frozen parameters have
-        no moments and no decay: a zero gradient alone would not keep AdamW from moving them.
+      ema_decay: of `keep_average`; 0 keeps no average.
+      is_frozen: path ('tail_0/conv1/dense/kernel') -> whether that parameter is frozen. Frozen parameters have no
+        moments and no decay. A zero gradient would not be enough: AdamW would still decay them.
+
+    Raises:
+      ValueError: unknown decay.
     """
     if decay not in DECAYS:
         raise ValueError(f'decay must be one of {DECAYS}, got {decay!r}')
@@ -41,6 +79,9 @@ def create_optimizer(
         trained = optax.adamw(schedule, weight_decay=weight_decay)
     else:
         trained = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(schedule))
+
+    if ema_decay:
+        trained = optax.chain(trained, keep_average(ema_decay))
 
     def label(params):
         return jax.tree_util.tree_map_with_path(

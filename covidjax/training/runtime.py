@@ -1,4 +1,4 @@
-"""Settings of a process before it computes: the compilation cache, and memory between steps."""
+"""Process-wide settings: the compilation cache and the memory allocator."""
 
 import ctypes
 import os
@@ -12,18 +12,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    """Caches compiled programs in ~/.cache/covidjax/xla (XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR is set."""
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
         jax.config.update('jax_compilation_cache_dir', str(folder / 'covidjax' / 'xla'))
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for later allocations; does nothing on other C libraries.
+    """Makes glibc keep freed memory for later allocations; does nothing with other C libraries.
 
-    A training step on a CPU allocates and frees gigabytes. By default glibc returns such blocks to the system at once
-    and gets new ones, which the kernel clears page by page: 590,000 page faults and a third of the time of a step of
-    ResNet50-ATT2. Blocks of this size are kept only in the main arena, hence one arena for all threads.
+    A training step on a CPU allocates and frees gigabytes. By default glibc returns such blocks to the system at once,
+    and the kernel clears every page of the next block: 590,000 page faults and a third of the time of a ResNet50-ATT2
+    step. glibc keeps blocks of this size only in the main arena, so all threads must share one arena.
     """
     if not sys.platform.startswith('linux'):
         return

@@ -1,6 +1,6 @@
 """The training step as a pure function; callers bind the keyword arguments and compile it once.
 
-Shapes: B examples of the batch, or of the part of it that one device sees.
+Shapes: B examples of the batch, or of one device's part of it under `jax.pmap`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from covidjax.training.losses import weighted_cross_entropy
 from covidjax.training.state import TrainState
 
 # (variables, images in [-1, 1] or embeddings, batch) -> logits [B, K] and the new batch statistics. Under `jax.pmap`
-# its batch statistics are those of all devices together.
+# the batch statistics are taken over all devices.
 Forward = Callable[[dict[str, Any], jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
 
 
@@ -28,30 +28,32 @@ def train_step(
     optimizer: optax.GradientTransformation,
     class_weights: Sequence[float],
     augmentation: AugmentOptions | None,
+    label_smoothing: float = 0.0,
     dtype: str = 'float32',
     accumulation_steps: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Augments a batch, makes one update and returns the new state and the batch's sums.
 
-    Numerators and weights are summed over devices and over the parts of a batch and divided once, so that neither the
-    number of devices nor `accumulation_steps` changes the loss; what the parts do change is batch normalisation, which
-    sees one part at a time. Its running statistics move once, by the mean over the parts.
+    Weighted losses and weights are summed over devices and parts of a batch, then divided once, so the loss does not
+    depend on the number of devices or on `accumulation_steps`. Batch normalisation does depend on the parts: it sees
+    one at a time. Its running statistics move once, by the mean over the parts.
 
     Args:
-      state: before the update.
+      state: state before the update.
       batch: 'image' uint8 [B, S, S, C] (C is 1 for slices, the number of slices for scans, which share one draw),
-        'label' int32 [B], 'mask' float32 [B] (0 marks padding), and what else `forward` reads. In place of 'image' it
-        may hold 'embedding' float32, made of images that were augmented before.
+        'label' int32 [B], 'mask' float32 [B] (0 marks padding), and further inputs of `forward`. It may hold
+        'embedding' float32, computed from augmented images, instead of 'image'.
       forward: the model in training mode.
-      optimizer: as the state was created with.
+      optimizer: the optimizer that the state was created with.
       class_weights: [K], see `losses.compute_class_weights`.
-      augmentation: None trains on the images as they are.
-      dtype: of activations and of the copies of the parameters that compute them; parameters, batch statistics, softmax
-        and loss stay in their own.
-      accumulation_steps: A, a divisor of B; example b belongs to part b modulo A, so that a batch that is sharded over
-        devices gives parts that are.
-      axis_name: the axis of `jax.pmap`; None where the step sees the whole batch.
+      augmentation: None uses the images unchanged.
+      label_smoothing: see `losses.weighted_cross_entropy`.
+      dtype: dtype of activations, and of the parameters that compute them; the stored parameters, batch statistics,
+        softmax and loss keep their own.
+      accumulation_steps: A, a divisor of B. Example b belongs to part b modulo A, so that the parts of a sharded batch
+        are sharded too.
+      axis_name: axis of `jax.pmap`; None if the step sees the whole batch.
 
     Returns:
       The state after the update, and scalars 'loss' (sum of weighted losses), 'weight' (sum of weights), 'correct' and
@@ -64,13 +66,13 @@ def train_step(
     inputs = 'embedding' if 'embedding' in batch else 'image'
     if inputs == 'image':
         keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(batch['image']), axis_name)
-        batch = {**batch, 'image': prepare_images(batch['image'], keys_B, augmentation)}
+        batch = {**batch, 'image': prepare_images(batch['image'], keys_B, augmentation), 'key': keys_B}
     weight = add_up((jnp.asarray(class_weights, jnp.float32)[batch['label']] * batch['mask']).sum())
 
     def compute_loss(params, part):
         variables = {'params': cast(params, dtype), 'batch_stats': state.batch_stats}
         logits, batch_stats = forward(variables, cast(part[inputs], dtype), part)
-        losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights)
+        losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights, label_smoothing)
         mask_B = part['mask']
         sums = {
             'loss': (losses_B * mask_B).sum(),
@@ -93,7 +95,7 @@ def train_step(
 
 
 def prepare_images(images: jax.Array, keys_B: jax.Array | None, augmentation: AugmentOptions | None) -> jax.Array:
-    """Returns images uint8 [B, S, S, C], augmented with a key each if there is an augmentation, in [-1, 1]."""
+    """Returns uint8 images [B, S, S, C] in [-1, 1], augmented with one key each unless `augmentation` is None."""
     if augmentation is not None:
         unit = images.astype(jnp.float32) / 255
         images = 255 * jax.vmap(lambda key, image: augment(key, image, options=augmentation))(keys_B, unit)
@@ -101,12 +103,12 @@ def prepare_images(images: jax.Array, keys_B: jax.Array | None, augmentation: Au
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """Returns float32 arrays as `dtype`; wider ones stay."""
+    """Casts float32 arrays to `dtype`; leaves others unchanged."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, tree)
 
 
 def _split_key(key: jax.Array, num_examples: int, axis_name: str | None) -> jax.Array:
-    """Returns the keys of this device's examples: those that they have where one device sees the whole batch."""
+    """Returns one key per example of this device: the keys that these examples would get on a single device."""
     if axis_name is None:
         return jax.random.split(key, num_examples)
     keys = jax.random.split(key, num_examples * jax.lax.axis_size(axis_name))
@@ -114,7 +116,7 @@ def _split_key(key: jax.Array, num_examples: int, axis_name: str | None) -> jax.
 
 
 def _accumulate(compute_part: Callable[[dict], tuple[Any, Any, Any]], batch: dict, num_parts: int) -> tuple:
-    """Returns the sums of gradients and of sums over the parts of a batch, and the mean of their batch statistics."""
+    """Returns gradients and sums added over the parts of a batch, and the mean of their batch statistics."""
     if num_parts == 1:
         return compute_part(batch)
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0), batch)

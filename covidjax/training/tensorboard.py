@@ -1,4 +1,4 @@
-"""Curves for TensorBoard."""
+"""Training curves for TensorBoard."""
 
 import contextlib
 import socket
@@ -15,13 +15,13 @@ from covidjax.training.hosts import is_first
 
 @contextlib.contextmanager
 def open_curves(folder: Path, first_step: int) -> Iterator[Callable[[str, float, int], None]]:
-    """Opens an event file that replaces the points of earlier ones from `first_step` on.
+    """Opens an event file; its points replace those of earlier files from `first_step` on.
 
-    tensorboardX's SummaryWriter writes in a thread, which a full disk kills without a word and then blocks the caller;
-    here the caller gets the error.
+    tensorboardX's SummaryWriter writes in a thread. A full disk kills that thread silently and then blocks the caller.
+    This writer raises the error instead.
 
     Yields:
-      (name, value, step) -> None: adds a point. Of several processes only the first writes.
+      (name, value, step) -> None, which adds a point. With several processes only the first writes.
     """
     if not is_first():
         yield lambda name, value, step: None
@@ -38,6 +38,6 @@ def open_curves(folder: Path, first_step: int) -> Iterator[Callable[[str, float,
         yield lambda name, value, step: write(step=step, summary=scalar(name, value))
         writer.flush()
     finally:
-        # What a full disk did not take is given up here.
+        # On a full disk, closing fails too; the first error is the one to report.
         with contextlib.suppress(OSError):
             writer.close()

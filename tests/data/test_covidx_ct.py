@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from covidjax.data import covidx_ct, lists, preprocess
 from covidjax.data.loader import load_train_batches
+from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.errors import UserError
 
 SIZE = 16
@@ -377,3 +378,24 @@ def test_unreadable_record_is_named_and_ends_the_stream():
         source[2]
     with pytest.raises(UserError, match='is unreadable'):
         next(load_train_batches(source, batch_size=2, seed=0, first_step=0))
+
+
+def test_regions_are_datasets_of_their_own(tmp_path):
+    raw = tmp_path / 'raw'
+    write_phantoms(raw, PhantomOptions(num_train=3, num_val=3, num_test=3, image_size=96, max_slices=12))
+    options = {'raw_dir': str(raw), 'image_size': 32, 'prepared_dir': str(tmp_path / 'out')}
+    body, lungs = (covidx_ct.prepare(**options, region=region) for region in ('body', 'lungs'))
+    assert body.fingerprint == covidx_ct.prepare(**options).fingerprint != lungs.fingerprint
+    row, image = lungs.rows['test'][5], lungs.sources['test'][5]['image'][..., 0]
+    expected = preprocess.load_slice(str(raw / '2A_images' / row.file), row.box, 32, 'lungs')
+    np.testing.assert_array_equal(image, expected)
+    assert image[[0, 0, -1, -1], [0, -1, 0, -1]].max() < 10
+    assert body.sources['test'][5]['image'].mean() > image.mean() + 20  # the body is brighter
+
+
+def test_a_slice_without_lungs_is_named_and_can_be_skipped(run, raw):
+    row = lists.read_lists(raw)['val'][0]
+    message = get_error(run, region='lungs')  # the slices here are noise
+    assert row.file in message
+    assert 'no lungs found in it' in message
+    assert 'skip_bad' in message

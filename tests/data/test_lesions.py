@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covidjax.data import lesions, lists, phantom
+from covidjax.data import lesions, lists, phantom, preprocess
 from covidjax.errors import UserError
 
 
@@ -86,11 +86,11 @@ def test_flat_slice_has_no_lung():
 
 def test_otsu_by_hand():
     # All thresholds between two clusters tie, so the middle is returned.
-    assert lesions.compute_otsu_threshold(np.array([0.0, 0, 0, 1, 1])) == pytest.approx(0.5, abs=0.01)
-    assert lesions.compute_otsu_threshold(np.full(4, 7.0)) == 7
+    assert preprocess.compute_otsu_threshold(np.array([0.0, 0, 0, 1, 1])) == pytest.approx(0.5, abs=0.01)
+    assert preprocess.compute_otsu_threshold(np.full(4, 7.0)) == 7
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(2, 0.5, 3000), rng.normal(8, 0.5, 1000)])
-    assert lesions.compute_otsu_threshold(values) == pytest.approx(5, abs=0.5)
+    assert preprocess.compute_otsu_threshold(values) == pytest.approx(5, abs=0.5)
 
 
 def test_shared_lesions(real_data):

@@ -143,7 +143,7 @@ def test_missing_list_and_absent_class(tmp_path):
     (tmp_path / 'test_COVIDx_CT-2A.txt').unlink()
     message = get_error(tmp_path)
     assert 'test_COVIDx_CT-2A.txt: the list is missing' in message
-    assert 'train_COVIDx_CT-2A.txt: no row of class 0 (normal)' in message
+    assert 'train_COVIDx_CT-2A.txt: no row of normal or covid19' in message
 
 
 @pytest.mark.parametrize('version', ['1', '2A', '3A'])

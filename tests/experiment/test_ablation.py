@@ -37,7 +37,7 @@ def test_comparison_of_tiny_runs(tmp_path):
     figures = comparison['variants']['uniform-concat']
     results_path = output / 'uniform-concat' / 'seed0' / 'results.json'
     assert figures['accuracy']['by_seed'] == pytest.approx([json.loads(results_path.read_text())['accuracy']])
-    # Average pooling looks at everything alike.
+    # Average pooling weights all positions equally.
     chance = comparison['references']['flat map (chance)']
     for score in ('pointing', 'energy', 'map_auc'):
         assert figures[score]['mean'] == pytest.approx(chance[score]['mean'], abs=1e-5)
@@ -45,7 +45,7 @@ def test_comparison_of_tiny_runs(tmp_path):
     assert '| uniform-concat |' in report
     assert 'energy in lesion' in report
 
-    # Once more with another variant: what is finished is not trained again.
+    # Repeated with another variant: finished runs are not trained again.
     stamp = results_path.stat().st_mtime_ns
     again = compare(config, [0], ['uniform', 'dot'], ['concat'], output)
     assert results_path.stat().st_mtime_ns == stamp
@@ -78,7 +78,7 @@ def test_figures_by_hand():
     lesion = LesionSlice('c.png', 'c', 2, np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4), bool), None)
     figures = estimate(Outcome(p, {'pointing': np.array([[0.7]])}), rows, [lesion], draw_resamples(3, seed=0))
     assert figures['accuracy'].by_seed == pytest.approx([0.5])
-    # One class against the rest, pairs in order: normal 3 of 3, pneumonia 3 of 3, COVID-19 3 of 4 (0.4 is below 0.6).
+    # One-vs-rest, pairs in correct order: normal 3 of 3, pneumonia 3 of 3, COVID-19 3 of 4 (0.4 is below 0.6).
     assert figures['auc'].by_seed == pytest.approx([(1 + 1 + 3 / 4) / 3])
     # Patient b: 0.6 - 0.3; patient c: (0.5 + 0.3) / 2, above it.
     assert figures['auc_covid19_pneumonia'].by_seed == pytest.approx([1.0])

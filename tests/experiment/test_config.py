@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from covidjax.configs import att2, seq
+from covidjax.configs import att2, lite, seq
 from covidjax.errors import UserError
-from covidjax.experiment.config import check_config, flatten_config
-from covidjax.experiment.workdir import check_workdir, load_config, lock_workdir, save_config
+from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.workdir import lock_workdir
+from covidjax.files import write_json
 
 
 def test_paper_values():
@@ -17,7 +18,7 @@ def test_paper_values():
     assert (train.num_epochs, train.patience, train.decay) == (50, 10, 'decoupled')
 
 
-@pytest.mark.parametrize('module', [att2, seq])
+@pytest.mark.parametrize('module', [att2, lite, seq])
 @pytest.mark.parametrize('raw_dir', ['', '/data'])
 def test_shipped_configs_are_valid_and_locked(module, raw_dir):
     config = module.get_config(raw_dir)
@@ -36,6 +37,11 @@ def test_shipped_configs_are_valid_and_locked(module, raw_dir):
         ('model.compatibility', 'cosine', 'additive, dot, tanh'),
         ('model.stage_sizes', (2,), 'two or more'),
         ('data.min_slices', 17, 'at most 16'),
+        ('data.region', 'heart', 'body, lungs'),
+        ('model.backbone', 'vgg', 'efficientnet_lite0'),
+        ('model.dropout', 1.0, 'model.dropout=1.0 must be from 0 to below 1'),
+        ('train.ema_decay', -0.1, 'train.ema_decay=-0.1 must be'),
+        ('train.scale', (1.2, 0.8), 'the lower first'),
         ('data.cached_draws', -1, 'data.cached_draws=-1 must be at least 0'),
         ('att2.train.batch_size', 0, 'att2.train.batch_size=0 must be at least 1'),
     ],
@@ -58,7 +64,7 @@ def test_saved_config_comes_back(tmp_path):
     config = seq.get_config('/data')
     save_config(tmp_path, config)
     assert flatten_config(load_config(tmp_path)) == flatten_config(config)
-    check_workdir(tmp_path, config)  # the same config may come again
+    check_workdir(tmp_path, config)  # the same config is accepted
 
 
 def test_other_config_is_refused_with_its_differences(tmp_path):
@@ -99,3 +105,22 @@ def test_workdir_that_is_a_file(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot write'), lock_workdir(tmp_path / 'file'):
         pass
+
+
+@pytest.mark.parametrize('module', [att2, seq])
+def test_a_config_of_an_earlier_version_gets_the_later_fields(tmp_path, module):
+    config = module.get_config('/data')
+    old = config.to_dict()
+    of_slices = old if module is att2 else old['att2']
+    for section, names in (
+        (old['data'], ('region',)),
+        (of_slices['model'], ('backbone', 'dropout', 'mirror')),
+        (of_slices['train'], ('scale', 'brightness', 'contrast', 'label_smoothing', 'ema_decay')),
+    ):
+        for name in names:
+            del section[name]
+    if module is seq:
+        del old['model']['head'], old['train']['ema_decay']
+    write_json(tmp_path / 'config.json', old)
+    assert flatten_config(load_config(tmp_path)) == flatten_config(config)
+    check_workdir(tmp_path, config)  # the same run

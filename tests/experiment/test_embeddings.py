@@ -33,7 +33,7 @@ TIMINGS = ('seconds', 'val_seconds', 'examples_per_second')
 
 
 class Records(list):
-    """Records that count how often they are read."""
+    """A list of records that counts reads."""
 
     reads = 0
 
@@ -43,7 +43,7 @@ class Records(list):
 
 
 def make_split(counts, seed):
-    """Returns rows and records of scans with these slice counts: fields of grey that depend on the class."""
+    """Returns rows and records of scans with these slice counts; images are grey blocks that depend on the class."""
     rng = np.random.default_rng(seed)
     rows = [
         Row(f's{s}_{i:04d}.png', s % 3, (0, 0, 9, 9), f's{s}', f'p{s}', i)
@@ -71,7 +71,7 @@ def make_config(**changes):
 
 @pytest.fixture(scope='module')
 def extractor(tmp_path_factory):
-    """A slice model and the workdir of a run whose best model it is."""
+    """Returns a slice model, its variables, and the workdir of a run that has it as its best model."""
     workdir = tmp_path_factory.mktemp('extractor')
     model = slices.create_model(make_config().att2.model)
     variables = draw_variables(model, np.zeros((1, SIZE, SIZE, 1), np.float32), train=False, full=True)
@@ -82,7 +82,7 @@ def extractor(tmp_path_factory):
 
 
 def run(workdir, extractor_dir, data=None, **changes):
-    """Returns the history, timings aside, and the variables of the best epoch."""
+    """Returns the history without timings and the variables of the best epoch."""
     config = make_config(**changes)
     with open_checkpoints(workdir) as checkpoints:
         experiment = scans.create_experiment(config, data or make_data(), extractor_dir)
@@ -107,7 +107,7 @@ def test_without_augmentation_a_cached_run_is_the_uncached_one(extractor, tmp_pa
     assert len(history) == 3
     for one, other in zip(plain, history, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
-    # As trees, too: a cached run is saved, tested and exported as any other.
+    # The trees are equal too: a cached run is saved, tested and exported like any other.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), variables, plain_variables)
 
 
@@ -118,6 +118,7 @@ def test_draws_are_those_of_their_keys(extractor):
 
     def compute(num_draws, key=key):
         options = {'batch_size': 2, 'dtype': 'float32', 'title': 'embeddings'}
+        options['augmentation'] = None if key is None else AugmentOptions()
         return compute_embeddings(model, variables, source, chosen, key=key, num_draws=num_draws, **options)
 
     embeddings = compute(3)
@@ -129,7 +130,7 @@ def test_draws_are_those_of_their_keys(extractor):
     with pytest.raises(UserError, match=r'1000000000000 draws, need 1,056,000,000 MB .*cached_draws'):
         compute(10**12)
 
-    # One by hand: all slices of a scan share a draw.
+    # One draw by hand: all slices of a scan share it.
     draw, scan = 1, 2
     for number in (2**32 - 1, draw, scan):
         key = jax.random.fold_in(key, number)
@@ -160,5 +161,5 @@ def test_resumed_run_ends_the_same_bit_for_bit_whatever_became_of_the_extractor(
 
 def test_every_image_is_read_once(data, cached):
     assert len(cached[0]) == 3  # epochs
-    # Besides, the first record is asked for its size once in every batch of two scans.
+    # In addition, the first record is read once per batch of two scans for its size.
     assert {split: data.sources[split].reads for split in ('train', 'val')} == {'train': 30 + 3, 'val': 14 + 2}

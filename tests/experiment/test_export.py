@@ -14,9 +14,9 @@ from covidjax.errors import UserError
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import scans, slices
+from covidjax.experiment.config import save_config
 from covidjax.experiment.export import export_run, write_stablehlo
 from covidjax.experiment.runs import Run
-from covidjax.experiment.workdir import save_config
 from covidjax.files import write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.pretrained import load_pretrained
@@ -28,7 +28,7 @@ RESULTS = {'model': 'ResNet50-ATT2 (slices)', 'data': 'phantoms', 'notice': 'not
 
 @pytest.fixture
 def make_run(monkeypatch):
-    """Returns what makes the folder of a finished run, and gives the variables that stand for its checkpoint."""
+    """Returns a function that creates the folder of a finished run and returns the variables of its fake checkpoint."""
 
     def make(workdir, name):
         variables = _make_run(workdir, name)
@@ -73,7 +73,7 @@ def test_metadata(tmp_path, make_run):
     assert json.loads(metadata['config'])['model']['width'] == 8
     assert metadata['notice'] == 'not patients'
     assert metadata['temperature'] == '1.5'
-    # The normalisation is that of the model.
+    # The normalisation equals the model's.
     scale = json.loads(metadata['normalisation'])
     grey = np.arange(256.0)
     expected = slices.normalise(jnp.asarray(grey))

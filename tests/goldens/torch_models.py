@@ -1,9 +1,11 @@
-"""The paper's two models in PyTorch, written from its equations: parameter names are those of `--mode=export`.
+"""The paper's two models and the light one in PyTorch: parameter names are those of `--mode=export`.
 
-Needs torch and torchvision alone. B batch, T slices, E embedding, H hidden units of both directions, K classes.
+Needs torch, torchvision and efficientnet_lite_pytorch alone. B batch, T slices, E embedding, H hidden units of both
+directions, K classes.
 """
 
 import torch
+from efficientnet_lite_pytorch import EfficientNet, get_model_params
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -72,6 +74,36 @@ class ResNet50Att2(ResNet):
         else:
             logits = (self.classifier1(context1).softmax(1) + self.classifier2(context2).softmax(1)).div(2).log()
         return logits, embedding, (map1, map2)
+
+
+class Lite0Att2(EfficientNet):
+    """EfficientNet-Lite0 with the two attention modules; its global feature is the average of the last features."""
+
+    def __init__(self, num_classes=3, compatibility='additive', image_size=224):
+        super().__init__(*get_model_params('efficientnet-lite0', {'image_size': image_size, 'drop_connect_rate': 0.0}))
+        del self._fc
+        self.attention1 = ImageAttention(compatibility, 112, 1280)
+        self.attention2 = ImageAttention(compatibility, 1280, 1280)
+        self.classifier = nn.Linear(112 + 1280, num_classes)
+
+    def extract(self, images):
+        """Returns the features at strides 4, 8, 16 and 32."""
+        x = self._swish(self._bn0(self._conv_stem(images)))
+        features = []
+        for i, block in enumerate(self._blocks):
+            x = block(x)
+            if i in (2, 4, 10):
+                features.append(x)
+        return [*features, self._swish(self._bn1(self._conv_head(x)))]
+
+    def forward(self, images):
+        """Maps images [B, 3, H, W], (grey value - 127) / 128, to logits, embedding and the two attention maps."""
+        *_, x1, x2 = self.extract(images)
+        g = x2.mean((2, 3))
+        context1, map1 = self.attention1(x1, g)
+        context2, map2 = self.attention2(x2, g)
+        embedding = torch.cat([context1, context2], 1)
+        return self.classifier(embedding), embedding, (map1, map2)
 
 
 class GlobalAttention(nn.Module):

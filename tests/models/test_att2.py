@@ -204,10 +204,98 @@ def test_leaving_the_tail_out_changes_nothing(images, compatibility):
             np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
+LIGHT = functools.partial(Att2, backbone='efficientnet_lite0')
+
+
+def test_parameters_and_shapes_of_the_light_model():
+    outputs, variables = init_shapes(LIGHT())
+    assert count_by_part(variables['params']) == {
+        'backbone': 3_371_008,
+        'attention1': 112 * 1280 + 1280,  # W_p and u
+        'attention2': 1280,
+        'classifier': 1392 * 3 + 3,
+    }
+    assert outputs.embedding.shape == (2, 1392)
+    assert [a.shape for a in outputs.attention] == [(2, 14, 14), (2, 7, 7)]
+
+
+@pytest.mark.parametrize('model', [Att2(), SMALL(), LIGHT(), LIGHT(combination='average')])
+def test_the_embedding_is_as_wide_as_both_local_features(model):
+    outputs, _ = init_shapes(model, 32)
+    assert outputs.embedding.shape[-1] == sum(model.local_features())
+
+
+def test_the_global_feature_of_the_light_model_is_the_average_of_its_last_features():
+    model, image = LIGHT(compatibility='dot'), np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 1)).astype('f')
+    variables = draw_variables(model, image, train=False)
+    apply = jax.jit(
+        functools.partial(model.apply, train=False, capture_intermediates=True),
+        compiler_options={'xla_backend_optimization_level': 0},
+    )
+    outputs, state = apply(variables, image)
+    x = state['intermediates']['backbone']['__call__'][0][-1].reshape(4, 1280)
+    np.testing.assert_allclose(outputs.attention[1].ravel(), jax.nn.softmax(x @ x.mean(0)), rtol=1e-3)
+
+
+def test_dropout_leaves_out_its_share_by_the_key_of_each_example(images):
+    model = SMALL(dropout=0.25)
+    variables = draw_variables(model, images, train=False, full=True)
+    weights = variables['params']['classifier']['kernel']
+
+    @jax.jit
+    def differentiate(keys_B):
+        def compute(kernel):
+            params = {**variables['params'], 'classifier': {**variables['params']['classifier'], 'kernel': kernel}}
+            outputs, _ = model.apply(
+                {**variables, 'params': params}, images, train=True, dropout_keys_B=keys_B, mutable=['batch_stats']
+            )
+            return outputs.logits[:, 0], outputs.embedding
+
+        return jax.jacrev(compute, has_aux=True)(weights)
+
+    keys_B = jax.random.split(jax.random.key(0), len(images))
+    jacobian, embedding = differentiate(keys_B)
+    kept = jacobian[:, :, 0]  # what the classifier reads
+    share = (kept != 0).mean()
+    assert 0.55 < share < 0.95
+    np.testing.assert_allclose(kept, np.where(kept != 0, embedding / 0.75, 0), rtol=1e-5)
+    swapped, _ = differentiate(keys_B[::-1])
+    np.testing.assert_array_equal(swapped[::-1, :, 0] != 0, kept != 0)
+
+
+def test_dropout_needs_keys_in_training_and_only_there(images):
+    keys_B = jax.random.split(jax.random.key(0), len(images))
+    for dropout, train, keys in ((0.25, True, None), (0.25, False, keys_B), (0.0, True, keys_B)):
+        with pytest.raises(ValueError, match='dropout keys'):
+            SMALL(dropout=dropout).init(jax.random.key(0), images, train=train, dropout_keys_B=keys)
+
+
 def test_normalise_maps_bytes_to_minus_one_and_one():
     np.testing.assert_allclose(normalise(jnp.array([0, 255], jnp.uint8)), [-1, 1])
+
+
+def test_unknown_backbone(images):
+    with pytest.raises(ValueError, match="'vgg'"):
+        init_shapes(SMALL(backbone='vgg'), 32)
 
 
 def test_unknown_combination(images):
     with pytest.raises(ValueError, match="'sum'"):
         init_shapes(SMALL(combination='sum'), 32)
+
+
+@pytest.mark.parametrize('combination', ['concat', 'average'])
+def test_mirrored_evaluation_averages_a_slice_and_its_mirror_image(combination):
+    model = Att2((1, 1), width=4, block='basic', stem='small', tail_blocks=1, combination=combination)
+    images = jax.random.uniform(jax.random.key(3), (2, 32, 32, 1), minval=-1)
+    variables = draw_variables(model, images, train=False, full=True)
+    both = model.clone(mirror=True).apply(variables, images, train=False)
+    one, other = (model.apply(variables, x, train=False) for x in (images, images[:, :, ::-1]))
+    np.testing.assert_allclose(both.embedding, (one.embedding + other.embedding) / 2, atol=1e-6)
+    for mean, a, b in zip(both.attention, one.attention, other.attention, strict=True):
+        np.testing.assert_allclose(mean, (a + b[:, :, ::-1]) / 2, atol=1e-6)
+    if combination == 'concat':
+        np.testing.assert_allclose(both.logits, (one.logits + other.logits) / 2, atol=1e-5)
+    # A slice and its mirror image get the same answer.
+    mirrored = model.clone(mirror=True).apply(variables, images[:, :, ::-1], train=False)
+    np.testing.assert_allclose(mirrored.logits, both.logits, atol=1e-5)

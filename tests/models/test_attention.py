@@ -33,7 +33,7 @@ def test_equations_7_to_12(features, compatibility):
     for b in range(B):
         projected = [w.T @ x[b, i] for i in range(N)]
         score = {
-            'additive': lambda p: u @ (p + g[b]),  # noqa: B023, called in this turn of the loop
+            'additive': lambda p: u @ (p + g[b]),  # noqa: B023, called within this iteration
             'dot': lambda p: p @ g[b],  # noqa: B023
             'tanh': lambda p: u @ np.tanh(p + g[b]),  # noqa: B023
             'uniform': lambda p: 0.0,

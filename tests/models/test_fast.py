@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covidjax.models.fast import compile_fast, conv3x3, dot_general, materialise, max_pool
+from covidjax.models.fast import (
+    compile_fast,
+    conv3x3,
+    depthwise_conv,
+    dot_general,
+    dot_general_of_maps,
+    materialise,
+    max_pool,
+)
 
 
 def pool_plainly(x):
@@ -66,6 +74,10 @@ def multiply(x, kernel):
     return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+def multiply_maps(x, kernel):
+    return dot_general_of_maps(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
 def convolve(x, kernel, stride):
     padding = ((1, 1), (1, 1))
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
@@ -79,6 +91,8 @@ def strided(function, stride):
     ('function', 'plain', 'x_shape', 'kernel_shape', 'g_shape'),
     [
         (multiply, jnp.dot, (2, 6, 7, 4), (4, 5), (2, 6, 7, 5)),
+        (multiply_maps, jnp.dot, (2, 6, 7, 4), (4, 5), (2, 6, 7, 5)),
+        (multiply_maps, jnp.dot, (2, 6, 7, 5), (5, 4), (2, 6, 7, 4)),
         (strided(conv3x3, 1), strided(convolve, 1), (2, 6, 7, 4), (3, 3, 4, 5), (2, 6, 7, 5)),
         (strided(conv3x3, 2), strided(convolve, 2), (2, 6, 7, 4), (3, 3, 4, 5), (2, 3, 4, 5)),
         (strided(conv3x3, 1), strided(convolve, 1), (2, 2, 1, 4), (3, 3, 4, 5), (2, 2, 1, 5)),  # smaller than a kernel
@@ -96,6 +110,53 @@ def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(
         np.testing.assert_array_equal(actual, wanted)
     narrow = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel, g)]
     for actual, wanted in zip(pull_in(function, *narrow), expected, strict=True):
+        np.testing.assert_array_equal(actual, jnp.asarray(wanted, jnp.bfloat16).astype(np.float32))
+
+
+def convolve_groups(x, kernel, stride):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (stride, stride),
+        'SAME',  # TensorFlow's
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=x.shape[-1],
+    )
+
+
+DEPTHWISE_CASES = [
+    (shape, size, stride)
+    for shape in [(2, 8, 6, 3), (2, 7, 9, 3), (1, 2, 1, 3)]
+    for size in (3, 5)
+    for stride in (1, 2)
+]
+
+
+@pytest.mark.parametrize(('shape', 'size', 'stride'), DEPTHWISE_CASES)
+def test_depthwise_convolution_and_its_gradients_are_those_of_a_grouped_one(shape, size, stride):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, kernel = rng.normal(size=shape), rng.normal(size=(size, size, shape[-1]))
+        g = rng.normal(size=jax.eval_shape(strided(convolve_groups, stride), x, kernel).shape)
+
+        def compute(function):
+            value, pull = jax.vjp(strided(function, stride), x, kernel)
+            return value, *pull(g)
+
+        actual, expected = jax.jit(lambda: (compute(depthwise_conv), compute(convolve_groups)))()
+    for array, wanted in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(('shape', 'size', 'stride'), [((2, 7, 8, 3), 5, 2), ((2, 7, 8, 3), 3, 1)])
+def test_depthwise_convolution_of_bfloat16_sums_in_float32(shape, size, stride):
+    rng = np.random.default_rng(0)
+    # Whole numbers, exact in bfloat16: so are their float32 sums, which are rounded to bfloat16 once.
+    x, kernel = (rng.integers(-9, 9, s).astype(np.float32) for s in (shape, (size, size, shape[-1])))
+    g = rng.integers(-9, 9, convolve_groups(x, kernel, stride).shape).astype(np.float32)
+    expected = pull_in(strided(convolve_groups, stride), x, kernel, g)
+    narrow = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel, g)]
+    for actual, wanted in zip(pull_in(strided(depthwise_conv, stride), *narrow), expected, strict=True):
         np.testing.assert_array_equal(actual, jnp.asarray(wanted, jnp.bfloat16).astype(np.float32))
 
 

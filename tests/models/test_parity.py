@@ -47,6 +47,17 @@ def test_training_step(goldens, compatibility):
     assert compute.measure(found, goldens, f'train/{compatibility}') < 1e-8
 
 
+@pytest.mark.parametrize('size', compute.EFFICIENTNET_SIZES)
+def test_efficientnet_in_evaluation(goldens, size):
+    assert compute.measure(compute.compute_efficientnet(size), goldens, f'efficientnet/{size}') < 1e-5
+
+
+@pytest.mark.usefixtures('float64')
+def test_training_step_of_efficientnet(goldens):
+    found = compute.compute_efficientnet_train(jnp.float64)
+    assert compute.measure(found, goldens, 'efficientnet/train') < 1e-8
+
+
 def test_sequence_classifier(goldens):
     assert compute.measure(compute.compute_sequence(jnp.float32), goldens, 'sequence/float32') < 1e-5
     with jax.enable_x64(True):

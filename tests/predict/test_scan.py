@@ -13,12 +13,13 @@ from covidjax.configs import att2, seq
 from covidjax.data import preprocess
 from covidjax.data.preprocess import apply_window
 from covidjax.data.scan.body import find_body_box, find_doubts
+from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
 from covidjax.evaluation.novelty import fit_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.experiment import common, slices
 from covidjax.models.att2 import Att2, normalise
-from covidjax.models.seq import Seq
+from covidjax.models.seq import Seq, SequenceClassifier
 from covidjax.predict import scan
 from tests.scan_files import IDENTITY, make_chest, write_images, write_series
 from tests.variables import draw_variables
@@ -100,6 +101,27 @@ def test_report_of_a_scan_names_no_patient(run, tmp_path, capfd, caplog):
     assert not any(word.lower() in everything for word in (*IDENTITY.values(), 'secret'))
 
 
+def test_what_is_left_out_is_in_line_json_and_page(run, tmp_path):
+    folder = write_series(tmp_path / 'scan', HU)
+    (folder / 'copy').write_bytes(next(folder.iterdir()).read_bytes())
+    (folder / 'readme.txt').write_text('hello')
+    line = scan.predict_one(run, folder, tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    assert summary['left_out'] == {'not DICOM': 1, 'copies': 1}
+    for text in (line, (tmp_path / 'out' / 'prediction.html').read_text()):
+        assert '1 not DICOM, 1 copies' in text
+
+
+def test_scans_of_one_name_get_folders_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, 'load_run', lambda workdir: run)
+    inputs = [write_images(tmp_path / name / 'CT', GREY[start : start + 3]) for name, start in (('a', 3), ('b', 9))]
+    inputs.append(write_images(tmp_path / 'c', GREY[3:6]))
+    assert scan.predict_all(tmp_path, inputs, tmp_path / 'out', series=None, force=False)
+    folders = sorted(folder.name for folder in (tmp_path / 'out').iterdir())
+    expected = [f'CT-{read_volume(path).sha256[:8]}' for path in inputs[:2]]
+    assert folders == sorted([*expected, 'c'])
+
+
 def test_votes_are_means_of_slices_where_a_run_stores_no_rule(run, tmp_path):
     old = run._replace(rules=RULES)
     line = scan.predict_one(old, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
@@ -140,7 +162,7 @@ def test_sequence_on_embeddings_is_the_sequence_model():
     whole = jax.jit(model.apply)(variables, normalise(images), lengths)
     of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
     outputs = compute_outputs(EXTRACTOR, of_extractor, np.moveaxis(images, -1, 0).reshape(20, 32, 32, 1))
-    logits, attention = scan.apply_sequence(8, variables['params']['sequence'], outputs.embedding)
+    logits, attention = scan.apply_sequence(SequenceClassifier(8), variables['params']['sequence'], outputs.embedding)
     np.testing.assert_allclose(logits, whole.logits[0], atol=1e-5)
     np.testing.assert_allclose(attention, whole.attention[0], atol=1e-5)
     np.testing.assert_allclose(outputs.logits, whole.slice_logits[0], atol=1e-5)
@@ -197,3 +219,32 @@ def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
     assert 'scan: uncertain' in verdicts[1]
     assert 'unlike the training data) [model trained on phantoms]' in verdicts[1]
     assert 'Uncertain: the scan is unlike' in (tmp_path / 'out' / 'prediction.html').read_text()
+
+
+def test_a_model_of_lungs_sees_scans_cut_to_the_lungs(run, tmp_path):
+    config = run.config.copy_and_resolve_references().unlock()
+    config.data.region = 'lungs'
+    of_lungs = run._replace(config=config.lock())
+    hu = make_chest(20)
+    hu[:3] = np.where(hu[:3] < -200, np.int16(40), hu[:3])  # above the lungs
+    hu[:3, :4] = -1000  # air, so that these are still slices of a CT
+    path = write_series(tmp_path / 'scan', hu, PixelSpacing=[5, 5])
+    volume = read_volume(path, with_lungs=True)
+    prediction = scan.predict_scan(of_lungs, volume, {}, force=True, path=path)
+    assert prediction.used.tolist() == list(range(3, 20))
+    for image in prediction.images:
+        assert image[[0, 0, -1, -1], [0, -1, 0, -1]].max() == 0  # black outside the lungs
+        assert 20 < np.median(image[image > 10]) < 110  # lung, about -800 HU in the window, not body
+    left, top, right, bottom = prediction.boxes[10]
+    lungs = np.argwhere(hu[10] < -700)
+    inside = lungs[(lungs[:, 1] > 8) & (lungs[:, 1] < 53) & (lungs[:, 0] > 16) & (lungs[:, 0] < 48)]
+    assert np.abs(np.subtract((left, top), inside.min(0)[::-1])).max() <= 3
+    assert np.abs(np.subtract((right, bottom), inside.max(0)[::-1] + 1)).max() <= 3
+    [note] = prediction.summary['reading']['notes'][-1:]
+    assert note == 'lungs found in 3-D, from Hounsfield units; 3 slices with few or none were left out'
+
+    # The same slices as images: the rule for greys finds them.
+    images = read_volume(write_images(tmp_path / 'images', apply_window(hu[3:])))
+    from_greys = scan.predict_scan(of_lungs, images, {}, force=True, path=path)
+    assert len(from_greys.used) == 17
+    assert 'from grey values, by a rule' in from_greys.summary['reading']['notes'][-1]

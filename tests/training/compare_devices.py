@@ -1,11 +1,11 @@
-"""Trains on several devices and processes and compares what comes out with one device.
+"""Compares training on several devices and processes with training on one device.
 
   python tests/training/compare_devices.py        the paper's two models; half an hour on two cores
   python tests/training/compare_devices.py --cases seq --dtypes float64 --settings jit,8,1 pmap,4,4     a part of it
 
-Every run is a process of its own (or two or four, on loopback) with virtual CPU devices. In float64 the parameters,
-batch statistics, optimizer state and sums of five steps and the logits after them are compared, in float32 the first
-step's loss. `test_devices.py` does the same with small models.
+Each run uses one, two or four processes (on loopback) with virtual CPU devices. In float64 it compares parameters,
+batch statistics, optimizer state and sums of five steps, and the logits after them; in float32 the loss of the first
+step. `test_devices.py` does the same with small models.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 5
 BATCH_SIZE = 8
-NUM_EVALUATED = 13  # divides over no number of devices
+NUM_EVALUATED = 13  # not divisible by any number of devices
 NUM_SLICES = 16
 CASES = ('att2', 'seq', 'small att2', 'small seq')
 
 
 def train(case, parallelism):
-    """Returns all that comes out of five steps of a model and an evaluation after them."""
-    # Imported late: jax must not start before its devices and processes are settled.
+    """Returns all arrays after five steps of a model, and of an evaluation after them, by name."""
+    # Imported late: devices and processes must be set before jax starts.
     import jax
     import jax.numpy as jnp
     import optax
@@ -56,7 +56,7 @@ def train(case, parallelism):
 
     rng = np.random.default_rng(0)
     is_small, is_seq = 'small' in case, 'seq' in case
-    # At 32 pixels the last maps of ResNet-50 have one position, and BatchNorm over eight numbers blows up rounding.
+    # At 32 pixels the last maps of ResNet-50 have one position; BatchNorm over eight numbers amplifies rounding.
     size = 64 if case == 'att2' else 32
     channels = NUM_SLICES if is_seq else 1
     images = jnp.zeros((1, size, size, channels))
@@ -77,7 +77,7 @@ def train(case, parallelism):
             return outputs.logits, updates['batch_stats']
 
     def draw_batch(num_masked):
-        # Fields of grey: under white noise all images look alike to the last layers.
+        # Blocks of grey: with white noise all images look alike to the last layers.
         fields = rng.integers(0, 256, (BATCH_SIZE, 4, 4, channels), dtype=np.uint8)
         return {
             'image': fields.repeat(size // 4, 1).repeat(size // 4, 2),
@@ -125,11 +125,11 @@ def train(case, parallelism):
 
 
 def run_process(case, dtype, parallelism, output, coordinator, num_processes, process_id):
-    """Is one process of `run`."""
+    """Runs one process of `run`."""
     import jax
     from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # grain asks for them
+    flags.FLAGS.mark_as_parsed()  # grain reads the flags
     jax.config.update('jax_enable_x64', dtype == 'float64')
     if coordinator:
         jax.distributed.initialize(
@@ -141,11 +141,11 @@ def run_process(case, dtype, parallelism, output, coordinator, num_processes, pr
 
 
 def run(folder, case, *, dtype='float64', parallelism='jit', devices=1, processes=1):
-    """Trains one of CASES on that many devices of so many processes; returns what came out by name."""
+    """Trains one of CASES with these numbers of devices and processes; returns the arrays of `train` by name."""
     output = Path(folder) / f'{case}-{dtype}-{parallelism}-{devices}-{processes}.npz'
     environment = {
         **os.environ,
-        'NPROC': '8',  # fewer threads than devices can end in a deadlock of their all-reduce
+        'NPROC': '8',  # with fewer threads than devices their all-reduce can deadlock
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // processes}',
         'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(ROOT),
@@ -172,9 +172,9 @@ def run(folder, case, *, dtype='float64', parallelism='jit', devices=1, processe
 
 
 def compare(one, other):
-    """Returns the largest difference of two runs; that of an array is divided by its maximum where that is above 1."""
+    """Returns the largest difference between two runs, relative to the maximum of an array if that is above 1."""
     if one.keys() != other.keys():
-        raise ValueError(f'the runs differ in {one.keys() ^ other.keys()}')
+        raise ValueError(f'only one of the runs has {one.keys() ^ other.keys()}')
     return max(
         float(np.max(np.abs(one[name] - other[name]), initial=0) / max(1, np.max(np.abs(one[name]), initial=0)))
         for name in one
@@ -182,13 +182,13 @@ def compare(one, other):
 
 
 def compare_first_loss(one, other):
-    """Returns by how much the mean weighted losses of the first step differ."""
+    """Returns the absolute difference of the mean weighted losses of the first step."""
     losses = [results['sums 0 loss'] / results['sums 0 weight'] for results in (one, other)]
     return abs(float(losses[0] - losses[1]))
 
 
 def read_setting(text):
-    """Returns e.g. ('pmap', 4, 2) for 'pmap,4,2': four devices of two processes."""
+    """Parses 'pmap,4,2' to ('pmap', 4, 2): four devices in two processes."""
     parallelism, devices, processes = text.split(',')
     return parallelism, int(devices), int(processes)
 
@@ -203,11 +203,11 @@ CHECKS = {
 
 
 def main():
-    """Prints a line per setting; exit status 1 if one disagrees."""
+    """Prints one line per setting; exits with status 1 if one of them differs too much."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='+', default=CASES[:2], choices=CASES)
     parser.add_argument('--dtypes', nargs='+', default=list(CHECKS), choices=CHECKS)
-    parser.add_argument('--settings', nargs='+', help='parallelism,devices,processes; by default all')
+    parser.add_argument('--settings', nargs='+', help='parallelism,devices,processes; default: all')
     parser.add_argument('--process', nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.process:
@@ -224,7 +224,7 @@ def main():
                 difference = measure(one, other)
                 failed |= not difference <= bound
                 print(
-                    f'{case}, {dtype}, {parallelism}, {devices} devices of {processes} processes: {what} within '
+                    f'{case}, {dtype}, {parallelism}, {devices} devices in {processes} processes: {what} within '
                     f'{difference:.1e} of one device under jit',
                     flush=True,
                 )

@@ -9,7 +9,7 @@ import scipy.ndimage
 from covidjax.training import augment as augmentation
 from covidjax.training.augment import AugmentOptions, gaussian_blur
 
-# Compiled once, not operation by operation.
+# Compiled as a whole instead of operation by operation.
 affine = jax.jit(augmentation.affine)
 augment = jax.jit(augmentation.augment, static_argnames='options')
 
@@ -42,7 +42,7 @@ def test_blur_equals_scipy(image, sigma):
 
 
 def test_blur_by_hand():
-    # An impulse far from the borders becomes the outer product of the normalised kernel.
+    # Away from the borders an impulse becomes the outer product of the normalised kernel.
     impulse = np.zeros((15, 15, 1), np.float32)
     impulse[7, 7] = 1
     kernel = np.exp(-0.5 * np.arange(-3, 4) ** 2 / 1.5**2)
@@ -78,7 +78,7 @@ def test_scale_enlarges_about_the_centre():
 
 
 def test_shear_moves_rows_by_their_height():
-    # tan(45 degrees) = 1: a row one below the centre moves by one pixel to the left, one above to the right.
+    # tan(45 degrees) = 1: the row below the centre moves one pixel to the left, the row above one to the right.
     column = np.zeros((9, 9, 1), np.float32)
     column[:, 4] = 1
     sheared = call_affine(column, shear=45.0)[..., 0]
@@ -136,3 +136,18 @@ def test_range_is_kept_and_draws_differ(image):
     assert augmented.min() >= 0
     assert augmented.max() <= image.max() + 1e-5
     assert len(np.unique(augmented.reshape(16, -1).sum(1))) == 16
+
+
+def test_jitter_by_hand_and_within_its_ranges():
+    image = jnp.array([[0.0, 0.2], [0.4, 0.6]])[..., None]
+    key = jax.random.key(4)
+    factors = [1 + 0.3 * jax.random.uniform(k, minval=-1, maxval=1) for k in jax.random.split(key)]
+    bright = image * factors[0]
+    expected = jnp.clip(bright.mean() + (bright - bright.mean()) * factors[1], 0, 1)
+    np.testing.assert_allclose(augmentation.jitter(key, image, brightness=0.3, contrast=0.3), expected, atol=1e-6)
+    np.testing.assert_allclose(augmentation.jitter(key, image, brightness=0.0, contrast=0.0), image, atol=1e-6)
+    means = [
+        float(augmentation.jitter(jax.random.key(i), image, brightness=0.3, contrast=0.0).mean()) for i in range(200)
+    ]
+    assert 0.3 * 0.7 <= min(means) < 0.3 * 0.75
+    assert 0.3 * 1.25 < max(means) <= 0.3 * 1.3 + 1e-6

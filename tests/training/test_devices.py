@@ -1,4 +1,4 @@
-"""Small models on many devices; `compare_devices.py` compares the full ones."""
+"""Compares small models on many devices; `compare_devices.py` compares the full ones."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Processes that are lost; `tests/faults/campaign.py` does it to whole runs."""
+"""Tests of lost processes; `tests/faults/campaign.py` tests them in whole runs."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Nothing is computed: only jax's watch over the processes tells one that another is gone.
+# These processes compute nothing, so only jax's heartbeats detect that another process is gone.
 WAIT = """
 import sys, threading
 from covidjax.training import hosts
@@ -20,7 +20,7 @@ threading.Event().wait()
 
 
 def start(numbers, timeout):
-    """Starts the processes of these numbers, of two."""
+    """Starts the processes with these indices, out of two."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         coordinator = f'localhost:{free.getsockname()[1]}'

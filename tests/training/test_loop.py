@@ -26,7 +26,7 @@ def create_state():
 
 @jax.jit
 def step(state, batch):
-    """Moves the parameters by noise of the key and by the batch, so that a lost or doubled step shows."""
+    """Moves the parameters by the batch and by noise of the key, so that a lost or repeated step is detected."""
     noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (2,))
     updates, opt_state = optax.adam(0.1).update({'w': noise + batch['x']}, state.opt_state, state.params)
     state = state.replace(
@@ -43,11 +43,11 @@ def load_batches(state):
     return ({'x': jnp.float32(k)} for k in itertools.count(int(state.step)))
 
 
-LOSSES = [0.5, 0.4, 0.45, 0.3]  # of the validations
+LOSSES = [0.5, 0.4, 0.45, 0.3]  # validation losses
 
 
 def run(workdir, val_losses, load_batches=load_batches, **changes):
-    """Fits with these validation losses, counted from the epoch the run goes on with."""
+    """Runs `fit` with these validation losses, the first for the epoch that the run resumes with."""
     losses = iter(val_losses)
     template = jax.tree.map(ocp_shape, create_state())
     with open_checkpoints(workdir) as checkpoints:
@@ -101,7 +101,7 @@ def test_history_by_hand(tmp_path):
     history = run(tmp_path, [0.5, 0.4, 0.3, 0.2])
     assert [entry['epoch'] for entry in history] == [1, 2, 3, 4]
     assert [entry['step'] for entry in history] == [3, 6, 9, 12]
-    # Losses are the numbers of the steps, each with weight 1: means of 0..2, 3..5, ...
+    # The loss of a step is its number, with weight 1: means of 0..2, 3..5, ...
     assert [entry['train_loss'] for entry in history] == [1, 4, 7, 10]
     assert [entry['train_accuracy'] for entry in history] == [0.5] * 4
     assert read_history(tmp_path) == history
@@ -112,13 +112,13 @@ def test_run_stops_early_and_keeps_the_best(tmp_path):
     assert len(history) == 4
     latest, best = restore(tmp_path)
     assert int(latest.step) == 12
-    # batch_stats sum the batches 0, 1, 2, ...: of two epochs and of four.
+    # batch_stats is the sum of the batches 0, 1, 2, ...: over two epochs and over four.
     assert float(best['batch_stats']['mean']) == sum(range(6))
     assert float(latest.batch_stats['mean']) == sum(range(12))
 
 
 def assert_same_end(one, other):
-    """Compares two finished workdirs bit for bit, timings aside."""
+    """Asserts that two finished workdirs are equal bit for bit, except for timings."""
     timings = ('seconds', 'val_seconds', 'examples_per_second')
     histories = [
         [{name: value for name, value in entry.items() if name not in timings} for entry in read_history(workdir)]
@@ -139,7 +139,7 @@ def whole(tmp_path_factory):
 
 
 def interrupt_at(step, action):
-    """Returns `load_batches` that does `action` before batch `step`."""
+    """Returns a `load_batches` that calls `action` before batch `step`."""
 
     def load(state):
         for k in itertools.count(int(state.step)):
@@ -151,7 +151,7 @@ def interrupt_at(step, action):
 
 
 def die():
-    raise MemoryError  # stands for the end of the process: nothing in the loop handles it
+    raise MemoryError  # simulates a killed process: the loop does not handle it
 
 
 def send(number):
@@ -204,12 +204,12 @@ def test_signal_during_validation_saves_at_once(tmp_path, whole):
 
     with pytest.raises(Stopped, match='before the validation of epoch 2'):
         run(tmp_path, losses())
-    run(tmp_path, LOSSES[1:], interrupt_at(3, die))  # the updates of epoch 2 are not made again
+    run(tmp_path, LOSSES[1:], interrupt_at(3, die))  # the updates of epoch 2 are not repeated
     assert_same_end(tmp_path, whole)
 
 
 def list_checkpoints(workdir, kind='latest'):
-    """Returns folders, the newest first."""
+    """Returns the checkpoint folders, newest first."""
     return sorted((workdir / 'checkpoints' / kind).iterdir(), key=lambda path: -int(path.name))
 
 
@@ -235,11 +235,11 @@ def remove(path):
 def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, whole, caplog, damage):
     run(tmp_path, LOSSES, num_epochs=3)
     newest, before = list_checkpoints(tmp_path)
-    # Of the digests themselves a last line break may go unnoticed.
+    # In the digest file a lost trailing line break is not detected.
     paths = [path for path in newest.rglob('*') if path.is_file() and path.name != 'sha256.json']
     path = max(paths, key=lambda path: path.stat().st_size)
     damage(path)
-    run(tmp_path, LOSSES[2:])  # the third epoch again, from the end of the second
+    run(tmp_path, LOSSES[2:])  # repeats the third epoch from the end of the second
     assert (newest.name, before.name) == ('12', '8')
     assert f'{newest}: {path.relative_to(newest)} ' in caplog.text
     assert_same_end(tmp_path, whole)
@@ -258,7 +258,7 @@ def test_every_file_of_a_checkpoint_is_watched(tmp_path):
 
 
 def test_damaged_best_takes_a_state_from_before_it(tmp_path, whole):
-    run(tmp_path, LOSSES, num_epochs=2)  # both epochs were the best so far
+    run(tmp_path, LOSSES, num_epochs=2)  # each epoch was the best so far
     flip(next(path for path in list_checkpoints(tmp_path, 'best')[0].rglob('*') if path.is_file()))
     run(tmp_path, LOSSES[1:])
     assert_same_end(tmp_path, whole)
@@ -277,7 +277,7 @@ def test_checkpoint_without_digests_was_not_finished(tmp_path, whole):
     assert has_checkpoint(tmp_path)
     (list_checkpoints(tmp_path)[0] / 'sha256.json').unlink()
     assert not has_checkpoint(tmp_path)
-    run(tmp_path, LOSSES)  # as if there were none
+    run(tmp_path, LOSSES)  # starts from scratch
     assert_same_end(tmp_path, whole)
 
 
@@ -293,7 +293,7 @@ def test_best_saved_before_a_kill_is_found_again(tmp_path, monkeypatch):
     with open_checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(type(checkpoints), 'save_latest', lambda *_: die())
     with pytest.raises(MemoryError):
-        run(tmp_path, [0.5])  # the best of epoch 1 is on disk, its latest state is not
+        run(tmp_path, [0.5])  # saves the best of epoch 1, but not its latest state
     monkeypatch.undo()
     run(tmp_path, [0.5, 0.6, 0.7])
     assert float(restore(tmp_path)[1]['batch_stats']['mean']) == sum(range(3))
@@ -311,14 +311,14 @@ def test_best_of_another_model_is_refused_with_its_differences(tmp_path):
 
 def test_finished_run_is_left_alone(tmp_path):
     history = run(tmp_path, [0.5, 0.4, 0.3, 0.2])
-    assert run(tmp_path, []) == history  # no validation is asked for
+    assert run(tmp_path, []) == history  # runs no validation
 
 
 def test_validation_loss_that_is_not_finite(tmp_path):
     run(tmp_path, [0.5], num_epochs=1)
     with pytest.raises(UserError, match=r'epoch 2 .*learning_rate'):
         run(tmp_path, [math.nan])
-    assert int(restore(tmp_path)[0].step) == 3  # the good checkpoint is still there
+    assert int(restore(tmp_path)[0].step) == 3  # the good checkpoint is kept
 
 
 @pytest.mark.parametrize(('name', 'bad_step'), [('loss', 5), ('gradient_norm', 17), ('loss', 29)])

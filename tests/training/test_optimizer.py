@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from covidjax.training.optimizer import create_optimizer, create_schedule
+from covidjax.training.state import create_train_state
 
 PARAMS = {'body': {'w': np.array([1.0, -2.0])}, 'tail_0': {'w': np.array([3.0])}}
 GRADIENTS = {'body': {'w': np.array([0.5, -0.1])}, 'tail_0': {'w': np.array([7.0])}}
@@ -74,3 +75,25 @@ def test_unknown_names():
         create_schedule('linear', learning_rate=1.0, warmup_steps=0, total_steps=1)
     with pytest.raises(ValueError, match="'l1'"):
         create_optimizer(optax.constant_schedule(1.0), weight_decay=1.0, decay='l1', is_frozen=lambda path: False)
+
+
+def test_average_of_the_parameters_by_hand():
+    optimizer = create_optimizer(
+        optax.constant_schedule(0.01),
+        weight_decay=0.0,
+        decay='decoupled',
+        ema_decay=0.9,
+        is_frozen=lambda path: path == 'tail_0/w',
+    )
+    variables = {'params': jax.tree.map(jnp.asarray, PARAMS), 'batch_stats': {}}
+    state = create_train_state(variables, optimizer, jax.random.key(0))
+    average, current = PARAMS['body']['w'], PARAMS['body']['w']
+    np.testing.assert_allclose(state.variables['params']['body']['w'], average, rtol=1e-6)
+    for step in (1, 2, 3):
+        updates, opt_state = optimizer.update(GRADIENTS, state.opt_state, state.params)
+        state = state.replace(opt_state=opt_state, params=optax.apply_updates(state.params, updates))
+        current = adam_by_hand(PARAMS['body']['w'], GRADIENTS['body']['w'], learning_rate=0.01, num_steps=step)
+        average = 0.9 * average + 0.1 * current
+    np.testing.assert_allclose(state.params['body']['w'], current, rtol=1e-5)
+    np.testing.assert_allclose(state.variables['params']['body']['w'], average, rtol=1e-5)
+    np.testing.assert_array_equal(state.variables['params']['tail_0']['w'], PARAMS['tail_0']['w'])

@@ -99,7 +99,7 @@ def test_frozen_parameters_are_bit_identical_under_decay(batch):
 
 
 def test_augmentation_is_new_in_every_step_and_repeatable(batch):
-    state, step = make(optax.sgd(0.0), AugmentOptions())  # nothing moves: losses differ by the draw alone
+    state, step = make(optax.sgd(0.0), AugmentOptions())  # parameters do not move: losses differ only by the draw
     after_one, first = step(state, batch)
     _, second = step(after_one, batch)
     _, again = step(state, batch)
@@ -114,7 +114,7 @@ def test_root_key_is_never_replaced(batch):
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(batch):
-    batch['mask'][2] = 0  # so that the parts weigh differently
+    batch['mask'][2] = 0  # gives the parts different weights
     state, step = make(optax.adam(0.1), AugmentOptions())
     _, in_parts = make(optax.adam(0.1), AugmentOptions(), accumulation_steps=2)
     (new, sums), (other, other_sums) = step(state, batch), in_parts(state, batch)
@@ -134,7 +134,7 @@ def slices():
 
 @pytest.fixture(scope='module')
 def slice_model(slices):
-    """Returns (options) -> state and compiled step of a small model with batch normalisation."""
+    """Returns a function (options) -> (state, compiled step) for a small model with batch normalisation."""
     model = Att2(stage_sizes=(1, 1), width=4, block='basic', stem='small', tail_blocks=1)
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
     optimizer = optax.adam(1e-3)
@@ -147,7 +147,7 @@ def slice_model(slices):
         step = functools.partial(
             train_step, forward=forward, optimizer=optimizer, class_weights=WEIGHTS, augmentation=None, **options
         )
-        # Compiled badly, which takes half the time.
+        # Less optimisation halves the compile time.
         compiled = jax.jit(step, compiler_options={'xla_backend_optimization_level': 0})
         return create_train_state(variables, optimizer, jax.random.key(1)), compiled
 

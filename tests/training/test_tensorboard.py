@@ -7,7 +7,7 @@ from covidjax.training.tensorboard import open_curves
 
 
 def read_events(folder):
-    """Returns the events of the one file in a folder; each record is length, checksum, content, checksum."""
+    """Returns the events of the only file in a folder; a record is length, checksum, content, checksum."""
     (path,) = folder.iterdir()
     content, events = path.read_bytes(), []
     while content:

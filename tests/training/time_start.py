@@ -1,9 +1,9 @@
-"""Times what a run does before its first step has come to its end, and where that time goes.
+"""Measures the time from the start of a run to the end of its first step, by activity.
 
-  python tests/training/time_start.py                          the slice demo: everything new, then everything kept
+  python tests/training/time_start.py                          the slice demo: first without caches, then with them
   python tests/training/time_start.py --config=configs/att2.py:/data/covidx-ct --config.train.batch_size=8
 
-'new' finds neither prepared slices nor compiled programs, 'kept' those of 'new'.
+'new' starts without prepared slices and compiled programs; 'kept' reuses those of 'new'.
 """
 
 import collections
@@ -24,11 +24,11 @@ EVENTS = {
 
 
 def run_first_step(start):
-    """Is the run, in a process that was started at `start`; prints where the time until its first step's end went."""
+    """Runs the command in a process started at `start`; prints the time to the end of its first step by activity."""
     import jax
 
     from covidjax import cli
-    from covidjax.experiment import common, slices  # noqa: F401, a part of the imports
+    from covidjax.experiment import common, slices  # noqa: F401, measured as imports
     from covidjax.training import loop
 
     seconds = {'imports': time.time() - start}
@@ -62,7 +62,7 @@ def run_first_step(start):
 
 
 def measure_union(spans):
-    """Returns the length of a union of (begin, end): functions are traced while others are."""
+    """Returns the length of the union of intervals (begin, end); traces of functions are nested."""
     total, reached = 0.0, 0.0
     for begin, end in sorted(spans):
         total += max(end - max(begin, reached), 0)
@@ -71,7 +71,7 @@ def measure_union(spans):
 
 
 def main():
-    """Runs the command twice."""
+    """Runs the command twice, without and with caches."""
     if os.environ.get('START'):
         run_first_step(float(os.environ['START']))
     arguments = sys.argv[1:] or ['--config=configs/att2.py']

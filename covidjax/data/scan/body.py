@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.ndimage
 
-from covidjax.data.lesions import MIN_LUNG, compute_otsu_threshold, find_lung
-from covidjax.data.preprocess import Box
+from covidjax.data.lesions import MIN_LUNG, find_lung
+from covidjax.data.preprocess import Box, compute_otsu_threshold
 
 _MIN_BODY = 0.05  # share of the slice
 _MIN_LUNG_SLICES = 0.25  # share of the slices; a chest CT that extends far into the abdomen has twice that

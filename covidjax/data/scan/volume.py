@@ -18,6 +18,7 @@ import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from covidjax.data.lungs import LungsFinder, find_lungs_in_scan
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_window, convert_grey, open_image
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
@@ -52,6 +53,7 @@ class Volume(NamedTuple):
       kind: 'DICOM', 'NIfTI', 'MetaImage', 'NRRD' or 'images'.
       slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
       depths_mm: [T] depth of each slice below the first, None for images.
+      lungs: bool [T, H, W], found in 3-D from Hounsfield units; None for images, or if not asked for.
       facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
@@ -63,13 +65,14 @@ class Volume(NamedTuple):
     kind: str
     slices: list[np.ndarray]
     depths_mm: np.ndarray | None
+    lungs: np.ndarray | None
     facts: list[tuple[str, str]]
     notes: list[str]
     doubts: list[str]
     left_out: dict[str, int]
 
 
-def read_volume(path: Path, series: str | None = None) -> Volume:
+def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
     """Reads a scan.
 
     DICOM slices are ordered by position, not by name. NIfTI, MetaImage and NRRD are reoriented by their header. Images
@@ -80,6 +83,7 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
       path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), MetaImage
         (.mha, .mhd), NRRD (.nrrd, .nhdr), or a single file.
       series: name of the DICOM series to read if there are several.
+      with_lungs: also find the lungs, where there are Hounsfield units.
 
     Raises:
       UserError: no CT found, or the input is unreadable; the message is the reason on one line.
@@ -87,12 +91,12 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
     path = Path(path)
     with open_entries(path) as entries:
         try:
-            return _read_entries(entries, path.resolve().name, series)
+            return _read_entries(entries, path.resolve().name, series, with_lungs)
         except UserError as error:
             raise UserError(f'{path}: {error}') from error
 
 
-def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None) -> Volume:
+def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
     digests, frames, images, voxels, left_out = [], [], [], [], []
     for entry in entries:
         data = entry.read()
@@ -117,7 +121,7 @@ def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None) -> Vo
     reasons = format_counts(counts)
     if frames:
         left_out += [dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * (len(images) + len(voxels))
-        return _read_dicom(identity, frames, wanted, left_out)
+        return _read_dicom(identity, frames, wanted, left_out, with_lungs)
     if counts.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
     if wanted is not None:
@@ -129,8 +133,8 @@ def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None) -> Vo
     if voxels:
         [entry] = voxels
         if entry.name.lower().endswith(itk.ENDINGS):
-            return _read_itk(identity, entry, counts)
-        return _read_nifti(identity, entry, counts)
+            return _read_itk(identity, entry, counts, with_lungs)
+        return _read_nifti(identity, entry, counts, with_lungs)
     if images:
         return _read_images(identity, images, counts)
     raise UserError(
@@ -144,7 +148,11 @@ def format_counts(counts: Mapping[str, int]) -> str:
 
 
 def _read_dicom(
-    identity: tuple[str, str], frames: Sequence[dicom.Frame], wanted: str | None, left_out: Sequence[dicom.LeftOut]
+    identity: tuple[str, str],
+    frames: Sequence[dicom.Frame],
+    wanted: str | None,
+    left_out: Sequence[dicom.LeftOut],
+    with_lungs: bool,
 ) -> Volume:
     series = group_series(frames)
     chosen = choose_series(series, wanted)
@@ -178,8 +186,16 @@ def _read_dicom(
         doubts.append('the headers do not say that it is a CT; its values look like Hounsfield units')
     elif missing:
         notes.append('the headers lack the modality; their class says CT')
-    slices = _window_planes(compute_planes(kept), create_affine(kept), [frame.entry.name for frame in kept])
     depths, geometry = describe_geometry(kept)
+    between = float(np.median(np.diff(depths))) if len(depths) > 1 else 5.0  # any thickness does for one slice
+    affine = create_affine(kept)
+    finder = None
+    if with_lungs:
+        _, front, right = _orient_spacing(affine)
+        height, width = kept[0].shape if _keeps_axes(affine) else kept[0].shape[::-1]
+        finder = LungsFinder((len(kept), height, width), (between, front, right))
+    slices = _window_planes(compute_planes(kept), affine, [frame.entry.name for frame in kept], finder)
+    lungs = None if finder is None else finder.find()
     others = [one.describe() for one in series if one is not chosen]
     facts = [
         ('series', chosen.describe()),
@@ -190,7 +206,7 @@ def _read_dicom(
         ('extent', f'{depths[-1]:.1f} mm'),
         *_WINDOWED,
     ]
-    return Volume(*identity, 'DICOM', slices, depths, facts, notes + geometry, doubts, dict(counts))
+    return Volume(*identity, 'DICOM', slices, depths, lungs, facts, notes + geometry, doubts, dict(counts))
 
 
 def _is_other(reason: dicom.LeftOut) -> bool:
@@ -198,9 +214,15 @@ def _is_other(reason: dicom.LeftOut) -> bool:
 
 
 def _window_planes(
-    planes: Iterable[np.ndarray | Exception], affine: np.ndarray, names: Sequence[str]
+    planes: Iterable[np.ndarray | Exception], affine: np.ndarray, names: Sequence[str], finder: LungsFinder | None
 ) -> list[np.ndarray]:
     """Maps the planes of a scan, from head to feet, to grey as they come: the scan takes one byte a voxel.
+
+    Args:
+      planes: of `compute_planes`.
+      affine: of the scan.
+      names: of the files, for messages.
+      finder: gets every plane in Hounsfield units.
 
     Raises:
       UserError: planes that can't be decoded, or values that are not Hounsfield units.
@@ -212,7 +234,10 @@ def _window_planes(
             faults.append(f'{name} ({type(plane).__name__})')
         elif not faults:
             check.add(plane)
-            slices.append(np.ascontiguousarray(apply_orientation(apply_window(plane)[np.newaxis], turn)[0]))
+            [plane] = apply_orientation(plane[np.newaxis], turn)
+            if finder is not None:
+                finder.add(plane)
+            slices.append(apply_window(np.ascontiguousarray(plane)))
     if faults:
         refuse_undecodable(list(dict.fromkeys(faults)))
     check.finish()
@@ -222,7 +247,19 @@ def _window_planes(
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
 
 
-def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str]) -> Volume:
+def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Returns the distances in mm of slices, rows and columns after a turn to `_ORDER`."""
+    lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
+    right, front, feet = (float(lengths[axes.tolist().index(world)]) for world in range(3))
+    return feet, front, right
+
+
+def _keeps_axes(affine: np.ndarray) -> bool:
+    """Returns whether rows stay rows in a turn to `_ORDER`."""
+    return bool(io_orientation(affine)[1, 0] == 1)
+
+
+def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
     data = entry.read()
     try:
         if data[:2] == b'\x1f\x8b':
@@ -245,10 +282,13 @@ def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str])
                         f'a NIfTI of shape {shape}: it must be one scan of at most {dicom.MAX_VOXELS:,} voxels'
                     )
                 grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
+                hu = np.empty(shape, np.int16) if with_lungs else None
                 for place in range(shape[2]):
                     plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
                     check.add(plane)
                     grey[..., place] = apply_window(plane)
+                    if hu is not None:
+                        hu[..., place] = plane
         finally:
             logger.disabled = before
     except UserError:
@@ -258,33 +298,36 @@ def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str])
     except Exception as error:  # damaged headers can raise anything
         raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
     doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
-    return _turn_voxels(identity, 'NIfTI', grey, affine, check, doubts, left_out)
+    return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
 
 
-def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str]) -> Volume:
+def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
     planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
-    check, grey = HounsfieldCheck(), []
+    check, grey, hu = HounsfieldCheck(), [], []
     for plane in planes:
         plane = round_plane(plane)
         check.add(plane)
         grey.append(apply_window(plane))
+        if with_lungs:
+            hu.append(plane)
     name, contents = identity
     # The header alone does not identify a scan whose voxels lie in a file of their own.
     identity = name, hash_contents([bytes.fromhex(contents), digest])
     kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
-    return _turn_voxels(identity, kind, np.stack(grey), affine, check, [], left_out)
+    return _turn_voxels(identity, kind, np.stack(grey), np.stack(hu) if hu else None, affine, check, [], left_out)
 
 
 def _turn_voxels(
     identity: tuple[str, str],
     kind: str,
     grey: np.ndarray,
+    hu: np.ndarray | None,
     affine: np.ndarray,
     check: HounsfieldCheck,
     doubts: list[str],
     left_out: Counter[str],
 ) -> Volume:
-    """Turns grey voxels by their affine, to RAS in mm, to slices from head to feet."""
+    """Turns grey voxels, and their Hounsfield units, by their affine, to RAS in mm, to slices from head to feet."""
     try:
         turn = io_orientation(affine)
         direction = affine[:3, turn[:, 0].tolist().index(2.0)]  # voxel axis along feet to head
@@ -296,6 +339,9 @@ def _turn_voxels(
         raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
     check.finish()
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
+    lungs = None
+    if hu is not None:
+        lungs = find_lungs_in_scan(apply_orientation(hu, ornt_transform(turn, _ORDER)), _orient_spacing(affine))
     facts = [
         ('voxels', ' x '.join(map(str, grey.shape))),
         *([('left out', format_counts(left_out))] if left_out else []),
@@ -303,7 +349,8 @@ def _turn_voxels(
         ('slice distance', f'{spacing:.2f} mm'),
         *_WINDOWED,
     ]
-    return Volume(*identity, kind, list(slices), spacing * np.arange(len(slices)), facts, [], doubts, dict(left_out))
+    depths = spacing * np.arange(len(slices))
+    return Volume(*identity, kind, list(slices), depths, lungs, facts, [], doubts, dict(left_out))
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:
@@ -327,6 +374,7 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: 
         *identity,
         'images',
         slices,
+        None,
         None,
         [
             ('images', f'{len(slices)}, {", ".join(f"{n} of {w} x {h}" for (h, w), n in sizes.most_common(3))}'),

@@ -1,0 +1,406 @@
+"""Finds the lungs and cuts slices to them: 3-D from Hounsfield units, and by a plain rule from the greys of one slice.
+
+Shapes: T slices, H rows (front to back or the other way), W columns (from one side of the patient to the other).
+Lower-case t, h, w are the same axes on a coarse grid.
+"""
+
+import math
+
+import numpy as np
+import scipy.ndimage
+from PIL import Image
+
+from covidjax.data.preprocess import Box, compute_otsu_threshold
+
+# In scans.
+_AIR_HU = -320  # between lung, about -850, and soft tissue, about 40
+_GAS_HU = -960  # the median of lung is denser; that of gas in the bowel and around the body is not
+_AIRWAY_HU = -900  # airways are narrow, so that their walls add to the density of the gas in them
+_PADDING_HU = -1015  # what scanners write outside their field of view, once clipped
+_MIN_HU = -1024
+_GRID_MM = 2.0
+_CLOSING_MM = 20.0  # radius
+_MAX_AIRWAY_MM2 = 1000.0  # in one slice
+_AIRWAY_REACH_MM = 50.0  # from the middle of the body
+_MIN_SLICE_MM2 = 400.0  # lungs in the slice where they are largest
+_MIN_SIDES = 2.6  # of four on which the body surrounds a region, averaged over the region
+_MIN_SIDES_CUT = 1.5  # the same, where the field of view cuts the region; the table has the body on one side
+_MAX_CONTACT = 2.3  # pixels of a region at the edge of the field of view, over the square root of its area
+_MIN_PART = 0.05  # size of a part, as a share of the largest
+_MIN_HALF = 0.2  # share of a part on each side of the body, if it is both lungs in one
+_THIN_STACK_MM = 40.0  # in fewer slices, a lung may be in several parts
+
+# In slices without Hounsfield units.
+_BLACK = 10  # grey value; slices cut to the lungs carry traces of compression and resizing outside them
+_MIN_BLACK, _MAX_LIT_BORDER = 0.25, 0.3  # shares of a cut slice and of its border
+_MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body is deeper than this share of the slice, and more of it is bright
+_THRESHOLD = 0.6  # of the way from lung to body, where _AIR_HU lies too
+_MIN_CONTRAST, _SURE_CONTRAST = 8, 32  # grey values between lungs and body
+_MIN_SEPARATION = 0.7  # share of the variance that two greys explain; 0.64 for noise
+_MIN_LUNGS, _MAX_LUNGS = 0.01, 0.85  # shares of the slice
+_MAX_OUTSIDE = 0.15  # share of air around the body in a slice that is cropped closely
+_MIN_DARK = 0.05  # share of a lung that is as dark as healthy lung; fat has less
+_MAX_GREY_AIRWAY = 0.008  # of the square of the width of the body
+_AIRWAY_REACH = 0.15  # of the width of the body, from its middle
+_GREY_CLOSING = 0.08  # radius, of the width of the body
+
+_IN_PLANE = np.zeros((3, 3, 3), bool)
+_IN_PLANE[1] = scipy.ndimage.generate_binary_structure(2, 1)
+
+
+def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Finds the lungs in 3-D: air enclosed by the body, the two largest parts, closed so that lesions stay inside.
+
+    Airways and bowel gas are left out by their density, size and place. Each lung is closed on its own, by a disc of
+    20 mm radius in each slice. This keeps vessels, and most of a dense lesion at the chest wall that is up to 30 mm
+    wide, and leaves the mediastinum out. The work is done on a grid of about 2 mm. For 512 x 512 x 150 voxels it needs
+    about 180 MB beyond the input and the result.
+
+    Args:
+      hu_TxHxW: Hounsfield units of any integer or floating type, slices in anatomical order, either end first. It is
+        not changed.
+      spacing_mm: between slices, rows and columns. With slices missing, pass the median distance of slices.
+
+    Returns:
+      bool [T, H, W], all False if no lungs are found.
+
+    Raises:
+      ValueError: not three axes, an empty axis, or a spacing that is not positive.
+    """
+    if hu_TxHxW.ndim != 3:
+        raise ValueError(f'a scan has the shape [T, H, W], got {hu_TxHxW.shape}')
+    finder = LungsFinder(hu_TxHxW.shape, spacing_mm)
+    for hu_HxW in hu_TxHxW:
+        finder.add(hu_HxW)
+    return finder.find()
+
+
+class LungsFinder:
+    """`find_lungs_in_scan` for slices that come one by one and are not kept.
+
+    Args:
+      shape: T, H, W.
+      spacing_mm: see `find_lungs_in_scan`.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]):
+        if len(shape) != 3 or 0 in shape:
+            raise ValueError(f'a scan has the shape [T, H, W], got {shape}')
+        if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
+            raise ValueError(f'spacing must be three positive lengths in mm, got {spacing_mm}')
+        pairs = zip(spacing_mm, shape, strict=True)
+        self._shape, self._count = shape, 0
+        self._steps = [max(1, min(round(_GRID_MM / mm), size // 16)) for mm, size in pairs]
+        self._grid_mm = np.multiply(self._steps, spacing_mm)
+        self._starts = [np.arange(0, size, step) for size, step in zip(shape, self._steps, strict=True)]
+        self._sums_txhxw = np.zeros([len(place) for place in self._starts], np.float32)
+
+    def add(self, hu_HxW: np.ndarray) -> None:
+        """Adds the next slice to the sums of blocks."""
+        rows_hxW = np.add.reduceat(np.maximum(hu_HxW.astype(np.float32), _MIN_HU), self._starts[1], axis=0)
+        self._sums_txhxw[self._count // self._steps[0]] += np.add.reduceat(rows_hxW, self._starts[2], axis=1)
+        self._count += 1
+
+    def find(self) -> np.ndarray:
+        """Returns the lungs in the slices that were added, T in all: bool [T, H, W]."""
+        steps, grid_mm = self._steps, self._grid_mm
+        hu_txhxw = self._average()
+        lungs_TxHxW = np.zeros(self._shape, bool)
+        body_txhxw = _find_body(hu_txhxw >= _AIR_HU)
+        if not body_txhxw.any():
+            return lungs_TxHxW
+        candidates_txhxw, airways_txhxw = _find_candidates(hu_txhxw, body_txhxw, grid_mm)
+        sides_txhxw = _choose_lungs(hu_txhxw, candidates_txhxw, body_txhxw, grid_mm)
+        largest = (sides_txhxw > 0).sum((1, 2)).max() * grid_mm[1] * grid_mm[2]
+        if largest < _MIN_SLICE_MM2:
+            return lungs_TxHxW
+        closed_txhxw = np.zeros(sides_txhxw.shape, bool)
+        for place, sides_hxw in enumerate(sides_txhxw):
+            if sides_hxw.any():
+                closed_txhxw[place] = _close_each(sides_hxw, _CLOSING_MM, tuple(grid_mm[1:]))
+        closed_txhxw = _fill_holes(closed_txhxw)
+        closed_txhxw &= ~(scipy.ndimage.binary_dilation(airways_txhxw, _IN_PLANE) & (sides_txhxw == 0))
+        for place, closed_hxw in enumerate(closed_txhxw):
+            if closed_hxw.any():
+                start = place * steps[0]
+                lungs_TxHxW[start : start + steps[0]] = _enlarge(closed_hxw, steps[1:], self._shape[1:])
+        return lungs_TxHxW
+
+    def _average(self) -> np.ndarray:
+        """Returns means float32 [t, h, w] of blocks, which also removes noise."""
+        thick, tall, wide = (
+            np.diff(place, append=size).astype(np.float32)
+            for size, place in zip(self._shape, self._starts, strict=True)
+        )
+        means_txhxw = self._sums_txhxw / thick[:, np.newaxis, np.newaxis]
+        means_txhxw /= np.outer(tall, wide)
+        return means_txhxw
+
+
+def _fill_holes(mask_txhxw: np.ndarray) -> np.ndarray:
+    """Fills what a mask encloses in 3-D: a lesion, but not the top of the liver, which continues below."""
+    regions, count = scipy.ndimage.label(~mask_txhxw)
+    is_open = np.zeros(count + 1, bool)
+    for axis in range(3):
+        is_open[np.take(regions, [0, -1], axis)] = True
+    return mask_txhxw | ~is_open[regions]
+
+
+def _find_body(tissue_txhxw: np.ndarray) -> np.ndarray:
+    """Returns the largest piece of tissue, bool [t, h, w]: without the table, and perhaps without the arms."""
+    # Half the resolution is enough for `_count_sides`.
+    half = tissue_txhxw[:, ::2, ::2]
+    regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(half, _IN_PLANE))
+    if not count:
+        return np.zeros(tissue_txhxw.shape, bool)
+    body = regions == 1 + np.bincount(regions.ravel())[1:].argmax()
+    return body.repeat(2, 1).repeat(2, 2)[:, : tissue_txhxw.shape[1], : tissue_txhxw.shape[2]]
+
+
+def _count_sides(body: np.ndarray) -> np.ndarray:
+    """Returns uint8 [..., H, W]: the number of sides (front, back, left, right) on which a pixel has the body."""
+    count = np.zeros(body.shape, np.uint8)
+    for axis in (-2, -1):
+        count += np.logical_or.accumulate(body, axis)
+        count += np.flip(np.logical_or.accumulate(np.flip(body, axis), axis), axis)
+    return count
+
+
+def _find_candidates(
+    hu_txhxw: np.ndarray, body_txhxw: np.ndarray, grid_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts the regions of air in each slice. Returns those that may be lung, and the airways, both bool [t, h, w]."""
+    padding = _touching_corners(hu_txhxw <= _PADDING_HU)
+    air = (hu_txhxw < _AIR_HU) & ~padding
+    regions, count = scipy.ndimage.label(air, _IN_PLANE)
+    edge = scipy.ndimage.binary_dilation(padding, _IN_PLANE)
+    edge[:, [0, -1]] = edge[:, :, [0, -1]] = True
+    labels, values = regions[air], hu_txhxw[air]
+
+    def total(weights: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(labels, weights, count + 1)
+
+    with np.errstate(invalid='ignore'):  # nothing has the label 0
+        area = total()
+        sides = total(_count_sides(body_txhxw)[air]) / area
+        is_gas = total(values < _GAS_HU) > area / 2  # the median
+        is_dark = total(values < _AIRWAY_HU) > area / 2
+        columns = total(np.nonzero(air)[2]) / area
+        # Lungs may touch the edge of the field of view. Air outside the body is gas, or lies along the edge.
+        contact = total(edge[air])
+        is_outside = (contact > 0) & (is_gas | (contact > _MAX_CONTACT * np.sqrt(area)))
+        is_outside[0] = False
+        # Where a lung touches the edge, the body continues beyond it.
+        walls = total(_count_sides(body_txhxw | (edge & ~is_outside[regions]))[air]) / area
+    middle = np.nonzero(body_txhxw)[2].mean()
+    is_airway = (
+        is_dark
+        & (area * grid_mm[1] * grid_mm[2] < _MAX_AIRWAY_MM2)
+        & (abs(columns - middle) * grid_mm[2] < _AIRWAY_REACH_MM)
+    )
+    is_cut = (contact > 0) & (walls >= _MIN_SIDES) & (sides >= _MIN_SIDES_CUT)
+    is_inside = ~is_outside & ((sides >= _MIN_SIDES) | is_cut)
+    is_inside[0] = is_airway[0] = False
+    return (is_inside & ~is_airway)[regions], (is_inside & is_airway)[regions]
+
+
+def _touching_corners(mask_txhxw: np.ndarray) -> np.ndarray:
+    """Returns the regions of a mask, bool [t, h, w], that hold a corner of their slice."""
+    regions, _ = scipy.ndimage.label(mask_txhxw, _IN_PLANE)
+    corners = np.unique(regions[:, [0, 0, -1, -1], [0, -1, 0, -1]])
+    is_corner = np.zeros(regions.max() + 1, bool)
+    is_corner[corners] = True
+    is_corner[0] = False
+    return is_corner[regions]
+
+
+def _choose_lungs(
+    hu_txhxw: np.ndarray, candidates_txhxw: np.ndarray, body_txhxw: np.ndarray, grid_mm: np.ndarray
+) -> np.ndarray:
+    """Returns uint8 [t, h, w]: 0 outside the lungs, a number for each part that is closed on its own."""
+    parts, count = scipy.ndimage.label(candidates_txhxw)
+    sides_txhxw = np.zeros(parts.shape, np.uint8)
+    if not count:
+        return sides_txhxw
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    is_gas = np.bincount(parts[hu_txhxw < _GAS_HU], minlength=count + 1) > sizes / 2
+    sizes[is_gas] = 0
+    order = np.argsort(-sizes, kind='stable')
+    if not sizes[order[0]]:
+        return sides_txhxw
+    order = order[sizes[order] >= _MIN_PART * sizes[order[0]]]
+    middle = np.nonzero(body_txhxw)[2].mean()
+    is_left = np.nonzero(parts == order[0])[2] < middle
+    is_both = min(is_left.mean(), 1 - is_left.mean()) >= _MIN_HALF
+    if len(hu_txhxw) * grid_mm[0] >= _THIN_STACK_MM:
+        order = order[: 1 if is_both else 2]
+    for number, part in enumerate(order[:200].tolist(), start=1):
+        sides_txhxw[parts == part] = number
+    if is_both:
+        for sides_hxw in sides_txhxw:
+            _part_lungs(sides_hxw)
+    return sides_txhxw
+
+
+def _part_lungs(parts_HxW: np.ndarray) -> None:
+    """Splits part 1, which is both lungs, at the emptiest column of its middle third; the second half becomes 255."""
+    lungs = parts_HxW == 1
+    counts = lungs.sum(0)
+    found = np.flatnonzero(counts)
+    if len(found) < 3:
+        return
+    third = (found[-1] + 1 - found[0]) // 3
+    middle = counts[found[0] + third : found[-1] + 1 - third]
+    emptiest = np.flatnonzero(middle == middle.min())
+    cut = found[0] + third + emptiest[len(emptiest) // 2]
+    parts_HxW[:, cut:][lungs[:, cut:]] = 255
+
+
+def _close_each(parts_HxW: np.ndarray, radius: float, spacing: tuple[float, ...]) -> np.ndarray:
+    """Returns bool [H, W]: each part closed by a disc; the radius is in the unit of the spacing."""
+    closed_HxW = np.zeros(parts_HxW.shape, bool)
+    reach = [math.ceil(radius / step) + 2 for step in spacing]
+    for number in np.unique(parts_HxW[parts_HxW > 0]):
+        part_HxW = parts_HxW == number
+        box = scipy.ndimage.find_objects(part_HxW.astype(np.uint8))[0]
+        padded = np.pad(part_HxW[box], [(n, n) for n in reach])
+        wide = scipy.ndimage.distance_transform_edt(~padded, spacing) <= radius
+        narrow = scipy.ndimage.distance_transform_edt(wide, spacing) > radius
+        closed_HxW[box] |= (narrow | padded)[tuple(slice(n, -n) for n in reach)]
+    return closed_HxW
+
+
+def _enlarge(mask_hxw: np.ndarray, steps: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns bool [H, W] of a mask on the coarse grid, with smooth edges."""
+    if steps == [1, 1]:
+        return mask_hxw
+    # The last block may be incomplete: the grid ends behind the image.
+    ends = (shape[1] / steps[1], shape[0] / steps[0])
+    image = Image.fromarray(mask_hxw.astype(np.uint8) * 255)
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR, box=(0, 0, *ends))) >= 128
+
+
+def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
+    """Finds the lungs in a slice without Hounsfield units by a plain rule.
+
+    In a slice that is already cut to the lungs, the lungs are what is not black. In any other, they are the dark
+    regions that the body encloses, each closed by a disc. The rule loses lesions at the chest wall that are as bright
+    as the body and wider than the disc. It may take bowel gas for lungs.
+
+    Args:
+      grey_HxW: uint8, lungs and air darker than the body.
+
+    Returns:
+      bool [H, W], or None if the rule fails: the body encloses nothing dark, or too little or too much. The slice may
+      show no lungs or no chest. Use it whole or leave it out, and report how many slices failed.
+    """
+    if is_cut_to_lungs(grey_HxW):
+        return scipy.ndimage.binary_fill_holes(grey_HxW > _BLACK)
+    smooth = scipy.ndimage.gaussian_filter(grey_HxW.astype(np.float32), max(grey_HxW.shape) / 512)
+    greys = _find_greys(smooth)
+    if greys is None:
+        return None
+    darkest, threshold = greys
+    dark = smooth < threshold
+    body = _find_body(~dark[np.newaxis])[0]
+    if not body.any():
+        return None
+    outside = _touching_corners(dark[np.newaxis])[0]
+    if outside.mean() < _MAX_OUTSIDE:
+        # The slice is cropped closely: the body continues beyond the border, except where there is air.
+        border = np.ones_like(body)
+        border[1:-1, 1:-1] = False
+        body |= border & ~outside
+    columns = np.flatnonzero(body.any(0))
+    width, middle = columns[-1] + 1 - columns[0], columns.mean()
+    dark &= ~outside
+    regions, count = scipy.ndimage.label(dark)
+    labels = regions[dark]
+    area = np.bincount(labels, minlength=count + 1)
+    with np.errstate(invalid='ignore'):
+        sides = np.bincount(labels, _count_sides(body)[dark], count + 1) / area
+        centre = np.bincount(labels, np.nonzero(dark)[1], count + 1) / area
+        very_dark = np.bincount(labels, smooth[dark] < (darkest + threshold) / 2, count + 1) / area
+    is_airway = (area < _MAX_GREY_AIRWAY * width**2) & (abs(centre - middle) < _AIRWAY_REACH * width)
+    area[~(sides >= _MIN_SIDES) | (very_dark < _MIN_DARK) | is_airway] = 0
+    kept = np.flatnonzero(area >= max(_MIN_PART * area.max(), 1))
+    if not len(kept) or area[kept].sum() < _MIN_LUNGS * body.size:
+        return None
+    numbers = np.zeros(count + 1, np.uint8)
+    numbers[kept[np.argsort(-area[kept], kind='stable')][:200]] = np.arange(1, 1 + min(len(kept), 200))
+    parts_HxW = numbers[regions]
+    largest = parts_HxW == 1
+    is_left = np.nonzero(largest)[1] < middle
+    if min(is_left.mean(), 1 - is_left.mean()) >= _MIN_HALF:
+        _part_lungs(parts_HxW)
+    lungs_HxW = _close_each(parts_HxW, _GREY_CLOSING * width, (1.0, 1.0))
+    return lungs_HxW if lungs_HxW.mean() <= _MAX_LUNGS else None
+
+
+def is_cut_to_lungs(grey_HxW: np.ndarray) -> bool:
+    """Says whether a slice uint8 [H, W] shows the lungs only, on black, as the slices of some public datasets do.
+
+    Most of its border and much of its area are black, and the rest is not as deep and bright as a body.
+    """
+    lit = grey_HxW > _BLACK
+    border = np.concatenate([lit[0], lit[-1], lit[:, 0], lit[:, -1]])
+    if lit.mean() > 1 - _MIN_BLACK or border.mean() > _MAX_LIT_BORDER:
+        return False
+    filled = np.pad(scipy.ndimage.binary_fill_holes(scipy.ndimage.binary_opening(lit)), 1)
+    depth = scipy.ndimage.distance_transform_edt(filled)[1:-1, 1:-1] / max(grey_HxW.shape)
+    inner = depth > 0.01  # masks may have a bright edge of a pixel or two
+    if not inner.any():
+        return False
+    bright = (grey_HxW[inner] > compute_otsu_threshold(grey_HxW[inner])).mean()
+    return bool(depth.max() <= _MAX_DEPTH or bright <= _MAX_BRIGHT)
+
+
+def _find_greys(smooth_HxW: np.ndarray) -> tuple[float, float] | None:
+    """Returns the grey of lungs and the threshold between lungs and body, None if there are no such two greys."""
+    height, width = smooth_HxW.shape
+    # Only in the middle: air, and black outside the field of view, would add a third mode.
+    middle = smooth_HxW[height // 5 : height - height // 5, width // 5 : width - width // 5]
+    low = middle < compute_otsu_threshold(middle)
+    if not low.any():
+        return None
+    dark, bright = float(np.median(middle[low])), float(np.median(middle[~low]))
+    share = low.mean()
+    variance = share * (1 - share) * (middle[low].mean() - middle[~low].mean()) ** 2
+    is_noise = bright - dark < _SURE_CONTRAST and variance < _MIN_SEPARATION * middle.var()
+    if bright - dark < _MIN_CONTRAST or is_noise:
+        return None
+    return dark, dark + _THRESHOLD * (bright - dark)
+
+
+def cut_to_lungs(grey_HxW: np.ndarray, lungs_HxW: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, Box]:
+    """Blackens what is not lung and crops to the box of the lungs.
+
+    Without a margin, as by default, the result has the form of public datasets of lung slices.
+
+    Args:
+      grey_HxW: [H, W] of any type; it is not changed.
+      lungs_HxW: bool [H, W], True somewhere.
+      margin: on each side, as a share of the longer side of the box; clipped to the slice.
+
+    Returns:
+      The image [h, w], 0 outside the lungs, and its box xmin, ymin, xmax, ymax in pixels, half-open.
+
+    Raises:
+      ValueError: the shapes differ, no lungs, or a margin that is negative.
+    """
+    if grey_HxW.shape != lungs_HxW.shape or lungs_HxW.ndim != 2:
+        raise ValueError(f'slice and lungs must have one shape [H, W], got {grey_HxW.shape} and {lungs_HxW.shape}')
+    if not margin >= 0:
+        raise ValueError(f'margin must not be negative, got {margin}')
+    rows, columns = np.flatnonzero(lungs_HxW.any(1)), np.flatnonzero(lungs_HxW.any(0))
+    if not len(rows):
+        raise ValueError('no lungs in this slice: leave it out, or use it whole')
+    ymin, ymax, xmin, xmax = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    reach = round(margin * max(ymax - ymin, xmax - xmin))
+    height, width = grey_HxW.shape
+    xmin, ymin = max(0, xmin - reach), max(0, ymin - reach)
+    xmax, ymax = min(width, xmax + reach), min(height, ymax + reach)
+    inner = np.s_[ymin:ymax, xmin:xmax]
+    image = np.where(lungs_HxW[inner], grey_HxW[inner], 0).astype(grey_HxW.dtype)
+    return image, (int(xmin), int(ymin), int(xmax), int(ymax))
