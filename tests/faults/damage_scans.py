@@ -36,7 +36,7 @@ from covidjax.data.preprocess import apply_window
 from covidjax.data.scan.body import find_body_box, find_doubts
 from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
-from covidjax.predict.scan import prepare_slice
+from covidjax.predict.prepare import prepare_slice
 from tests.scan_files import change_syntax, create_nifti, encode_dicom, make_chest, make_dicom
 
 HANG_SECONDS = 30

@@ -21,6 +21,7 @@ from covidjax.experiment import common, slices
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.seq import Seq, SequenceClassifier
 from covidjax.predict import scan
+from covidjax.predict.prepare import prepare_slice
 from tests.scan_files import IDENTITY, make_chest, write_images, write_series
 from tests.variables import draw_variables
 
@@ -57,7 +58,7 @@ def test_a_slice_is_prepared_as_for_training(tmp_path):
     Image.fromarray(grey).save(tmp_path / 'a.png')
     for box in ((3, 5, 60, 80), (-4, 0, 70, 95)):
         [(png, _)] = preprocess.encode_slices([(str(tmp_path / 'a.png'), box)], 64, os.getpid())
-        np.testing.assert_array_equal(scan.prepare_slice(grey, box, 64), preprocess.decode_png(png)[..., 0])
+        np.testing.assert_array_equal(prepare_slice(grey, box, 64), preprocess.decode_png(png)[..., 0])
 
 
 def test_the_box_is_that_of_the_body():
@@ -70,7 +71,7 @@ def test_the_box_is_that_of_the_body():
 
 def test_doubts():
     def prepare(grey):
-        return [scan.prepare_slice(g, find_body_box(g), 64) for g in grey]
+        return [prepare_slice(g, find_body_box(g), 64) for g in grey]
 
     assert find_doubts(prepare(GREY)) == []
     assert find_doubts(list(GREY[:, 20:45, 10:56])) == []  # cropped to the lungs, which touch its sides

@@ -89,12 +89,17 @@ def choose_series(series: Sequence[Series], wanted: str | None) -> Series:
         raise UserError(f'slices of several studies, choose one with --series: {names}')
     else:
         chosen = min(series, key=lambda one: (one.frames[0].is_elsewhere, -len(one.frames)))
+    check_series(chosen)
+    return chosen
+
+
+def check_series(chosen: Series) -> None:
+    """Raises UserError if the series is too large or its slices can't be one scan."""
     if chosen.conflict:
         raise UserError(f'series {chosen.name} holds {chosen.conflict}: keep those of one phase')
     rows, columns = chosen.frames[0].shape
     if len(chosen.frames) * rows * columns > MAX_VOXELS:
         raise UserError(f'{chosen.describe()}: more than {MAX_VOXELS:,} voxels, choose another with --series')
-    return chosen
 
 
 def count_single(chosen: Series, series: Sequence[Series]) -> int:

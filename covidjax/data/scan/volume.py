@@ -10,7 +10,7 @@ import logging
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
 from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
 from covidjax.data.scan.series import (
+    Series,
+    check_series,
     choose_series,
     count_single,
     count_strays,
@@ -38,6 +40,7 @@ from covidjax.errors import UserError, join_faults
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
 _IMAGE_MAGIC = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'BM')
 _VOXELS = ('.nii', '.nii.gz', *itk.ENDINGS)
+MIN_SERIES = 3  # slices; fewer are scouts or bolus tracking
 _MAX_LOST = 0.1  # share of the slices
 # Reasons of `dicom.LeftOut` by which slices of the scan may be lost whatever the series they name.
 _LOST = ('damaged', 'truncated', 'of impossible size', 'of several frames', 'without a position')
@@ -96,45 +99,73 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
             raise UserError(f'{path}: {error}') from error
 
 
-def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
-    digests, frames, images, voxels, left_out = [], [], [], [], []
+class _Contents(NamedTuple):
+    """Files of an input by kind.
+
+    Attributes:
+      digests: SHA-256 of each file by name.
+      frames: axial CT slices in DICOM.
+      images: pictures.
+      voxels: files of whole scans.
+      left_out: why the others were left out.
+    """
+
+    digests: dict[str, bytes]
+    frames: list[dicom.Frame]
+    images: list[Entry]
+    voxels: list[Entry]
+    left_out: list[dicom.LeftOut]
+
+
+def _sort_entries(entries: Sequence[Entry]) -> _Contents:
+    """Reads every file once, of DICOM the headers."""
+    contents = _Contents({}, [], [], [], [])
     for entry in entries:
         data = entry.read()
-        digests.append(hashlib.sha256(data).digest())
+        contents.digests[entry.name] = hashlib.sha256(data).digest()
         if entry.name.lower().endswith(_VOXELS):
-            voxels.append(entry)
+            contents.voxels.append(entry)
         elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
-            images.append(entry)
+            contents.images.append(entry)
         elif data.startswith(b'PK\3\4') and data[128:132] != b'DICM':
-            left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
+            contents.left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
         else:
             try:
                 found = dicom.read_frames(entry, data)
             except dicom.LeftOut as reason:
-                left_out.append(reason)
+                contents.left_out.append(reason)
             else:
-                frames += found or ()
+                contents.frames.extend(found or ())
                 if found is None:
-                    left_out.append(dicom.LeftOut('not DICOM'))
-    identity = name, hash_contents(digests)
-    counts = Counter(map(str, left_out))
+                    contents.left_out.append(dicom.LeftOut('not DICOM'))
+    if contents.frames:
+        others = len(contents.images) + len(contents.voxels)
+        contents.left_out.extend([dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * others)
+    return contents
+
+
+def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
+    contents = _sort_entries(entries)
+    identity = name, hash_contents(list(contents.digests.values()))
+    if contents.frames:
+        series = group_series(contents.frames)
+        how = (
+            'by --series' if wanted else 'the chest series with the most slices' if len(series) > 1 else 'the only one'
+        )
+        return _read_series(identity, choose_series(series, wanted), series, how, contents.left_out, with_lungs)
+    counts = Counter(map(str, contents.left_out))
     reasons = format_counts(counts)
-    if frames:
-        left_out += [dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * (len(images) + len(voxels))
-        return _read_dicom(identity, frames, wanted, left_out, with_lungs)
     if counts.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
     if wanted is not None:
         raise UserError(f'--series={wanted} is for DICOM, and no DICOM slice is in it')
+    images, voxels = contents.images, contents.voxels
     if len(voxels) > 1 or (voxels and images):
         raise UserError(
             f'{len(voxels)} NIfTI, MetaImage or NRRD files and {len(images)} images in it: name one of them'
         )
     if voxels:
-        [entry] = voxels
-        if entry.name.lower().endswith(itk.ENDINGS):
-            return _read_itk(identity, entry, counts, with_lungs)
-        return _read_nifti(identity, entry, counts, with_lungs)
+        return _read_voxels(identity, voxels[0], counts, with_lungs)
     if images:
         return _read_images(identity, images, counts)
     raise UserError(
@@ -142,20 +173,73 @@ def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_
     )
 
 
+class Found(NamedTuple):
+    """A chest CT in a folder or a file of an archive.
+
+    Attributes:
+      series: name of the series, '' if the file has none.
+      sha256: SHA-256, in hex, of the files of the series.
+      read: returns the scan or raises UserError.
+    """
+
+    series: str
+    sha256: str
+    read: Callable[[], Volume]
+
+
+def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list[Found]:
+    """Finds every chest CT by the headers: axial series of `MIN_SERIES` slices or more, and files of whole scans.
+
+    Args:
+      entries: of a folder or of a file.
+      name: for the scans.
+      with_lungs: see `read_volume`.
+
+    Raises:
+      UserError: no file is an axial CT, and some are damaged.
+    """
+    contents = _sort_entries(entries)
+    found = []
+    if contents.frames:
+        series = group_series(contents.frames)
+        files = [{frame.entry.name for frame in one.frames} for one in series]
+        for i, one in enumerate(series):
+            if one.frames[0].is_elsewhere or len(one.frames) < MIN_SERIES:
+                continue
+            digests = [contents.digests[file] for file in files[i]]
+            if any(files[i] & other for k, other in enumerate(files) if k != i):  # phases in one multi-frame file
+                digests.append(hashlib.sha256(str(sorted(frame.index for frame in one.frames)).encode()).digest())
+            sha256 = hash_contents(digests)
+
+            def read(one: Series = one, sha256: str = sha256) -> Volume:
+                check_series(one)
+                how = 'the only one' if len(series) == 1 else 'every series of an archive is'
+                return _read_series((name, sha256), one, series, how, contents.left_out, with_lungs)
+
+            found.append(Found(one.name, sha256, read))
+        return found
+    counts = Counter(map(str, contents.left_out))
+    for entry in contents.voxels:
+        identity = name, contents.digests[entry.name].hex()
+        found.append(Found('', identity[1], lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
+    if not found and counts['damaged']:
+        raise UserError(f'no axial CT slice in it ({format_counts(counts)})')
+    return found
+
+
 def format_counts(counts: Mapping[str, int]) -> str:
     """Returns e.g. '2 copies, 1 not DICOM'."""
     return ', '.join(f'{count:,} {reason}' for reason, count in counts.items())
 
 
-def _read_dicom(
+def _read_series(
     identity: tuple[str, str],
-    frames: Sequence[dicom.Frame],
-    wanted: str | None,
+    chosen: Series,
+    series: Sequence[Series],
+    how: str,
     left_out: Sequence[dicom.LeftOut],
     with_lungs: bool,
 ) -> Volume:
-    series = group_series(frames)
-    chosen = choose_series(series, wanted)
     kept = chosen.frames
     counts, doubts, notes = Counter(map(str, left_out)), [], []
     label = kept[0].label
@@ -199,7 +283,7 @@ def _read_dicom(
     others = [one.describe() for one in series if one is not chosen]
     facts = [
         ('series', chosen.describe()),
-        ('chosen', 'by --series' if wanted else 'the chest series with the most slices' if others else 'the only one'),
+        ('chosen', how),
         *([('other series', '; '.join(others))] if others else []),
         *([('left out', format_counts(counts))] if counts else []),
         ('order', 'by position, from head to feet'),
@@ -299,6 +383,11 @@ def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str],
         raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
     doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
     return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
+
+
+def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+    read = _read_itk if entry.name.lower().endswith(itk.ENDINGS) else _read_nifti
+    return read(identity, entry, left_out, with_lungs)
 
 
 def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
