@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 import pydicom.config
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
@@ -26,6 +27,7 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from covidjax.data.scan.jpeg import check_jpeg
 from covidjax.data.scan.sources import MAX_RATIO, Entry
 
 MAX_VOXELS = 400_000_000  # 1,525 slices of 512 x 512
@@ -172,6 +174,18 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
             reason = error if isinstance(error, LeftOut) else LeftOut('damaged')
             reason.label = _get_label(header)
             raise reason from error
+
+
+def read_label(data: bytes) -> tuple[str, str] | None:
+    """Returns study and series UID, '' where missing, from the start of a file; None if it is not readable DICOM."""
+    with _quiet():
+        try:
+            header = pydicom.dcmread(
+                io.BytesIO(data), stop_before_pixels=True, specific_tags=['StudyInstanceUID', 'SeriesInstanceUID']
+            )
+        except Exception:  # damaged or cut files can raise anything
+            return None
+        return _get_label(header)
 
 
 def _inflate(data: bytes) -> bytes:
@@ -339,6 +353,9 @@ def _read_dataset(data: bytes) -> Dataset:
 def _decode(dataset: Dataset, frame: Frame) -> np.ndarray:
     with _quiet():
         count = int(dataset.get('NumberOfFrames') or 1)
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            stream = get_frame(dataset.PixelData, frame.index, number_of_frames=count)
+            check_jpeg(stream, frame.shape, int(dataset.BitsAllocated))
         stored = pixel_array(dataset, index=frame.index) if count > 1 else dataset.pixel_array
         padding = dataset.get('PixelPaddingValue')
     stored = stored.reshape(frame.shape)

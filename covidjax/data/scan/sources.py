@@ -63,7 +63,7 @@ def open_entries(path: Path) -> Iterator[list[Entry]]:
         elif path.suffix.lower() == '.zip':
             raise UserError(f'{path}: a damaged or truncated zip archive; copy it again')
         else:
-            _check_limits(1, path.stat().st_size, path)
+            check_limits(1, path.stat().st_size, path)
             yield [Entry(path.name, path.read_bytes, path)]
     except OSError as error:
         raise UserError(
@@ -85,7 +85,7 @@ def _list_folder(folder: Path) -> list[Entry]:
                 continue
             size += status.st_size
             entries.append(Entry(file.relative_to(folder).as_posix(), file.read_bytes, file))
-            _check_limits(len(entries), size, folder)
+            check_limits(len(entries), size, folder)
     return sorted(entries, key=lambda entry: split_numbers(entry.name))
 
 
@@ -93,7 +93,7 @@ def _list_archive(archive: zipfile.ZipFile, path: Path, packed: int) -> list[Ent
     """Returns the members of an archive of `packed` bytes; `path` is for messages."""
     members = [member for member in archive.infolist() if not member.is_dir()]
     size = sum(member.file_size for member in members)
-    _check_limits(len(members), size, path)
+    check_limits(len(members), size, path)
     if size > _SMALL and size > MAX_RATIO * packed:
         raise UserError(f'{path}: unpacks to more than {MAX_RATIO} times its size, taken for a zip bomb')
     for member in members:
@@ -130,11 +130,12 @@ def _open_inner(entries: Sequence[Entry], path: Path, stack: contextlib.ExitStac
             raise UserError(f'{inner}: a damaged zip archive; copy it again, or take it away') from error
         size += sum(member.file_size for member in archive.infolist())
         found += [member._replace(name=f'{entry.name}/{member.name}') for member in members]
-        _check_limits(len(found), size, path)
+        check_limits(len(found), size, path)
     return sorted(found, key=lambda entry: split_numbers(entry.name))
 
 
-def _check_limits(count: int, size: int, path: Path) -> None:
+def check_limits(count: int, size: int, path: Path) -> None:
+    """Raises UserError if an input has too many files or bytes."""
     if count > MAX_FILES or size > MAX_BYTES:
         raise UserError(
             f'{path}: more than {MAX_FILES:,} files or {MAX_BYTES / 1e9:.0f} GB; name the folder of one scan'
