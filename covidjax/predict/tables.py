@@ -101,11 +101,17 @@ def read_rows(path: Path) -> list[Row]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    whole = data[: data.rfind(b'\n') + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    if not whole:
+    size = data.rfind(b'\n') + 1
+    if not size:
         path.unlink()
+    elif size < len(data):
+        os.truncate(path, size)
+    return parse_rows(data)
+
+
+def parse_rows(data: bytes) -> list[Row]:
+    """Returns the rows of a table, less a last one that is not whole."""
+    whole = data[: data.rfind(b'\n') + 1]
     return list(csv.DictReader(io.StringIO(whole.decode(errors='surrogateescape'))))
 
 

@@ -179,11 +179,13 @@ class Found(NamedTuple):
     Attributes:
       series: name of the series, '' if the file has none.
       sha256: SHA-256, in hex, of the files of the series.
+      share_copies: share of the slices that are copies of others.
       read: returns the scan or raises UserError.
     """
 
     series: str
     sha256: str
+    share_copies: float
     read: Callable[[], Volume]
 
 
@@ -216,12 +218,13 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
                 how = 'the only one' if len(series) == 1 else 'every series of an archive is'
                 return _read_series((name, sha256), one, series, how, contents.left_out, with_lungs)
 
-            found.append(Found(one.name, sha256, read))
+            share = one.num_copies / (one.num_copies + len(one.frames))
+            found.append(Found(one.name, sha256, share, read))
         return found
     counts = Counter(map(str, contents.left_out))
     for entry in contents.voxels:
         identity = name, contents.digests[entry.name].hex()
-        found.append(Found('', identity[1], lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
+        found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
     if not found and counts['damaged']:
         raise UserError(f'no axial CT slice in it ({format_counts(counts)})')
     return found
