@@ -36,6 +36,7 @@ from covidjax.progress import open_progress
 log = logging.getLogger(__name__)
 
 PAGES = ('all', 'positive', 'none')
+BACKEND = 'loky'  # of joblib, on this host
 MAX_AHEAD = 2  # units for each worker that are read or wait for the model; bounds the memory
 STATE = '.state'  # folder below --output: locks, and the tables of shards and of finished units
 
@@ -217,15 +218,16 @@ class _Job:
             self._refuse(name, refusal)
         self._num_known += result.num_known
         self._num_empty += not (result.scans or result.refusals or result.num_known)
-        for scan in result.scans:
-            key = next(self._keys)
-            self._open[name].add(key)
+        scans = {next(self._keys): scan for scan in result.scans}
+        self._open[name].update(scans)
+        if not scans:
+            self._close_unit(name)
+        for key, scan in scans.items():
             if isinstance(scan, tasks.Finished):
                 self._write(key, scan)
             else:
                 self._waiting[key] = scan
                 self._queue.add(key, scan.scan.images[..., np.newaxis])
-        self._close_unit(name)
 
     def _work(self, pool: '_Pool') -> None:
         """Runs the model over what is ready: full batches, and the rest once nothing else is read."""
@@ -401,7 +403,7 @@ class _Pool:
     def _start(self) -> Iterator[Any]:
         if self._scheduler is None:
             self._num_workers = joblib.cpu_count()
-            options: dict[str, Any] = {'backend': 'loky', 'n_jobs': max(2, self._num_workers)}
+            options: dict[str, Any] = {'backend': BACKEND, 'n_jobs': max(2, self._num_workers)}
         else:
             options = _connect(self._scheduler)
             self._num_workers = options['n_jobs']
