@@ -23,7 +23,7 @@ import numpy as np
 from joblib.externals import loky
 
 import covidjax
-from covidjax.errors import UserError
+from covidjax.errors import WORKER_KILLED, UserError
 from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, report_full_disk, report_write_errors, write_json
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 PAGES = ('all', 'positive', 'none')
 BACKEND = 'loky'  # of joblib, on this host
 MAX_AHEAD = 2  # units for each worker that are read or wait for the model; bounds the memory
+MAX_CRASHES = 5  # without a result between them
 STATE = '.state'  # folder below --output: locks, and the tables of shards and of finished units
 
 
@@ -352,6 +353,7 @@ class _Pool:
         self._units, self._pages, self._suspects = deque(units), deque(), deque()
         self._scheduler, self._create_call = scheduler, create_call
         self._numbers, self._running = itertools.count(), {}
+        self._num_crashes = 0  # since the last result
         self._is_careful = False  # a worker died: one unit at a time, to find which
         self._get_num_waiting: Callable[[], int] = lambda: 0
         self.seconds_waiting = 0.0
@@ -390,7 +392,7 @@ class _Pool:
                         work(self)
                         del self._running[number]
                         work(self)  # the last units may be read now
-                        self._is_careful = bool(self._suspects)
+                        self._is_careful, self._num_crashes = bool(self._suspects), 0
                     self._check_time()
             except Exception as error:
                 if not _is_crash(error):
@@ -459,8 +461,11 @@ class _Pool:
 
     def _handle_crash(self, error: BaseException) -> Iterator[tuple[Task, Any]]:
         """Puts back what ran when a worker died. A unit that ran alone is the cause, and is refused."""
-        was_alone = self._is_careful and len(self._running) == 1
         running, self._running = list(self._running.values()), {}
+        was_alone = len(running) == 1
+        self._num_crashes += 1
+        if self._num_crashes > MAX_CRASHES:
+            raise UserError(WORKER_KILLED) from error
         for task in running:
             if task.unit is None:
                 self._pages.appendleft(task.call)
@@ -471,7 +476,8 @@ class _Pool:
             else:
                 self._suspects.append(task.unit)
         self._is_careful = bool(self._suspects)
-        log.warning('a worker died (%s); %d units are read again, one at a time', type(error).__name__, len(running))
+        again = 'what it read is left out' if was_alone else f'{len(running)} tasks are repeated, one at a time'
+        log.warning('a worker died (%s): %s', type(error).__name__, again)
 
     def _stop(self, results: Any) -> None:
         results.close()
