@@ -254,7 +254,7 @@ def test_units_are_found_by_headers(tmp_path):
 
 
 def test_no_scan_vanishes(tmp_path):
-    pieces = write_series(tmp_path / 'pieces', HU)
+    pieces = write_series(tmp_path / 'pieces', HU, study='1.8', series='1.8.1')
     for number, file in enumerate(sorted(pieces.iterdir())):
         if number:
             file.write_bytes(file.read_bytes().replace(b'DS', b'XX'))
