@@ -274,8 +274,8 @@ def create_embedding_feed(
         )
 
     def forward(variables, embeddings, batch):
-        logits, _ = classifier.apply({'params': variables['params']['sequence']}, embeddings, batch['length'])
-        return logits, variables['batch_stats']
+        outputs = classifier.apply({'params': variables['params']['sequence']}, embeddings, batch['length'])
+        return outputs.logits, variables['batch_stats']
 
     @jax.jit
     def classify(variables, batch):

@@ -27,7 +27,7 @@ from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import report_full_disk, report_write_errors, write_json
-from covidjax.models.seq import HEADS, GatedClassifier, SequenceClassifier
+from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
 from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
 
 log = logging.getLogger(__name__)
@@ -131,12 +131,12 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     if run.sequence is None:
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
-        attention, temperature = None, run.rules['temperature']
+        attention, shares, temperature = None, None, run.rules['temperature']
         scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
     else:
         stored, rule, temperature = run.rules, None, 1.0
         model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
-        scan_logits, attention = apply_sequence(model, run.sequence, outputs.embedding)
+        scan_logits, attention, shares = apply_sequence(model, run.sequence, outputs.embedding)
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
@@ -217,19 +217,19 @@ def prepare_slice(grey: np.ndarray, box: Box, size: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _apply_sequence(
     model: SequenceClassifier | GatedClassifier, params: dict[str, Any], embeddings_1xTxE: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> HeadOutputs:
     return model.apply({'params': params}, embeddings_1xTxE, lengths)
 
 
 def apply_sequence(
     model: SequenceClassifier | GatedClassifier, params: dict[str, Any], embeddings_TxE: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits [K] and attention [T] of the sequence model, whose extractor gave the embeddings."""
+) -> HeadOutputs:
+    """Returns logits [K], attention [T] and evidence [T, K] of the sequence model, given the extractor's embeddings."""
     count = len(embeddings_TxE)
     padded = np.zeros((1, sequences.pad_length(count), embeddings_TxE.shape[1]), np.float32)
     padded[0, :count] = embeddings_TxE
-    logits, attention = jax.device_get(_apply_sequence(model, params, padded, np.array([count], np.int32)))
-    return logits[0], attention[0, :count]
+    outputs = jax.device_get(_apply_sequence(model, params, padded, np.array([count], np.int32)))
+    return HeadOutputs(outputs.logits[0], outputs.attention[0, :count], outputs.evidence[0, :count])
 
 
 def _describe_rules(rules: dict[str, Any] | None, probabilities_1xK: np.ndarray) -> dict[str, Any]:
