@@ -22,10 +22,12 @@ from covidjax.errors import UserError
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
 from covidjax.evaluation.novelty import compute_novelty
-from covidjax.evaluation.outputs import compute_outputs
+from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
+from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import Run, load_run
+from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
 from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
@@ -131,12 +133,14 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     if run.sequence is None:
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
-        attention, shares, temperature = None, None, run.rules['temperature']
+        attention, temperature = None, run.rules['temperature']
+        shares, bias = sum_evidence(run, outputs)
         scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
     else:
         stored, rule, temperature = run.rules, None, 1.0
         model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
         scan_logits, attention, shares = apply_sequence(model, run.sequence, outputs.embedding)
+        bias = run.sequence['classifier']['bias']
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
@@ -163,6 +167,10 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
         'probabilities': dict(zip(CLASSES, probabilities[0].tolist(), strict=True)),
         **_describe_rules(stored, probabilities),
         'vote': rule and {'rule': rule, 'is_chosen_on_validation': stored is not None},
+        'evidence': {
+            'of': 'the logits of each slice' if attention is None else 'the logits of the scan',
+            'bias': np.asarray(bias).tolist(),
+        },
         'rests_on': sorted((used[top] + 1).tolist()),
         'slices_called': dict(zip(CLASSES, np.bincount(of_slices.argmax(1), minlength=3).tolist(), strict=True)),
         'novelty': None
@@ -175,6 +183,7 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
                 'box': [int(side) for side in boxes[place]],
                 'probabilities': of_slices[i].tolist(),
                 'attention': None if attention is None else float(attention[i]),
+                'evidence': shares[i].tolist(),
                 'novelty': None if novelty is None else float(novelty[i]),
             }
             for i, place in enumerate(used.tolist())
@@ -182,7 +191,30 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
         'seconds': {stage: round(s, 2) for stage, s in seconds.items()},
     }
     summary['verdict'] = _find_verdict(summary)
-    return Prediction(summary, used, boxes, images, of_slices, attention, outputs.attention, novelty)
+    explained = Explanations(softmax(outputs.logits), outputs.attention, outputs.evidence)
+    return Prediction(
+        summary,
+        used,
+        boxes,
+        images,
+        of_slices,
+        attention,
+        evidence=shares,
+        explained=explained,
+        combination=run.slice_model.combination,
+        novelty=novelty,
+    )
+
+
+def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the evidence of each slice in its own logits, summed over its pixels [N, K], and the bias [K].
+
+    With 'concat' their sum is the logit. With 'average' both are means over the modules.
+    """
+    sums, params = sum(of_module.sum((1, 2)) for of_module in outputs.evidence), run.slice_variables['params']
+    if run.slice_model.combination == 'concat':
+        return sums, params['classifier']['bias']
+    return sums / 2, (params['classifier1']['bias'] + params['classifier2']['bias']) / 2
 
 
 def cut_all_to_lungs(volume: Volume) -> dict[int, tuple[np.ndarray, Box]]:

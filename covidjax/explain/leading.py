@@ -1,0 +1,81 @@
+"""Which map of a slice model leads: chosen on some slices, measured against chance on others.
+
+A map leads only if it beats chance there. Otherwise no map of the model is an explanation.
+
+Shapes: N slices, M measures of a map.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from covidjax.explain.catalogue import CENTRE, FLAT, IN_LUNGS, RANDOM, SMOOTH_GREY
+from covidjax.explain.localisation import average_by_patient
+
+MEASURES = {'lesions': ('pointing', 'auc'), 'erasure': ('insertion_less_deletion',)}
+
+
+def name_references(name: str, by: str) -> dict[str, str]:
+    """Returns the controls that a map is compared with: 'chance', 'centre' and 'grey'.
+
+    Chance is no preference for lesions, and a random map for erasure. Lesions are in the lungs, so for a map inside the
+    lungs chance is restricted to the lungs too.
+
+    Args:
+      name: of the map.
+      by: key of MEASURES.
+    """
+    chance = FLAT if by == 'lesions' else RANDOM
+    restricted = name.endswith(IN_LUNGS)
+    return {'chance': chance + IN_LUNGS * restricted, 'centre': CENTRE, 'grey': SMOOTH_GREY + IN_LUNGS}
+
+
+def choose_map(scores: Mapping[str, np.ndarray], candidates: Sequence[str]) -> str:
+    """Returns the candidate with the highest sum of its mean measures; `scores` maps names to [N, M]."""
+    return max(candidates, key=lambda name: scores[name].mean(0).sum())
+
+
+def measure_lead(scores: Mapping[str, np.ndarray], name: str, by: str, patients: Sequence[str]) -> dict[str, Any]:
+    """Compares the chosen map with its controls on slices that had no part in the choice.
+
+    Args:
+      scores: name -> measures [N, M] of the map and of its controls.
+      name: of the chosen map.
+      by: key of MEASURES.
+      patients: of the N slices.
+
+    Returns:
+      'name', the map, or None if it does not beat chance: the interval of a margin reaches 0 or is unknown;
+      'best', the map; 'by'; 'num_slices', 'num_patients';
+      'scores', measure -> mean and interval; 'margins', control -> measure -> mean and interval of the difference per
+      slice. Intervals are by bootstrap over patients.
+    """
+
+    def average(values_NxM: np.ndarray) -> dict[str, dict]:
+        return {
+            measure: average_by_patient(values.tolist(), patients)
+            for measure, values in zip(MEASURES[by], values_NxM.T, strict=True)
+        }
+
+    margins = {
+        reference: average(scores[name] - scores[control]) for reference, control in name_references(name, by).items()
+    }
+    beats = all(margin['interval'] is not None and margin['interval'][0] > 0 for margin in margins['chance'].values())
+    return {
+        'name': name if beats else None,
+        'best': name,
+        'by': by,
+        'num_slices': len(patients),
+        'num_patients': len(set(patients)),
+        'scores': average(scores[name]),
+        'margins': margins,
+    }
+
+
+def split_patients(patients: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Returns the slices of every second patient, to choose a map on, and the others, to measure it on."""
+    order = list(dict.fromkeys(patients))
+    first = set(order[::2])
+    numbers = range(len(patients))
+    return [i for i in numbers if patients[i] in first], [i for i in numbers if patients[i] not in first]
