@@ -40,7 +40,8 @@ def compute_maps(explained: Explanations, size: int, combination: str) -> dict[s
         'unweighted evidence 1': spread(remove_attention(explained.evidence[0], explained.attention[0]), size),
     }
     for kind, evidence in shares.items():
-        for compared, values in contrast(np.asarray(evidence), called).items():
+        # In float32, scaling would round the small shares of a map to one value.
+        for compared, values in contrast(np.asarray(evidence, np.float64), called).items():
             maps[f'{kind}, {compared}'] = scale_to_unit(values)
     return maps
 

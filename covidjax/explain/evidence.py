@@ -22,7 +22,7 @@ def spread(shares: jax.Array, size: int) -> jax.Array:
     position are divided by their sum over the pixels: E_p = sum over i of R_pi / (sum over q of R_qi) * e_i.
     """
     weights = [jax.image.resize(jnp.eye(n, dtype=shares.dtype), (size, n), 'bilinear') for n in shares.shape[1:3]]
-    rows, columns = (w / w.sum(0) for w in weights)
+    rows, columns = (w / w.sum(0, keepdims=True) for w in weights)
     return jnp.einsum('qw,npwk->npqk', columns, jnp.einsum('ph,nhwk->npwk', rows, shares))
 
 

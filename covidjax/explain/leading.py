@@ -46,7 +46,7 @@ def measure_lead(scores: Mapping[str, np.ndarray], name: str, by: str, patients:
       patients: of the N slices.
 
     Returns:
-      'name', the map, or None if it does not beat chance: the interval of a margin reaches 0 or is unknown;
+      'name', the map, or None if it does not beat chance: the interval of a margin reaches 0, or there is one patient;
       'best', the map; 'by'; 'num_slices', 'num_patients';
       'scores', measure -> mean and interval; 'margins', control -> measure -> mean and interval of the difference per
       slice. Intervals are by bootstrap over patients.
@@ -61,13 +61,14 @@ def measure_lead(scores: Mapping[str, np.ndarray], name: str, by: str, patients:
     margins = {
         reference: average(scores[name] - scores[control]) for reference, control in name_references(name, by).items()
     }
-    beats = all(margin['interval'] is not None and margin['interval'][0] > 0 for margin in margins['chance'].values())
+    num_patients = len(set(patients))
+    beats = num_patients > 1 and all(margin['interval'][0] > 0 for margin in margins['chance'].values())
     return {
         'name': name if beats else None,
         'best': name,
         'by': by,
         'num_slices': len(patients),
-        'num_patients': len(set(patients)),
+        'num_patients': num_patients,
         'scores': average(scores[name]),
         'margins': margins,
     }

@@ -179,8 +179,8 @@ def _render_course(prediction: Prediction) -> Figure:
     numbers, attention = prediction.used + 1, prediction.attention
     style = {'marker': 'o', 'markersize': 3} if len(numbers) <= 40 else {}
     with use_style():
-        figure = Figure(figsize=(7.5, 3 if attention is None else 4.2), layout='constrained')
-        lines = figure.subplots(1 if attention is None else 2, 1, sharex=True, squeeze=False)[:, 0]
+        figure = Figure(figsize=(7.5, 3 if attention is None else 5.6), layout='constrained')
+        lines = figure.subplots(1 if attention is None else 3, 1, sharex=True, squeeze=False)[:, 0]
         for label, name in enumerate(CLASSES):
             lines[0].plot(numbers, prediction.probabilities[:, label], color=COLOURS[name], label=name, **style)
         for number in prediction.summary['rests_on']:
@@ -190,6 +190,9 @@ def _render_course(prediction: Prediction) -> Figure:
         if attention is not None:
             lines[1].bar(numbers, attention, width=max(0.6, np.ptp(numbers) / len(numbers) / 2), color=FIRST)
             lines[1].set(ylabel='Attention to it')
+            for label, name in enumerate(CLASSES):
+                lines[2].plot(numbers, prediction.evidence[:, label], color=COLOURS[name], **style)
+            lines[2].set(ylabel='Its evidence')
         lines[-1].set_xlabel('Slice, from head to feet (dotted: top slices)')
         return figure
 
@@ -238,11 +241,11 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
         for title, image, m, region in zip(titles, images, maps[shown], regions, strict=True)
     ]
     parts += [
-        f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It shows '
-        'what the model weighed, not a lesion.',
+        f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It '
+        'shows what the model weighed, not a lesion.',
         create_picture(render_maps(leading_rows, scale='scaled to 0..1'), 'The top slices with the leading map'),
-        'Evidence of the slices in their own logits, pixel by pixel: red is for a class (or for the first of two), blue '
-        'against it.',
+        'Evidence of the slices in their own logits, pixel by pixel: red is for a class (or for the first of two), '
+        'blue against it.',
         create_picture(
             render_maps(
                 arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
