@@ -40,33 +40,56 @@ def compute_all_maps(
 
 
 def score_each_slice(
-    model: Att2, variables: Any, slices: Sequence[LesionSlice], *, occlusion: bool = False
-) -> tuple[Scores, list[str]]:
-    """Scores all maps and controls against the lesions of each slice.
+    model: Att2, variables: Any, slices: Sequence[LesionSlice], is_shown: Callable[[str], bool], *, occlusion: bool
+) -> Scores:
+    """Scores maps and controls against the lesions of each slice.
 
     Args:
       model, variables: the slice model.
-      slices: with lesions.
+      slices: with lesions, at least one.
+      is_shown: name of a map or control -> whether to score it.
       occlusion: includes occlusion maps of the true class, which classify every slice 65 times.
 
     Returns:
-      Values of `localisation.score_each` by map and measure, and the names of the maps that are no controls.
+      Values of `localisation.score_each` by map and measure.
     """
     parts: list[Scores] = []
     for start in range(0, len(slices), _CHUNK):
         chunk = slices[start : start + _CHUNK]
         images = np.stack([s.image for s in chunk])
         maps, controls = compute_all_maps(model, variables, images, seed=start)
-        candidates = list(maps)
+        maps |= controls
         if occlusion:
             falls = compute_occlusion(create_predictor(model, variables), images, [s.label for s in chunk])
             maps = {'occlusion': scale_to_unit(upsample(falls, images.shape[1])), **maps}
-        parts.append({name: localisation.score_each(m, segment(m), chunk) for name, m in (maps | controls).items()})
-    joined = {
+        parts.append(
+            {name: localisation.score_each(m, segment(m), chunk) for name, m in maps.items() if is_shown(name)}
+        )
+    return {
         name: {measure: [x for part in parts for x in part[name][measure]] for measure in of_map}
         for name, of_map in parts[0].items()
     }
-    return joined, candidates
+
+
+def choose_by_lesions(model: Att2, variables: Any, slices: Sequence[LesionSlice]) -> str:
+    """Returns the map that finds the lesions of these slices best, see `leading.choose_map`."""
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(slices), _CHUNK):
+        chunk = slices[start : start + _CHUNK]
+        maps, _ = compute_all_maps(model, variables, np.stack([s.image for s in chunk]))
+        parts.append(
+            {
+                name: np.array([_measure(m, s.lesion) for m, s in zip(of_slices, chunk, strict=True)])
+                for name, of_slices in maps.items()
+            }
+        )
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return leading.choose_map(scores, list(scores))
+
+
+def _measure(scores: np.ndarray, lesion: np.ndarray) -> tuple[float, float]:
+    auc = localisation.compute_rank_auc(scores, lesion)
+    return localisation.compute_pointing(scores, lesion), 0.5 if auc is None else auc
 
 
 def score_localisation(scores: Scores, slices: Sequence[LesionSlice], names: Sequence[str]) -> dict[str, Any]:
@@ -126,36 +149,32 @@ def lead_by_lesions(
       `score_localisation` of all maps, of the leading one if it is inside the lungs, and of the controls; and
       `leading.measure_lead` with 'chosen_on'.
     """
-    scores, candidates = score_each_slice(model, variables, slices, occlusion=occlusion)
     patients = [s.patient for s in slices]
+    measured = list(range(len(slices)))
     if choosing:
         used = np.unique(np.linspace(0, len(choosing) - 1, _MAX_CHOOSING).round().astype(int)).tolist()
-        chosen_on, measured_on = score_each_slice(model, variables, [choosing[i] for i in used])[0], scores
-        what = f'{len(used)} validation slices with a lesion'
+        chosen_on = f'{len(used)} validation slices with a lesion'
+        name = choose_by_lesions(model, variables, [choosing[i] for i in used])
     else:
         first, second = leading.split_patients(patients)
-        second = second or first  # of a single patient: no interval, so no map leads
-        chosen_on, measured_on = (_select(scores, numbers) for numbers in (first, second))
-        patients = [patients[i] for i in second]
-        what = f'{len(first)} slices of every second patient'
-    name = leading.choose_map(_stack(chosen_on), candidates)
-    lead = leading.measure_lead(_stack(measured_on), name, 'lesions', patients) | {'chosen_on': what}
-    shown = [n for n in scores if n == name or n in CONTROLS or not n.endswith(catalogue.IN_LUNGS)]
-    shown.remove(catalogue.FLAT)  # reported as chance
-    return score_localisation(scores, slices, shown), lead
+        measured = second or first  # of a single patient, no map leads
+        chosen_on = f'{len(first)} slices of every second patient'
+        name = choose_by_lesions(model, variables, [slices[i] for i in first])
+
+    def is_shown(n: str) -> bool:
+        return n in (name, *CONTROLS, catalogue.FLAT) or not n.endswith(catalogue.IN_LUNGS)
+
+    scores = score_each_slice(model, variables, slices, is_shown, occlusion=occlusion)
+    compared = {n: _stack(scores[n], measured) for n in (name, *leading.name_references(name, 'lesions').values())}
+    lead = leading.measure_lead(compared, name, 'lesions', [patients[i] for i in measured])
+    shown = [n for n in scores if n != catalogue.FLAT]  # reported as chance
+    return score_localisation(scores, slices, shown), lead | {'chosen_on': chosen_on}
 
 
-def _select(scores: Scores, numbers: Sequence[int]) -> Scores:
-    return {name: {k: [v[i] for i in numbers] for k, v in of_map.items()} for name, of_map in scores.items()}
-
-
-def _stack(scores: Scores) -> dict[str, np.ndarray]:
-    """Returns the measures for the choice by map, [N, M]; a slice that is all lesion gets the chance level."""
-    measures = leading.MEASURES['lesions']
-    return {
-        name: np.array([[0.5 if x is None else x for x in of_map[measure]] for measure in measures]).T
-        for name, of_map in scores.items()
-    }
+def _stack(of_map: dict[str, list[float | None]], numbers: Sequence[int]) -> np.ndarray:
+    """Returns the measures of a map for the choice, [N, M]; a slice that is all lesion gets the chance level."""
+    columns = [[of_map[measure][i] for i in numbers] for measure in leading.MEASURES['lesions']]
+    return np.array([[0.5 if x is None else x for x in column] for column in columns]).T
 
 
 def lead_by_erasure(
