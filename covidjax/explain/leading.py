@@ -17,18 +17,18 @@ MEASURES = {'lesions': ('pointing', 'auc'), 'erasure': ('insertion_less_deletion
 
 
 def name_references(name: str, by: str) -> dict[str, str]:
-    """Returns the controls that a map is compared with: 'chance', 'centre' and 'grey'.
+    """Returns the controls that a map is compared with: 'chance', 'centre', 'grey' and, inside the lungs, 'lungs'.
 
-    Chance is no preference for lesions, and a random map for erasure. Lesions are in the lungs, so for a map inside the
-    lungs chance is restricted to the lungs too.
+    Chance is no preference for lesions, and a random map for erasure. Lesions are in the lungs, so a map inside the
+    lungs beats chance even if it has no preference there: 'lungs' is chance inside the lungs.
 
     Args:
       name: of the map.
       by: key of MEASURES.
     """
     chance = FLAT if by == 'lesions' else RANDOM
-    restricted = name.endswith(IN_LUNGS)
-    return {'chance': chance + IN_LUNGS * restricted, 'centre': CENTRE, 'grey': SMOOTH_GREY + IN_LUNGS}
+    references = {'chance': chance, 'centre': CENTRE, 'grey': SMOOTH_GREY + IN_LUNGS}
+    return references | ({'lungs': chance + IN_LUNGS} if name.endswith(IN_LUNGS) else {})
 
 
 def choose_map(scores: Mapping[str, np.ndarray], candidates: Sequence[str]) -> str:
@@ -46,7 +46,8 @@ def measure_lead(scores: Mapping[str, np.ndarray], name: str, by: str, patients:
       patients: of the N slices.
 
     Returns:
-      'name', the map, or None if it does not beat chance: the interval of a margin reaches 0, or there is one patient;
+      'name', the map if it beats chance, else None. The intervals of all margins over chance must lie above 0 and, for
+      a map inside the lungs, that of the last measure over chance inside the lungs. One patient is not enough;
       'best', the map; 'by'; 'num_slices', 'num_patients';
       'scores', measure -> mean and interval; 'margins', control -> measure -> mean and interval of the difference per
       slice. Intervals are by bootstrap over patients.
@@ -62,7 +63,8 @@ def measure_lead(scores: Mapping[str, np.ndarray], name: str, by: str, patients:
         reference: average(scores[name] - scores[control]) for reference, control in name_references(name, by).items()
     }
     num_patients = len(set(patients))
-    beats = num_patients > 1 and all(margin['interval'][0] > 0 for margin in margins['chance'].values())
+    required = [*margins['chance'].values(), *(margins[m][MEASURES[by][-1]] for m in margins if m == 'lungs')]
+    beats = num_patients > 1 and all(margin['interval'][0] > 0 for margin in required)
     return {
         'name': name if beats else None,
         'best': name,

@@ -1,6 +1,6 @@
 """Scores of a slice model's maps: localisation of lesions, erasure, shuffling of parameters, and which map leads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,8 @@ def lead_by_lesions(
       occlusion: includes occlusion maps in the scores; they cannot lead.
 
     Returns:
-      `score_localisation` of all maps, of the leading one if it is inside the lungs, and of the controls; and
-      `leading.measure_lead` with 'chosen_on'.
+      `score_localisation` of all maps of the whole slice and of the controls; and `leading.measure_lead` with
+      'chosen_on'.
     """
     patients = [s.patient for s in slices]
     measured = list(range(len(slices)))
@@ -162,12 +162,13 @@ def lead_by_lesions(
         name = choose_by_lesions(model, variables, [slices[i] for i in first])
 
     def is_shown(n: str) -> bool:
-        return n in (name, *CONTROLS, catalogue.FLAT) or not n.endswith(catalogue.IN_LUNGS)
+        return n in (name, *CONTROLS) or not n.endswith(catalogue.IN_LUNGS)
 
     scores = score_each_slice(model, variables, slices, is_shown, occlusion=occlusion)
     compared = {n: _stack(scores[n], measured) for n in (name, *leading.name_references(name, 'lesions').values())}
     lead = leading.measure_lead(compared, name, 'lesions', [patients[i] for i in measured])
-    shown = [n for n in scores if n != catalogue.FLAT]  # reported as chance
+    # FLAT is reported as chance, and the scores of the best map inside the lungs are with the leading map.
+    shown = [n for n in scores if n != catalogue.FLAT and (n in CONTROLS or not n.endswith(catalogue.IN_LUNGS))]
     return score_localisation(scores, slices, shown), lead | {'chosen_on': chosen_on}
 
 
@@ -225,29 +226,30 @@ def _compute_area(curves: np.ndarray) -> np.ndarray:
     return np.trapezoid(curves, dx=1 / (curves.shape[-1] - 1), axis=-1)
 
 
-def score_faithfulness(
-    model: Att2, variables: Any, images: np.ndarray, lead: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def score_faithfulness(model: Att2, variables: Any, images: np.ndarray, best: str) -> dict[str, Any]:
     """Scores maps by erasing pixels and by shuffling parameters, for the predicted class of each slice.
 
     Args:
       model, variables: the slice model.
       images: uint8 [N, S, S, 1], few.
-      lead: from `leading.measure_lead`; its map is scored too.
+      best: the best map of the run, see `leading.measure_lead`.
 
     Returns:
       'num_slices'; 'erasure': name -> {'deletion' and 'insertion', mean curves; 'deletion_area', lower is better;
-      'insertion_area', higher is better}; 'randomisation': rows of `compute_randomisation`.
+      'insertion_area', higher is better}; 'erasure_of_best', the same for the best map; 'randomisation': rows of
+      `compute_randomisation`.
     """
     predict, called = create_predictor(model, variables), find_called(model, variables, images)
     maps, controls = compute_all_maps(model, variables, images)
-    erasure = {}
-    for name in dict.fromkeys((*([lead['best']] if lead else []), *_ERASED)):
+
+    def erase(name: str) -> dict[str, Any]:
         curves = compute_erasure_curves(predict, images, (maps | controls)[name], called)
-        erasure[name] = {kind: curve.mean(0).tolist() for kind, curve in curves.items()}
-        erasure[name] |= {f'{kind}_area': float(_compute_area(curve.mean(0))) for kind, curve in curves.items()}
+        areas = {f'{kind}_area': float(_compute_area(curve.mean(0))) for kind, curve in curves.items()}
+        return {kind: curve.mean(0).tolist() for kind, curve in curves.items()} | areas
+
     return {
         'num_slices': len(images),
-        'erasure': erasure,
+        'erasure': {name: erase(name) for name in _ERASED},
+        'erasure_of_best': erase(best),
         'randomisation': compute_randomisation(model, variables, images[:16], called[:16]),
     }

@@ -15,7 +15,8 @@ _BASES = {
     'erasure': 'erasure, as no lesions are outlined: its insertion area less its deletion area was the highest',
 }
 _CONTROLS = {
-    'chance': 'chance (a map inside the lungs: any place in the lungs)',
+    'chance': 'chance',
+    'lungs': 'chance inside the lungs',
     'centre': 'always the centre',
     'grey': 'smoothed grey values inside the lungs',
 }
@@ -29,16 +30,22 @@ def describe_lead(lead: Mapping[str, Any]) -> str:
     )
     if lead['name'] is None:
         return (
-            'No map of this run beats chance, so none is shown as an explanation. The margin of the best, '
-            f'{lead["best"]!r}, over chance is not clearly above 0. {how}'
+            'No map of this run beats chance, so none is shown as an explanation. The margins of the best, '
+            f'{lead["best"]!r}, over chance are not clearly above 0. {how}'
         )
     losses = [
         what
-        for control, what in (('centre', 'the centre of the slice'), ('grey', 'plain grey values inside the lungs'))
-        if any(margin['interval'][0] <= 0 for margin in lead['margins'][control].values())
+        for control, what in (
+            ('centre', 'the centre of the slice'),
+            ('lungs', 'chance inside the lungs'),
+            ('grey', 'smoothed grey values inside the lungs'),
+        )
+        if any(margin['interval'][0] <= 0 for margin in lead['margins'].get(control, {}).values())
     ]
-    beaten = ' and '.join(losses)
-    limits = f' It does not clearly beat {beaten}: do not take it for a lesion map.' if losses else ''
+    beaten = ' or '.join(losses)
+    limits = (
+        f' It does not clearly beat {beaten} in every measure: do not take it for a map of lesions.' if losses else ''
+    )
     return f'The leading map is {lead["name"]!r}: it beats chance.{limits} {how}'
 
 

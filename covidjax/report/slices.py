@@ -51,10 +51,11 @@ def score_explanations(
         lead = scores.lead_by_erasure(
             model, variables, images, patients, choosing=_load_some(data, 'val', _NUM_CHOOSING)[0]
         )
+    faithfulness = scores.score_faithfulness(model, variables, images, lead['best'])
     return {
         'localisation': localisation,
-        **scores.score_faithfulness(model, variables, images, lead),
-        'leading_map': lead,
+        'leading_map': {**lead, 'erasure': faithfulness.pop('erasure_of_best')},
+        **faithfulness,
     }
 
 
@@ -229,7 +230,8 @@ def _build_worth(explanations: dict[str, Any]) -> Section:
             'segmented by a rule (dark regions inside the body), not by hand.',
             Table('Maps against lesions, 95 % intervals by bootstrap over patients', columns, rows),
         ]
-    erasure = explanations['erasure']
+    lead = explanations['leading_map']
+    erasure = {lead['best']: lead['erasure']} | explanations['erasure']
     parts += [
         f'Erasure: the probability of the predicted class while the highest pixels of a map are blurred (deletion: for '
         f'a good map it falls early) or restored in the blurred slice (insertion: it rises early). Mean over '
