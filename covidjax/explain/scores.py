@@ -84,7 +84,7 @@ def choose_by_lesions(model: Att2, variables: Any, slices: Sequence[LesionSlice]
             }
         )
     scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return leading.choose_map(scores, list(scores))
+    return leading.choose_map(scores, 'lesions')
 
 
 def _measure(scores: np.ndarray, lesion: np.ndarray) -> tuple[float, float]:
@@ -197,7 +197,7 @@ def lead_by_erasure(
     maps, _ = compute_all_maps(model, variables, choosing)
     called, predict = find_called(model, variables, choosing), create_predictor(model, variables)
     erased = {n: _erase_each(predict, choosing, m, called, _CHOOSING_STEPS) for n, m in maps.items()}
-    name = leading.choose_map(erased, list(maps))
+    name = leading.choose_map(erased, 'erasure')
     maps, controls = compute_all_maps(model, variables, images)
     called = find_called(model, variables, images)
     compared = {n: (maps | controls)[n] for n in (name, *leading.name_references(name, 'erasure').values())}

@@ -11,7 +11,7 @@ _MEASURES = {
     'insertion_less_deletion': 'insertion area less deletion area',
 }
 _BASES = {
-    'lesions': 'outlined lesions: the sum of its pointing game and its area under ROC was the highest',
+    'lesions': 'outlined lesions: its area under ROC plus half its pointing game was the highest',
     'erasure': 'erasure, as no lesions are outlined: its insertion area less its deletion area was the highest',
 }
 _CONTROLS = {
