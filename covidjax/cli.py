@@ -84,16 +84,43 @@ def evaluate(values: flags.FlagValues) -> None:
 
 
 def predict(values: flags.FlagValues) -> None:
-    """Predicts every --input; exit status 1 if any is refused."""
+    """Predicts every --input, or every chest CT of --archive; exit status 1 if any is refused."""
     workdir = _get_workdir(values, 'predict')
+    if values.archive is not None:
+        _predict_archive(values, workdir)
+        return
     if not all(values.input or ['']):
-        raise UserError('predict needs --input=<DICOM folder or zip, NIfTI, image folder or image>')
+        raise UserError('predict needs --input=<DICOM folder or zip, NIfTI, image folder or image>, or --archive')
+    for name in ('pages', 'shard', 'scheduler'):
+        if values[name].value is not None:
+            raise UserError(f'--{name} is for --archive')
     _start_jax(values)
     from covidjax.predict.scan import predict_all
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
     if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+        sys.exit(1)
+
+
+def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
+    if values.input or values.series is not None:
+        raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
+    if values.output is None:
+        raise UserError('--archive needs --output=<folder for the tables>')
+    _start_jax(values)
+    from covidjax.predict.archive import predict_archive
+
+    all_well = predict_archive(
+        workdir,
+        Path(values.archive),
+        Path(values.output),
+        pages=values.pages or 'all',
+        shard=values.shard,
+        scheduler=values.scheduler,
+        force=values.force,
+    )
+    if not all_well:
         sys.exit(1)
 
 
@@ -176,8 +203,20 @@ COMMANDS = {
         (
             Flag('workdir', 'DIR', 'Folder of a finished run.'),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
-            Flag('output', 'DIR', 'Folder of the reports; default: <workdir>/predictions/<input name>.'),
-            Flag('series', 'UID', 'DICOM series to read, if there are several.'),
+            Flag(
+                'archive', 'PATH', 'A folder, or a text file of paths: predict every chest CT below it into one table.'
+            ),
+            Flag(
+                'output', 'DIR', 'Folder of the reports; default without --archive: <workdir>/predictions/<input name>.'
+            ),
+            Flag('pages', 'WHICH', 'Scans of an archive that get a page: all (default), positive or none.'),
+            Flag('shard', 'K/N', 'Part K of N of an archive, for arrays of jobs that share --output.'),
+            Flag('scheduler', 'ADDRESS', 'tcp://host:port of a Dask scheduler whose workers predict the archive.'),
+            Flag(
+                'series',
+                'NAME',
+                'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
+            ),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
         ),
         predict,

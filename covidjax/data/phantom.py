@@ -483,12 +483,42 @@ def render_scan(
       masks: bool [T, H, W], pixels with more than half lesion coverage; all False in a normal scan.
       boxes: int32 [T, 4], bounding box of the body as xmin, ymin, xmax, ymax in pixels, half-open.
     """
+    hounsfield, lesion, body, noise_rng = _render(options, split, patient, label, None)
+    images = _to_grey(hounsfield, gamma=noise_rng.uniform(0.7, 1.4), gain=noise_rng.uniform(0.75, 1.0))
+    return images, lesion > 0.5, _find_boxes(body)
+
+
+def render_volume(num_slices: int, image_size: int, label: int, *, seed: int = 0) -> np.ndarray:
+    """Renders whole lungs as a scanner stores them.
+
+    Args:
+      num_slices: at least 4.
+      image_size: side of a slice in pixels, at least 32.
+      label: 0 normal, 1 pneumonia, 2 COVID-19.
+      seed: of the patient.
+
+    Returns:
+      int16 [T, H, W] in Hounsfield units, from above the apex of the lungs to below their base.
+    """
+    options = PhantomOptions(seed=seed, image_size=image_size, min_slices=num_slices, max_slices=num_slices)
+    hounsfield, *_ = _render(options, 'test', 0, label, (0.02, 0.98))
+    return np.clip(np.round(hounsfield), -1024, 3071).astype(np.int16)
+
+
+def _render(
+    options: PhantomOptions, split: str, patient: int, label: int, extent: tuple[float, float] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
+    """Returns float32 Hounsfield units, lesion cover and body [T, H, W], and the stream of noise, for `render_scan`.
+
+    `extent` is z of the first and of the last slice; None draws it.
+    """
     sequence = np.random.SeedSequence([options.seed, SPLITS.index(split), patient])
     rng, lesion_rng, distractor_rng, noise_rng = (np.random.default_rng(child) for child in sequence.spawn(4))
     size = options.image_size
 
     num_slices = int(rng.integers(options.min_slices, options.max_slices + 1))
-    z = np.linspace(rng.uniform(0.14, 0.32), rng.uniform(0.7, 0.86), num_slices)
+    drawn = rng.uniform(0.14, 0.32), rng.uniform(0.7, 0.86)
+    z = np.linspace(*(extent or drawn), num_slices)
     pose = _draw_pose(rng)
     x, y = pose.pixel_grid(size)
     softness = 0.1
@@ -537,8 +567,7 @@ def render_scan(
     hounsfield = scipy.ndimage.gaussian_filter(
         hounsfield, noise_rng.uniform(0.45, 0.85) * size / 96, axes=(1, 2), truncate=3.0
     )
-    images = _to_grey(hounsfield, gamma=noise_rng.uniform(0.7, 1.4), gain=noise_rng.uniform(0.75, 1.0))
-    return images, lesion > 0.5, _find_boxes(body)
+    return hounsfield, lesion, body, noise_rng
 
 
 def _to_grey(hounsfield: np.ndarray, gamma: float, gain: float) -> np.ndarray:

@@ -117,7 +117,7 @@ def encode_slices(
       For each task (bytes of a grey PNG [size, size], ''), or (b'', reason) if the slice is unreadable.
     """
     if os.getpid() != main_pid:
-        _exit_with(main_pid)
+        exit_with_parent(main_pid)
     results = []
     for path, box in tasks:
         try:
@@ -128,7 +128,7 @@ def encode_slices(
 
 
 @functools.cache  # one watcher thread per process
-def _exit_with(main_pid: int) -> None:
+def exit_with_parent(main_pid: int) -> None:
     """Exits this worker when its parent ends. Otherwise an orphaned worker would wait for work and keep its memory."""
 
     def watch() -> None:

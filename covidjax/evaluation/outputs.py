@@ -1,6 +1,7 @@
 """Outputs of a slice model for slices in memory, on one device."""
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ class SliceOutputs(NamedTuple):
 
     Attributes:
       logits, embedding, attention, evidence: see `att2.Att2Outputs`.
-      statistics: mean and standard deviation over the map of every channel of every stage [N, F]. Early stages reflect
-        noise, sharpness and contrast, late ones the content.
+      statistics: mean and standard deviation over the map of every channel of every stage [N, F], of EfficientNet-Lite0
+        without its head. Early stages reflect noise, sharpness and contrast, late ones the content.
     """
 
     logits: np.ndarray
@@ -40,6 +41,9 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
         capture_intermediates=lambda module, _: module.name == 'backbone',
     )
     stages = captured['intermediates']['backbone']['__call__'][0]  # of the slice; a model may add its mirror image
+    if model.backbone == 'efficientnet_lite0':
+        # Most channels of the head are 0 on most slices. Their rare values would make every held-out patient unusual.
+        stages = stages[:-1]
     moments = [moment for x in stages for moment in (x.mean((1, 2)), x.std((1, 2)))]
     return SliceOutputs(*outputs, statistics=jnp.concatenate(moments, axis=-1))
 
@@ -47,6 +51,55 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
 def compute_outputs(model: Att2, variables: Any, images: np.ndarray) -> SliceOutputs:
     """Returns the model's outputs for images uint8 [N, S, S, 1], N at least 1."""
     return apply_in_batches(functools.partial(_apply, model, variables), BATCH_SIZE, images)
+
+
+class OutputQueue:
+    """Collects the slices of several scans and runs the model over full batches that mix them.
+
+    Args:
+      model, variables: see `compute_outputs`, whose results are the same.
+    """
+
+    def __init__(self, model: Att2, variables: Any):
+        self._apply = functools.partial(_apply, model, variables)
+        self._waiting: deque[tuple[Any, np.ndarray]] = deque()  # key and slices that no batch has taken
+        self._counts: dict[Any, int] = {}
+        self._parts: dict[Any, list[SliceOutputs]] = {}
+        self.num_slices = 0
+
+    def add(self, key: Any, images_NxSxSx1: np.ndarray) -> None:
+        """Appends the slices of a scan, uint8, at least one."""
+        self._waiting.append((key, images_NxSxSx1))
+        self._counts[key], self._parts[key] = len(images_NxSxSx1), []
+        self.num_slices += len(images_NxSxSx1)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def compute_batch(self) -> list[tuple[Any, SliceOutputs]]:
+        """Runs the model over the next `BATCH_SIZE` slices, or all that wait; returns the scans that are complete."""
+        taken, number = [], 0
+        while self._waiting and number < BATCH_SIZE:
+            key, images = self._waiting.popleft()
+            room = BATCH_SIZE - number
+            if len(images) > room:
+                self._waiting.appendleft((key, images[room:]))
+                images = images[:room]
+            taken.append((key, images))
+            number += len(images)
+        self.num_slices -= number
+        outputs = apply_in_batches(self._apply, BATCH_SIZE, np.concatenate([images for _, images in taken]))
+        complete, start = [], 0
+        for key, images in taken:
+            stop = start + len(images)
+            self._parts[key].append(jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], outputs))
+            self._counts[key] -= len(images)
+            start = stop
+            if not self._counts[key]:
+                parts = self._parts.pop(key)
+                del self._counts[key]
+                complete.append((key, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)))
+        return complete
 
 
 def apply_in_batches(apply: Callable[..., Any], batch_size: int, *arrays: np.ndarray) -> Any:

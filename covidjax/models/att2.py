@@ -15,6 +15,8 @@ from covidjax.models.efficientnet import HEAD_FEATURES, STAGES, EfficientNetLite
 from covidjax.models.resnet import BLOCKS, ResNet, stage_features
 
 BACKBONES = ('resnet', 'efficientnet_lite0')
+# Fine-tuning takes hundreds of steps. ImageNet's 0.99 would let the running statistics lag behind the weights.
+_LITE0_MOMENTUM = 0.9
 COMBINATIONS = ('concat', 'average')
 
 
@@ -110,7 +112,7 @@ class Att2(nn.Module):
         if self.backbone == 'resnet':
             backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, self.axis_name, name='backbone')
         else:
-            backbone = EfficientNetLite0(axis_name=self.axis_name, name='backbone')
+            backbone = EfficientNetLite0(momentum=_LITE0_MOMENTUM, axis_name=self.axis_name, name='backbone')
         features = self.local_features()[1]
         tail_blocks = self.tail_blocks if self.backbone == 'resnet' else 0
         tail = [BLOCKS[self.block](features, axis_name=self.axis_name, name=f'tail_{i}') for i in range(tail_blocks)]

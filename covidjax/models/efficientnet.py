@@ -18,7 +18,7 @@ from covidjax.models import fast
 from covidjax.models.batch_norm import BatchNorm
 from covidjax.models.resnet import Conv1x1, StemConv
 
-MOMENTUM, EPSILON = 0.99, 1e-3  # of batch normalisation
+EPSILON = 1e-3  # of batch normalisation
 HEAD_FEATURES = 1280
 # The authors' code initialises convolutions with variance 2 / fan-out. A depthwise kernel has one output channel, so
 # this is 2 / (k * k), and flax calls k * k the fan-in of its kernel.
@@ -73,9 +73,9 @@ def conv1x1(features: int, name: str) -> Conv1x1:
     return Conv1x1(features, dot_general=fast.dot_general_of_maps, name=name)
 
 
-def batch_norm(train: bool, axis_name: str | None, name: str) -> Callable[[jax.Array], jax.Array]:
+def batch_norm(train: bool, axis_name: str | None, momentum: float, name: str) -> Callable[[jax.Array], jax.Array]:
     """Returns a batch normalisation in training or evaluation mode."""
-    return functools.partial(BatchNorm(axis_name, MOMENTUM, EPSILON, name=name), train=train)
+    return functools.partial(BatchNorm(axis_name, momentum, EPSILON, name=name), train=train)
 
 
 @jax.custom_vjp
@@ -98,13 +98,14 @@ class InvertedBottleneck(nn.Module):
       size: side of the depthwise kernel.
       stride: stride of the depthwise convolution.
       expansion: width inside divided by the width of the input; 1 omits the 1x1 expansion.
-      axis_name: see `batch_norm.BatchNorm`.
+      momentum, axis_name: see `batch_norm.BatchNorm`.
     """
 
     features: int
     size: int
     stride: int
     expansion: int
+    momentum: float
     axis_name: str | None = None
 
     @nn.compact
@@ -113,11 +114,11 @@ class InvertedBottleneck(nn.Module):
         y = x
         if self.expansion > 1:
             y = conv1x1(self.expansion * x.shape[-1], '_expand_conv')(y)
-            y = relu6(batch_norm(train, self.axis_name, '_bn0')(y))
+            y = relu6(batch_norm(train, self.axis_name, self.momentum, '_bn0')(y))
         y = DepthwiseConv(self.size, self.stride, name='_depthwise_conv')(y)
-        y = relu6(batch_norm(train, self.axis_name, '_bn1')(y))
+        y = relu6(batch_norm(train, self.axis_name, self.momentum, '_bn1')(y))
         y = conv1x1(self.features, '_project_conv')(y)
-        y = batch_norm(train, self.axis_name, '_bn2')(y)
+        y = batch_norm(train, self.axis_name, self.momentum, '_bn2')(y)
         return fast.materialise(x + y if x.shape == y.shape else y)
 
 
@@ -126,10 +127,11 @@ class EfficientNetLite0(nn.Module):
 
     Attributes:
       head: True ends with the 1x1 convolution to 1280 channels, False with the 320 channels of the last block.
-      axis_name: see `batch_norm.BatchNorm`.
+      momentum, axis_name: see `batch_norm.BatchNorm`. The default momentum is that of ImageNet training.
     """
 
     head: bool = True
+    momentum: float = 0.99
     axis_name: str | None = None
 
     @nn.compact
@@ -143,7 +145,7 @@ class EfficientNetLite0(nn.Module):
         # The weights were trained on (v - 127) / 128 of grey values v; the images are (v - 127.5) / 127.5.
         x = (images_BxHxWx1 * 127.5 + 0.5) / 128
         x = StemConv(32, 3, 'SAME', name='_conv_stem')(x)
-        x = relu6(batch_norm(train, self.axis_name, '_bn0')(x))
+        x = relu6(batch_norm(train, self.axis_name, self.momentum, '_bn0')(x))
         outputs, number = [], 0
         for stage in STAGES:
             if stage.stride == 2:
@@ -151,11 +153,17 @@ class EfficientNetLite0(nn.Module):
             for i in range(stage.num_blocks):
                 stride = stage.stride if i == 0 else 1
                 block = InvertedBottleneck(
-                    stage.features, stage.size, stride, stage.expansion, self.axis_name, name=f'_blocks_{number}'
+                    stage.features,
+                    stage.size,
+                    stride,
+                    stage.expansion,
+                    self.momentum,
+                    self.axis_name,
+                    name=f'_blocks_{number}',
                 )
                 x = block(x, train=train)
                 number += 1
         if self.head:
             x = conv1x1(HEAD_FEATURES, '_conv_head')(x)
-            x = relu6(batch_norm(train, self.axis_name, '_bn1')(x))
+            x = relu6(batch_norm(train, self.axis_name, self.momentum, '_bn1')(x))
         return [*outputs[1:], x]  # the first is at stride 2

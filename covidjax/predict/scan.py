@@ -10,14 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from covidjax.data import sequences
 from covidjax.data.lists import CLASSES
-from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice
-from covidjax.data.preprocess import Box, crop_grey_resize, resize
-from covidjax.data.scan.body import find_body_box, find_doubts
-from covidjax.data.scan.volume import Volume, read_volume
+from covidjax.data.scan.volume import Volume, format_counts, read_volume
 from covidjax.errors import UserError
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
@@ -30,13 +26,13 @@ from covidjax.experiment.runs import Run, load_run
 from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
+from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
 from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
 
 log = logging.getLogger(__name__)
 
 NUM_TOP = 5
 FALLBACK_RULE = 'mean'
-MIN_LUNGS_SHARE = 0.1  # of the largest lungs of a scan
 
 
 def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool) -> bool:
@@ -54,24 +50,34 @@ def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, s
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
     """
     names = [path.resolve().name for path in inputs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f'several inputs are called {", ".join(twice)}: pass them one at a time, with an --output each')
+    shared = sorted({name for name in names if names.count(name) > 1})
+    if shared:
+        log.info(
+            'several inputs are called %s: the SHA-256 of the contents tells their folders apart', ', '.join(shared)
+        )
     run = load_run(workdir)
     parent = output or workdir / 'predictions'
     all_well = True
     for path, name in zip(inputs, names, strict=True):
         folder = output if output is not None and len(inputs) == 1 else parent / name
         try:
-            print(predict_one(run, path, folder, series=series, force=force), flush=True)
+            is_shared = name in shared
+            print(predict_one(run, path, folder, series=series, force=force, is_shared=is_shared), flush=True)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr, flush=True)
             all_well = False
     return all_well
 
 
-def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool) -> str:
+def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool, is_shared: bool = False) -> str:
     """Reads a scan, classifies it, writes prediction.json and prediction.html, and returns a line that says it.
+
+    Args:
+      run: the model.
+      path, series: see `volume.read_volume`.
+      folder: where the files go.
+      force: goes on in spite of doubts.
+      is_shared: appends the start of the SHA-256 of the contents to the name of the folder, which another scan has too.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
@@ -79,6 +85,8 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
     start = time.perf_counter()
     volume = read_volume(path, series, with_lungs=run.config.data.region == 'lungs')
     seconds = {'reading': time.perf_counter() - start}
+    if is_shared:
+        folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
     prediction = predict_scan(run, volume, seconds, force=force, path=path)
     start = time.perf_counter()
     with report_write_errors(folder, '--output'), report_full_disk(folder):
@@ -104,32 +112,29 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
       UserError: too few slices, or doubts.
     """
     start = time.perf_counter()
-    count = len(volume.slices)
-    if count < run.min_slices:
-        raise UserError(
-            f'{path}: {count} slices, and this model needs {run.min_slices}: pass a whole scan, or use a slice run'
-        )
-    size = run.config.data.image_size
-    boxes = [find_body_box(grey) for grey in volume.slices]
-    prepared = [prepare_slice(grey, box, size) for grey, box in zip(volume.slices, boxes, strict=True)]
-    doubts = volume.doubts + find_doubts(prepared)
-    if doubts and not force:
-        raise UserError(f'{path}: {"; ".join(doubts)} (--force goes on, and says so on the report)')
-    shown = list(range(count))
-    if run.config.data.region == 'lungs':
-        cut = cut_all_to_lungs(volume)
-        shown = sorted(cut)
-        for place, (grey, box) in cut.items():
-            prepared[place], boxes[place] = resize(grey, size), box
-        if len(shown) < run.min_slices:
-            raise UserError(f'{path}: lungs in {len(shown)} slices, and this model needs {run.min_slices}')
-    whole = sequences.Scan('', '', 0, tuple(shown), tuple(shown))
-    used = np.array(shown if run.sequence is None else sequences.thin_scans([whole], run.min_slices)[0].records)
-    images = np.stack([prepared[place] for place in used])
+    try:
+        prepared = prepare_scan(volume, create_recipe(run), force=force)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
     seconds['preparing'] = time.perf_counter() - start
 
     start = time.perf_counter()
-    outputs = compute_outputs(run.slice_model, run.slice_variables, images[..., np.newaxis])
+    outputs = compute_outputs(run.slice_model, run.slice_variables, prepared.images[..., np.newaxis])
+    prediction = conclude(run, prepared, outputs)
+    seconds['model'] = time.perf_counter() - start
+    rounded = {stage: round(s, 2) for stage, s in seconds.items()}
+    return prediction._replace(summary=prediction.summary | {'seconds': rounded})
+
+
+def create_recipe(run: Run) -> Recipe:
+    """Returns how scans are prepared for a run."""
+    data = run.config.data
+    return Recipe(data.image_size, data.region, run.min_slices, run.sequence is not None)
+
+
+def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Prediction:
+    """Returns the prediction for a scan from the outputs of the model for its slices."""
+    volume, used, boxes = prepared.volume, prepared.used, prepared.boxes
     if run.sequence is None:
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
@@ -145,19 +150,19 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
     novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.statistics)
-    seconds['model'] = time.perf_counter() - start
 
     called = int(probabilities[0].argmax())
     weight = of_slices[:, called] if attention is None else attention
     top = np.argsort(-weight, kind='stable')[:NUM_TOP]
     summary = {
-        'input': {'name': volume.name, 'sha256': volume.sha256, 'kind': volume.kind, 'num_slices': count},
+        'input': {'name': volume.name, 'sha256': volume.sha256, 'kind': volume.kind, 'num_slices': len(boxes)},
         'reading': {
             **dict(volume.facts),
             'region': run.config.data.region,
-            'notes': volume.notes + note_lungs(volume, shown, run.config.data.region),
+            'notes': volume.notes + prepared.notes,
         },
-        'forced': doubts,
+        'left_out': volume.left_out,
+        'forced': prepared.doubts,
         'model': run.results['model'],
         'trained_on': run.results['data'],
         'notice': run.results['notice'],
@@ -188,7 +193,6 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
             }
             for i, place in enumerate(used.tolist())
         ],
-        'seconds': {stage: round(s, 2) for stage, s in seconds.items()},
     }
     summary['verdict'] = _find_verdict(summary)
     explained = Explanations(softmax(outputs.logits), outputs.attention, outputs.evidence)
@@ -196,7 +200,7 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
         summary,
         used,
         boxes,
-        images,
+        prepared.images,
         of_slices,
         attention,
         evidence=shares,
@@ -215,35 +219,6 @@ def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarra
     if run.slice_model.combination == 'concat':
         return sums, params['classifier']['bias']
     return sums / 2, (params['classifier1']['bias'] + params['classifier2']['bias']) / 2
-
-
-def cut_all_to_lungs(volume: Volume) -> dict[int, tuple[np.ndarray, Box]]:
-    """Cuts the slices of a scan to the lungs.
-
-    Slices at the ends of the lungs show little: those with less than a tenth of the lungs of the fullest are left out.
-
-    Returns:
-      Grey values uint8 [h, w] and their box by number of the slice (from 0).
-    """
-    masks = volume.lungs
-    if masks is None:
-        masks = [find_lungs_in_slice(grey) for grey in volume.slices]
-    areas = np.array([0.0 if mask is None else mask.mean() for mask in masks])
-    kept = np.flatnonzero((areas > 0) & (areas >= MIN_LUNGS_SHARE * areas.max(initial=0)))
-    return {int(place): cut_to_lungs(volume.slices[place], masks[place]) for place in kept}
-
-
-def note_lungs(volume: Volume, shown: Sequence[int], region: str) -> list[str]:
-    """Returns how the lungs were found and how many slices were left out for want of them."""
-    if region == 'body':
-        return []
-    how = 'from grey values, by a rule' if volume.lungs is None else 'in 3-D, from Hounsfield units'
-    return [f'lungs found {how}; {len(volume.slices) - len(shown)} slices with few or none were left out']
-
-
-def prepare_slice(grey: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """Returns uint8 [size, size] of a slice uint8 [H, W]: what `covidx_ct` prepares of an image file with this box."""
-    return crop_grey_resize(Image.fromarray(grey), box, size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -313,9 +288,11 @@ def format_line(summary: dict[str, Any], folder: Path) -> str:
     seconds = summary['seconds']
     stages = ', '.join(f'{stage} {s:.1f}' for stage, s in seconds.items())
     rests = ', '.join(map(str, summary['rests_on']))
+    left_out = f'; left out: {format_counts(summary["left_out"])}' if summary['left_out'] else ''
     marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
     marks += [f' [{warning}]' for warning in summary['warnings']]
     return (
         f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
-        f'{summary["input"]["num_slices"]}; {sum(seconds.values()):.1f} s ({stages}); {folder / "prediction.html"}'
+        f'{summary["input"]["num_slices"]}{left_out}; {sum(seconds.values()):.1f} s ({stages}); '
+        f'{folder / "prediction.html"}'
     )

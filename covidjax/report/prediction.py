@@ -67,7 +67,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
 
     Args:
       path: where the page goes.
-      volume: the scan.
+      volume: the scan; of its slices the middle one is enough.
       prediction: its prediction.
       results: results.json of the run.
     """
@@ -170,7 +170,8 @@ def _build_course(prediction: Prediction) -> Section:
     if counts['pneumonia'] and counts['covid19']:
         text += ' Both pneumonia and COVID-19 are predicted: check the slices.'
     if total < summary['input']['num_slices']:
-        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices, evenly spaced.'
+        how = ', the others show few or no lungs' if prediction.attention is None else ', spread over the scan'
+        text += f' The model sees {total} of {summary["input"]["num_slices"]:,} slices{how}.'
     picture = create_picture(_render_course(prediction), 'Probability of each class, slice by slice, from head to feet')
     return Section('course', 'Along the scan', [picture, text])
 
@@ -293,22 +294,22 @@ def _build_novelty(prediction: Prediction) -> Section:
 
 
 def _build_reading(volume: Volume, prediction: Prediction) -> Section:
-    middle, reading = len(volume.slices) // 2, prediction.summary['reading']
+    count, reading = prediction.summary['input']['num_slices'], prediction.summary['reading']
     facts = [
         ('input', volume.name),
         ('sha256', volume.sha256),
         ('kind', volume.kind),
-        ('slices', f'{len(volume.slices):,}'),
+        ('slices', f'{count:,}'),
         *volume.facts,
         ('crop', CROPS[reading['region']]),
         ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
         ('seconds', ', '.join(f'{stage} {s:.1f}' for stage, s in prediction.summary['seconds'].items())),
     ]
-    left, top, right, bottom = prediction.boxes[middle]
+    left, top, right, bottom = prediction.boxes[count // 2]
     with use_style():
         figure = Figure(figsize=(3.2, 3.2), layout='constrained')
         axes = figure.subplots()
-        axes.imshow(volume.slices[middle], cmap='gray', vmin=0, vmax=255)
+        axes.imshow(volume.slices[len(volume.slices) // 2], cmap='gray', vmin=0, vmax=255)
         corner, *sides = (left - 0.5, top - 0.5), right - left, bottom - top
         axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor='#ff5a4d', linewidth=1.2))
         axes.axis('off')

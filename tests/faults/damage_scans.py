@@ -1,10 +1,11 @@
 """Reads small scans with random damage. Each must be read, or refused in one line, within seconds and without logs.
 
-  python -m tests.faults.damage_scans              100 of each kind, some minutes
+  python -m tests.faults.damage_scans              10,000 in all, half an hour
   python -m tests.faults.damage_scans --count=20 --seed=1000
 
 Reading covers all steps of a prediction before the model. It runs in a separate process, which makes decoder crashes
-detectable. The last line is the summary. The exit status is 1 if any scan was neither read nor refused.
+detectable. The last lines are the summary, the slowest scan and the peak memory of a process. The exit status is 1 if
+any scan was neither read nor refused.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import gzip
 import io
 import logging
 import random
+import resource
 import shutil
 import struct
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 import zlib
@@ -33,7 +36,7 @@ from covidjax.data.preprocess import apply_window
 from covidjax.data.scan.body import find_body_box, find_doubts
 from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
-from covidjax.predict.scan import prepare_slice
+from covidjax.predict.prepare import prepare_slice
 from tests.scan_files import change_syntax, create_nifti, encode_dicom, make_chest, make_dicom
 
 HANG_SECONDS = 30
@@ -118,6 +121,60 @@ def write_nifti(rng, folder, ending):
     return path
 
 
+def write_export(rng, folder):
+    """Writes an export with two faults of `hospital_exports` and damages one file."""
+    from tests.faults import hospital_exports
+
+    faults = [f for f in hospital_exports.create_faults() if f.name not in ('slices of 0.6 mm', 'slices of 2 mm')]
+    while True:
+        chosen = rng.sample(faults, 2)
+        if not chosen[0].clash or chosen[0].clash != chosen[1].clash:
+            break
+    path, _ = hospital_exports.write_export(folder, chosen)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob('*') if file.is_file())
+    file = rng.choice(files)
+    change = rng.choice((damage_bytes, damage_tags))
+    file.write_bytes(change(rng, file.read_bytes()) if change is damage_bytes else try_tags(rng, file.read_bytes()))
+    return path
+
+
+def try_tags(rng, data):
+    """Damages the tags of DICOM, the bytes of anything else."""
+    try:
+        return damage_tags(rng, data)
+    except Exception:
+        return damage_bytes(rng, data)
+
+
+def write_itk(rng, folder, ending):
+    """Writes a MetaImage or NRRD with a damaged header, damaged bytes or both."""
+    hu = HU.astype('<i2').tobytes()
+    size = ' '.join(map(str, HU.shape[::-1]))
+    if ending == '.mha':
+        header = (
+            'ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\n'
+            'CompressedData = False\nTransformMatrix = 1 0 0 0 1 0 0 0 -1\nOffset = 0 0 0\n'
+            f'ElementSpacing = 1 1 5\nDimSize = {size}\n'
+            'ElementType = MET_SHORT\nElementDataFile = LOCAL\n'
+        )
+    else:
+        header = (
+            f'NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: {size}\n'
+            'space directions: (1,0,0) (0,1,0) (0,0,-5)\nkinds: domain domain domain\nendian: little\n'
+            'encoding: raw\nspace origin: (0,0,0)\n\n'
+        )
+    header = header.encode()
+    if rng.random() < 0.7:
+        changed = bytearray(header)
+        for _ in range(rng.randint(1, 3)):
+            changed[rng.randrange(len(changed))] = rng.choice(b'0123456789 -.,:=abcLPS\n\0')
+        header = bytes(changed)
+    data = header + hu
+    path = folder / f'scan{ending}'
+    path.write_bytes(data if rng.random() < 0.5 else damage_bytes(rng, data))
+    return path
+
+
 def write_images(rng, folder):
     """Writes a folder of PNG files, some damaged. Half of these have valid checksums, so that decoders go on."""
     for number, pixels in enumerate(apply_window(HU)):
@@ -144,6 +201,9 @@ KINDS = {
     'NIfTI': lambda rng, folder: write_nifti(rng, folder, '.nii'),
     'NIfTI, packed': lambda rng, folder: write_nifti(rng, folder, '.nii.gz'),
     'PNG': write_images,
+    'export': write_export,
+    'MetaImage': lambda rng, folder: write_itk(rng, folder, '.mha'),
+    'NRRD': lambda rng, folder: write_itk(rng, folder, '.nrrd'),
 }
 
 
@@ -185,18 +245,28 @@ def read_damaged(kind, seed):
         shutil.rmtree(folder)
 
 
+def measure_damaged(kind, seed):
+    """Returns the outcome, the seconds and the peak memory of this process in MB."""
+    start = time.perf_counter()
+    outcome = read_damaged(kind, seed)
+    return outcome, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main():
     """Reads the scans selected by the flags and prints the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--count', type=int, default=100, help='scans of each kind')
+    parser.add_argument('--count', type=int, default=834, help='scans of each of the 12 kinds')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first scan of each kind')
+    parser.add_argument('--only', default='', help='kinds, separated by commas; default: all')
     arguments = parser.parse_args()
+    slowest, peak = (0.0, '', 0), 0.0
     counts, lost, pool = collections.defaultdict(collections.Counter), [], None
-    for kind in KINDS:
+    for kind in arguments.only.split(',') if arguments.only else KINDS:
         for seed in range(arguments.seed, arguments.seed + arguments.count):
             pool = pool or concurrent.futures.ProcessPoolExecutor(1)
             try:
-                outcome = pool.submit(read_damaged, kind, seed).result(HANG_SECONDS)
+                outcome, seconds, memory = pool.submit(measure_damaged, kind, seed).result(HANG_SECONDS)
+                slowest, peak = max(slowest, (seconds, kind, seed)), max(peak, memory)
             except concurrent.futures.process.BrokenProcessPool:
                 outcome, pool = 'crashed', None
             except TimeoutError:
@@ -214,6 +284,7 @@ def main():
     pool.shutdown()
     total = sum(counts.values(), collections.Counter())
     print(f'{total.total()} scans: {dict(total)}; {len(lost)} lost')
+    print(f'slowest: {slowest[0]:.1f} s ({slowest[1]}, {slowest[2]}); peak memory of a process: {peak:.0f} MB')
     sys.exit(bool(lost))
 
 

@@ -21,6 +21,7 @@ from covidjax.experiment import common, slices
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.seq import Seq, SequenceClassifier
 from covidjax.predict import scan
+from covidjax.predict.prepare import prepare_slice
 from tests.scan_files import IDENTITY, make_chest, write_images, write_series
 from tests.variables import draw_variables
 
@@ -57,7 +58,7 @@ def test_a_slice_is_prepared_as_for_training(tmp_path):
     Image.fromarray(grey).save(tmp_path / 'a.png')
     for box in ((3, 5, 60, 80), (-4, 0, 70, 95)):
         [(png, _)] = preprocess.encode_slices([(str(tmp_path / 'a.png'), box)], 64, os.getpid())
-        np.testing.assert_array_equal(scan.prepare_slice(grey, box, 64), preprocess.decode_png(png)[..., 0])
+        np.testing.assert_array_equal(prepare_slice(grey, box, 64), preprocess.decode_png(png)[..., 0])
 
 
 def test_the_box_is_that_of_the_body():
@@ -70,7 +71,7 @@ def test_the_box_is_that_of_the_body():
 
 def test_doubts():
     def prepare(grey):
-        return [scan.prepare_slice(g, find_body_box(g), 64) for g in grey]
+        return [prepare_slice(g, find_body_box(g), 64) for g in grey]
 
     assert find_doubts(prepare(GREY)) == []
     assert find_doubts(list(GREY[:, 20:45, 10:56])) == []  # cropped to the lungs, which touch its sides
@@ -111,6 +112,27 @@ def test_maps_that_scored_no_better_than_chance_are_not_shown(run, tmp_path):
     page = (tmp_path / 'out' / 'prediction.html').read_text()
     assert 'No map of this run beat chance' in page
     assert 'evidence maps' not in page
+
+
+def test_what_is_left_out_is_in_line_json_and_page(run, tmp_path):
+    folder = write_series(tmp_path / 'scan', HU)
+    (folder / 'copy').write_bytes(next(folder.iterdir()).read_bytes())
+    (folder / 'readme.txt').write_text('hello')
+    line = scan.predict_one(run, folder, tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    assert summary['left_out'] == {'not DICOM': 1, 'copies': 1}
+    for text in (line, (tmp_path / 'out' / 'prediction.html').read_text()):
+        assert '1 not DICOM, 1 copies' in text
+
+
+def test_scans_of_one_name_get_folders_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, 'load_run', lambda workdir: run)
+    inputs = [write_images(tmp_path / name / 'CT', GREY[start : start + 3]) for name, start in (('a', 3), ('b', 9))]
+    inputs.append(write_images(tmp_path / 'c', GREY[3:6]))
+    assert scan.predict_all(tmp_path, inputs, tmp_path / 'out', series=None, force=False)
+    folders = sorted(folder.name for folder in (tmp_path / 'out').iterdir())
+    expected = [f'CT-{read_volume(path).sha256[:8]}' for path in inputs[:2]]
+    assert folders == sorted([*expected, 'c'])
 
 
 def test_votes_are_means_of_slices_where_a_run_stores_no_rule(run, tmp_path):

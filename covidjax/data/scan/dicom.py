@@ -1,4 +1,4 @@
-"""Finds CT series in DICOM files, selects one and loads its pixels in Hounsfield units, ordered by position.
+"""Reads the slices of an axial CT from DICOM files: geometry first, pixels in Hounsfield units later.
 
 Only technical attributes are read. Attributes that identify a patient, a physician or a hospital are not.
 """
@@ -6,9 +6,9 @@ Only technical attributes are read. Attributes that identify a patient, a physic
 import contextlib
 import io
 import logging
+import re
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,28 +16,48 @@ import numpy as np
 import pydicom
 import pydicom.config
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+from pydicom.pixels import pixel_array
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    MediaStorageDirectoryStorage,
+)
 
+from covidjax.data.scan.jpeg import check_jpeg
 from covidjax.data.scan.sources import MAX_RATIO, Entry
-from covidjax.errors import UserError, join_faults
 
 MAX_VOXELS = 400_000_000  # 1,525 slices of 512 x 512
 HU_RANGE = (-1024, 3071)  # range of 12 bits; values beyond it are padding or metal
 _CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 _PROJECTIONS = ('CR', 'DX', 'DR', 'RG', 'RF', 'XA', 'MG', 'PX')
 _CHEST = ('CHEST', 'THORAX', 'LUNG', 'HEART')
+TRAITS = {  # attributes that tell phases of one series apart, and their sequence in multi-frame files
+    'AcquisitionNumber': '',
+    'TemporalPositionIdentifier': '',
+    'ImageType': '',
+    'KVP': '',
+    'ContrastBolusAgent': '',
+    'TemporalPositionIndex': 'FrameContentSequence',
+}
 _AXIAL = 0.8  # minimum cosine between slice normal and body axis; the maximum gantry tilt of 30 degrees gives 0.87
-_SAME_MM = 1e-3
 _PLAIN, _DEFLATED = b'1.2.840.10008.1.2.1', b'1.2.840.10008.1.2.1.99'
 _HEADER = [
     'SOPClassUID',
-    'SOPInstanceUID',
     'StudyInstanceUID',
     'SeriesInstanceUID',
     'Modality',
     'ImageType',
     'SeriesNumber',
+    'InstanceNumber',
+    'AcquisitionNumber',
+    'TemporalPositionIdentifier',
+    'KVP',
+    'ContrastBolusAgent',
+    'ConvolutionKernel',
     'BodyPartExamined',
     'SliceThickness',
     'ImagePositionPatient',
@@ -67,9 +87,13 @@ class Frame(NamedTuple):
     Attributes:
       entry: the file.
       index: slice number in the file.
-      uid: SOP instance UID, the same in copies of a file.
-      study, series, number: study UID, series UID and series number.
+      label: (study UID, series UID), '' where the header lacks one. Anonymised exports may repeat or change both.
+      number: series number.
+      instance: instance number; it can be missing or wrong, and serves descriptions only.
+      kernel: reconstruction kernel, '' if the header lacks it.
+      traits: values that differ between the phases of a series, in the order of `TRAITS`.
       is_elsewhere: the header names a body part other than the chest.
+      missing: what the header lacks to be surely a CT: '', 'modality' or 'modality and class'.
       shape: (rows, columns).
       position: of the first pixel in mm, LPS.
       right, down: unit vectors along a row and along a column, LPS.
@@ -80,11 +104,13 @@ class Frame(NamedTuple):
 
     entry: Entry
     index: int
-    uid: str
-    study: str
-    series: str
+    label: tuple[str, str]
     number: int | None
+    instance: int | None
+    kernel: str
+    traits: tuple[str, ...]
     is_elsewhere: bool
+    missing: str
     shape: tuple[int, int]
     position: np.ndarray
     right: np.ndarray
@@ -101,27 +127,14 @@ class Frame(NamedTuple):
         return normal if normal[2] >= 0 else -normal
 
 
-class Series(NamedTuple):
-    """Slices of one series, orientation and size.
+class LeftOut(Exception):
+    """A DICOM file is not a slice of an axial CT. The message is the reason.
 
     Attributes:
-      name: value of --series that selects it.
-      frames: slices from head to feet.
+      label: as in `Frame`; None if the header is unreadable.
     """
 
-    name: str
-    frames: list[Frame]
-
-    def describe(self) -> str:
-        """Returns e.g. 'series 4: 148 slices of 512 x 512, 2 mm thick'."""
-        first = self.frames[0]
-        count = f'{len(self.frames)} slice{"s" if len(self.frames) > 1 else ""}'
-        thickness = f', {first.thickness:g} mm thick' if first.thickness else ''
-        return f'series {self.name}: {count} of {first.shape[1]} x {first.shape[0]}{thickness}'
-
-
-class LeftOut(Exception):
-    """A DICOM file is not a slice of an axial CT. The message is the reason."""
+    label: tuple[str, str] | None = None
 
 
 @contextlib.contextmanager
@@ -157,10 +170,22 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
             raise LeftOut('damaged') from error
         try:
             return _read_frames(entry, header)
-        except LeftOut:
-            raise
         except Exception as error:
-            raise LeftOut('damaged') from error
+            reason = error if isinstance(error, LeftOut) else LeftOut('damaged')
+            reason.label = _get_label(header)
+            raise reason from error
+
+
+def read_label(data: bytes) -> tuple[str, str] | None:
+    """Returns study and series UID, '' where missing, from the start of a file; None if it is not readable DICOM."""
+    with _quiet():
+        try:
+            header = pydicom.dcmread(
+                io.BytesIO(data), stop_before_pixels=True, specific_tags=['StudyInstanceUID', 'SeriesInstanceUID']
+            )
+        except Exception:  # damaged or cut files can raise anything
+            return None
+        return _get_label(header)
 
 
 def _inflate(data: bytes) -> bytes:
@@ -180,15 +205,22 @@ def _inflate(data: bytes) -> bytes:
 
 
 def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
-    modality, kinds = header.get('Modality', ''), [str(kind) for kind in header.get('ImageType') or ()]
+    modality, kind = _get_text(header, 'Modality'), _get_text(header, 'ImageType')
+    sop_class = _get_text(header, 'SOPClassUID') or _get_text(header.file_meta, 'MediaStorageSOPClassUID')
+    if sop_class == MediaStorageDirectoryStorage:
+        raise LeftOut('DICOMDIR')
     if modality in _PROJECTIONS:
         raise LeftOut('projection X-rays')
-    if modality != 'CT':
+    if modality not in ('CT', ''):
         raise LeftOut('not CT')
-    if 'LOCALIZER' in kinds:
+    if 'LOCALIZER' in kind:
         raise LeftOut('localizers (scouts)')
-    if header.get('SOPClassUID') not in _CT_CLASSES or 'SCREEN SAVE' in kinds:
-        raise LeftOut('secondary captures')
+    is_known = UID(sop_class).name != sop_class  # registered, for another kind of object
+    if 'SCREEN SAVE' in kind or (is_known and sop_class not in _CT_CLASSES):
+        raise LeftOut('secondary captures' if modality else 'not CT')
+    if not modality and 'Rows' not in header:
+        raise LeftOut('not CT')
+    missing = '' if modality else 'modality' if is_known else 'modality and class'
     if header.get('SamplesPerPixel') != 1 or header.get('PhotometricInterpretation') != 'MONOCHROME2':
         raise LeftOut('in colour or inverted')
     shape = int(header.Rows), int(header.Columns)
@@ -205,8 +237,8 @@ def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
         parts = [[group, shared[0], header] for group in groups]
         if len(parts) != count:
             raise LeftOut('damaged')
-    number = header.get('SeriesNumber')
-    part = header.get('BodyPartExamined') or ''
+    number, instance = (_get_number(header, name) for name in ('SeriesNumber', 'InstanceNumber'))
+    label, part = _get_label(header), _get_text(header, 'BodyPartExamined')
     frames = []
     for index, sources in enumerate(parts):
         position = _find(sources, 'PlanePositionSequence', 'ImagePositionPatient')
@@ -214,24 +246,25 @@ def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
         spacing = _find(sources, 'PixelMeasuresSequence', 'PixelSpacing')
         if position is None or orientation is None or spacing is None:
             raise LeftOut('without a position')
-        thickness = _find(sources, 'PixelMeasuresSequence', 'SliceThickness')
         slope = _find(sources, 'PixelValueTransformationSequence', 'RescaleSlope')
         intercept = _find(sources, 'PixelValueTransformationSequence', 'RescaleIntercept')
         orientation = np.array(orientation, float)
         frame = Frame(
             entry=entry,
             index=index,
-            uid=str(header.SOPInstanceUID),
-            study=str(header.get('StudyInstanceUID', '')),
-            series=str(header.get('SeriesInstanceUID', '')),
-            number=None if number is None else int(number),
+            label=label,
+            number=number,
+            instance=instance,
+            kernel=re.sub(r'[^\w .+-]', '', _find_text(sources, 'CTReconstructionSequence', 'ConvolutionKernel'))[:24],
+            traits=tuple(_find_text(sources, sequence, name) for name, sequence in TRAITS.items()),
             is_elsewhere=bool(part) and not any(name in part.upper() for name in _CHEST),
+            missing=missing,
             shape=shape,
             position=np.array(position, float),
             right=orientation[:3],
             down=orientation[3:],
             spacing=(float(spacing[0]), float(spacing[1])),
-            thickness=float(thickness) if thickness else None,
+            thickness=_get_thickness(sources),
             slope=1.0 if slope is None else float(slope),
             intercept=0.0 if intercept is None else float(intercept),
         )
@@ -247,6 +280,45 @@ def _read_frames(entry: Entry, header: Dataset) -> list[Frame]:
     return frames
 
 
+def _get_label(header: Dataset) -> tuple[str, str]:
+    return _get_text(header, 'StudyInstanceUID'), _get_text(header, 'SeriesInstanceUID')
+
+
+def _get_text(source: Dataset, name: str) -> str:
+    """Returns an attribute as text, '' if it is missing, empty or malformed."""
+    try:
+        value = source.get(name)
+        return '' if value is None else str(value).strip(' \0')
+    except Exception:
+        return ''
+
+
+def _get_number(source: Dataset, name: str) -> int | None:
+    """Returns an attribute as a whole number, None if it is missing, empty or malformed."""
+    try:
+        return int(_get_text(source, name))
+    except ValueError:
+        return None
+
+
+def _get_thickness(sources: Sequence[Dataset]) -> float | None:
+    """Returns the thickness in mm to four digits, None if it is missing, empty or malformed."""
+    try:
+        thickness = float(f'{float(_find_text(sources, "PixelMeasuresSequence", "SliceThickness")):.4g}')
+    except ValueError:
+        return None
+    return thickness if 0 < thickness < np.inf else None
+
+
+def _find_text(sources: Sequence[Dataset], sequence: str, name: str) -> str:
+    """Returns `_find` as text, '' if there is none or it is malformed."""
+    try:
+        value = _find(sources, sequence, name)
+        return '' if value is None else str(value).strip(' \0')
+    except Exception:
+        return ''
+
+
 def _find(sources: Sequence[Dataset], sequence: str, name: str):
     """Returns an attribute from the first source that has it (frame, shared groups, file), or None."""
     for source in sources:
@@ -257,113 +329,37 @@ def _find(sources: Sequence[Dataset], sequence: str, name: str):
     return None
 
 
-def group_series(frames: Sequence[Frame]) -> list[Series]:
-    """Groups slices by series, orientation and size, each group from head to feet and without copies of a file."""
-    groups: dict[tuple, dict[tuple, Frame]] = {}
+def compute_planes(frames: Sequence[Frame]) -> Iterator[np.ndarray | Exception]:
+    """Yields the pixels of each frame, or the exception of its decoder: int16 [H, W], HU clipped to `HU_RANGE`.
+
+    Only one file is in memory at a time. Frames of one file should follow each other, otherwise it is read again.
+    """
+    entry, dataset = None, None
     for frame in frames:
-        key = (frame.study, frame.series, frame.shape, *np.round([*frame.right, *frame.down], 2) + 0.0)
-        groups.setdefault(key, {}).setdefault((frame.uid, frame.index), frame)
-    numbers = Counter(next(iter(group.values())).number for group in groups.values())
-    seen, series = Counter(), []
-    for key in sorted(groups):
-        members = list(groups[key].values())
-        normal, number = members[0].normal, members[0].number
-        members.sort(key=lambda frame, normal=normal: -float(frame.position @ normal))
-        name = '?' if number is None else str(number)
-        if numbers[number] > 1:
-            name += chr(ord('a') + seen[number]) if seen[number] < 26 else f'-{seen[number]}'
-            seen[number] += 1
-        series.append(Series(name, members))
-    return series
-
-
-def choose_series(series: Sequence[Series], wanted: str | None) -> Series:
-    """Returns the series named `wanted`, or by default the one with the most slices, preferring series of the chest.
-
-    Raises:
-      UserError: no series has that name, or `wanted` is None and there are several studies.
-    """
-    names = '; '.join(one.describe() for one in series)
-    if wanted is not None:
-        found = [one for one in series if one.name == wanted]
-        if not found:
-            raise UserError(f'no axial CT series {wanted!r}: pass one of --series={", ".join(s.name for s in series)}')
-        return found[0]
-    if len({one.frames[0].study for one in series}) > 1:
-        raise UserError(f'slices of several studies, choose one with --series: {names}')
-    return min(series, key=lambda one: (one.frames[0].is_elsewhere, -len(one.frames)))
-
-
-def load_series(series: Series) -> tuple[np.ndarray, list[Frame], list[str]]:
-    """Reads the pixels of a series.
-
-    Returns:
-      int16 [T, H, W] in Hounsfield units, clipped to `HU_RANGE`, from head to feet; the T frames; notes on duplicates.
-
-    Raises:
-      UserError: damaged files, more than `MAX_VOXELS`, or different images at one position.
-    """
-    rows, columns = series.frames[0].shape
-    if len(series.frames) * rows * columns > MAX_VOXELS:
-        raise UserError(f'{series.describe()}: more than {MAX_VOXELS:,} voxels, choose another with --series')
-    hu = np.empty((len(series.frames), rows, columns), np.int16)
-    places, faults = {}, []
-    for place, frame in enumerate(series.frames):
-        places.setdefault(frame.entry.name, []).append((place, frame))
-    for name, members in places.items():
-        entry = members[0][1].entry
         try:
-            stored, padding = _decode(entry.read())
-            for place, frame in members:
-                values = stored[frame.index].astype(np.float32) * frame.slope + frame.intercept
-                if padding is not None:
-                    values[stored[frame.index] == padding] = HU_RANGE[0]
-                hu[place] = np.clip(np.round(values), *HU_RANGE)
+            if dataset is None or frame.entry is not entry:
+                entry, dataset = frame.entry, None
+                dataset = _read_dataset(entry.read())
+            yield _decode(dataset, frame)
         except Exception as error:  # decoders can raise anything
-            faults.append(f'{name} ({type(error).__name__})')
-    if faults:
-        raise UserError(f'slices that cannot be decoded, copy them again or leave them out: {join_faults(faults)}')
-    kept, notes = [0], []
-    for place in range(1, len(hu)):
-        last = series.frames[kept[-1]]
-        if abs(float((series.frames[place].position - last.position) @ last.normal)) > _SAME_MM:
-            kept.append(place)
-        elif not np.array_equal(hu[place], hu[kept[-1]]):
-            raise UserError(f'series {series.name} holds different pictures of one place: keep those of one phase')
-    if len(kept) < len(hu):
-        notes.append(f'{len(hu) - len(kept)} slices stood there twice and were left out')
-    return hu[kept], [series.frames[place] for place in kept], notes
+            yield error
 
 
-def _decode(data: bytes) -> tuple[np.ndarray, int | None]:
-    """Returns the stored pixels [F, H, W] of a file, F frames, and the padding value or None."""
+def _read_dataset(data: bytes) -> Dataset:
     with _quiet():
-        dataset = pydicom.dcmread(io.BytesIO(_inflate(data)), specific_tags=[*_HEADER, *_PIXELS])
-        pixels = dataset.pixel_array
+        return pydicom.dcmread(io.BytesIO(_inflate(data)), specific_tags=[*_HEADER, *_PIXELS])
+
+
+def _decode(dataset: Dataset, frame: Frame) -> np.ndarray:
+    with _quiet():
+        count = int(dataset.get('NumberOfFrames') or 1)
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            stream = get_frame(dataset.PixelData, frame.index, number_of_frames=count)
+            check_jpeg(stream, frame.shape, int(dataset.BitsAllocated))
+        stored = pixel_array(dataset, index=frame.index) if count > 1 else dataset.pixel_array
         padding = dataset.get('PixelPaddingValue')
-    expected = int(dataset.get('NumberOfFrames') or 1), int(dataset.Rows), int(dataset.Columns)
-    return pixels.reshape(expected), padding if isinstance(padding, int) else None
-
-
-def create_affine(frames: Sequence[Frame]) -> np.ndarray:
-    """Returns the affine [4, 4] from (slice, row, column) to mm, RAS. The frames must run from head to feet."""
-    first, last = frames[0], frames[-1]
-    step = -first.normal * (first.thickness or 1)
-    if len(frames) > 1:
-        step = (last.position - first.position) / (len(frames) - 1)
-    affine = np.eye(4)
-    affine[:3] = np.stack([step, first.down * first.spacing[0], first.right * first.spacing[1], first.position], axis=1)
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
-def describe_geometry(frames: Sequence[Frame]) -> tuple[np.ndarray, list[str]]:
-    """Returns the depth of each slice below the first, [T] in mm, and notes on tilt and uneven gaps."""
-    normal, notes = frames[0].normal, []
-    depths = np.array([float((frames[0].position - frame.position) @ normal) for frame in frames])
-    tilt = np.degrees(np.arccos(min(1.0, normal[2])))
-    if tilt > 1:
-        notes.append(f'the slices are tilted by {tilt:.0f} degrees')
-    gaps = np.diff(depths)
-    if len(gaps) and gaps.max() > 1.1 * np.median(gaps):
-        notes.append(f'gaps between slices are uneven, {gaps.min():.2f} to {gaps.max():.2f} mm: some may be missing')
-    return depths, notes
+    stored = stored.reshape(frame.shape)
+    values = stored.astype(np.float32) * frame.slope + frame.intercept
+    if isinstance(padding, int):
+        values[stored == padding] = HU_RANGE[0]
+    return np.clip(np.round(values), *HU_RANGE).astype(np.int16)

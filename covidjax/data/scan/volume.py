@@ -1,4 +1,4 @@
-"""Reads one scan from DICOM, NIfTI or image files as grey slices from head to feet.
+"""Reads one scan from DICOM, NIfTI, MetaImage, NRRD or image files as grey slices from head to feet.
 
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
@@ -10,7 +10,7 @@ import logging
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +18,32 @@ import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from covidjax.data.lungs import find_lungs_in_scan
+from covidjax.data.lungs import LungsFinder, find_lungs_in_scan
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_window, convert_grey, open_image
-from covidjax.data.scan import dicom
+from covidjax.data.scan import dicom, itk
+from covidjax.data.scan.dicom import compute_planes
+from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
+from covidjax.data.scan.series import (
+    Series,
+    check_series,
+    choose_series,
+    count_single,
+    count_strays,
+    create_affine,
+    describe_geometry,
+    group_series,
+    refuse_undecodable,
+)
 from covidjax.data.scan.sources import MAX_BYTES, Entry, hash_contents, open_entries
 from covidjax.errors import UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
 _IMAGE_MAGIC = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'BM')
-_MIN_AIR, _MIN_TISSUE, _MAX_METAL = 0.02, 0.02, 0.02  # limits, as shares of the voxels
+_VOXELS = ('.nii', '.nii.gz', *itk.ENDINGS)
+MIN_SERIES = 3  # slices; fewer are scouts or bolus tracking
+_MAX_LOST = 0.1  # share of the slices
+# Reasons of `dicom.LeftOut` by which slices of the scan may be lost whatever the series they name.
+_LOST = ('damaged', 'truncated', 'of impossible size', 'of several frames', 'without a position')
 _MIN_CONTRAST = 32  # grey values between the 1st and 99th percentile
 
 
@@ -36,13 +53,14 @@ class Volume(NamedTuple):
     Attributes:
       name: file or folder name.
       sha256: SHA-256, in hex, of the contents; the same for a folder and its zip.
-      kind: 'DICOM', 'NIfTI' or 'images'.
+      kind: 'DICOM', 'NIfTI', 'MetaImage', 'NRRD' or 'images'.
       slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
       depths_mm: [T] depth of each slice below the first, None for images.
       lungs: bool [T, H, W], found in 3-D from Hounsfield units; None for images, or if not asked for.
       facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
+      left_out: how many files or slices were left out, by reason.
     """
 
     name: str
@@ -54,16 +72,19 @@ class Volume(NamedTuple):
     facts: list[tuple[str, str]]
     notes: list[str]
     doubts: list[str]
+    left_out: dict[str, int]
 
 
 def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
     """Reads a scan.
 
-    DICOM slices are ordered by position, not by name. NIfTI is reoriented by its header. Images are in natural order of
-    their names. Hounsfield units are mapped to grey by the COVIDx CT window; images are used unchanged.
+    DICOM slices are ordered by position, not by name. NIfTI, MetaImage and NRRD are reoriented by their header. Images
+    are in natural order of their names. Hounsfield units are mapped to grey by the COVIDx CT window; images are used
+    unchanged.
 
     Args:
-      path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), or a single file.
+      path: folder of DICOM or images (searched recursively), a zip of one, NIfTI (.nii, .nii.gz), MetaImage
+        (.mha, .mhd), NRRD (.nrrd, .nhdr), or a single file.
       series: name of the DICOM series to read if there are several.
       with_lungs: also find the lungs, where there are Hounsfield units.
 
@@ -78,96 +99,254 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
             raise UserError(f'{path}: {error}') from error
 
 
-def _read_entries(entries: Sequence[Entry], name: str, series: str | None, with_lungs: bool) -> Volume:
-    digests, frames, images, niftis = [], [], [], []
-    left_out: Counter[str] = Counter()
+class _Contents(NamedTuple):
+    """Files of an input by kind.
+
+    Attributes:
+      digests: SHA-256 of each file by name.
+      frames: axial CT slices in DICOM.
+      images: pictures.
+      voxels: files of whole scans.
+      left_out: why the others were left out.
+    """
+
+    digests: dict[str, bytes]
+    frames: list[dicom.Frame]
+    images: list[Entry]
+    voxels: list[Entry]
+    left_out: list[dicom.LeftOut]
+
+
+def _sort_entries(entries: Sequence[Entry]) -> _Contents:
+    """Reads every file once, of DICOM the headers."""
+    contents = _Contents({}, [], [], [], [])
     for entry in entries:
         data = entry.read()
-        digests.append(hashlib.sha256(data).digest())
-        if entry.name.lower().endswith(('.nii', '.nii.gz')):
-            niftis.append(entry)
+        contents.digests[entry.name] = hashlib.sha256(data).digest()
+        if entry.name.lower().endswith(_VOXELS):
+            contents.voxels.append(entry)
         elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
-            images.append(entry)
+            contents.images.append(entry)
+        elif data.startswith(b'PK\3\4') and data[128:132] != b'DICM':
+            contents.left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
         else:
             try:
                 found = dicom.read_frames(entry, data)
             except dicom.LeftOut as reason:
-                left_out[str(reason)] += 1
+                contents.left_out.append(reason)
             else:
-                frames += found or ()
-                left_out['not DICOM'] += found is None
-    identity = name, hash_contents(digests)
-    left_out = +left_out
-    reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.items())
-    if frames:
-        left_out['images and NIfTI'] += len(images) + len(niftis)
-        return _read_dicom(identity, frames, series, +left_out, with_lungs)
-    if left_out.keys() - {'not DICOM'}:
+                contents.frames.extend(found or ())
+                if found is None:
+                    contents.left_out.append(dicom.LeftOut('not DICOM'))
+    if contents.frames:
+        others = len(contents.images) + len(contents.voxels)
+        contents.left_out.extend([dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * others)
+    return contents
+
+
+def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
+    contents = _sort_entries(entries)
+    identity = name, hash_contents(list(contents.digests.values()))
+    if contents.frames:
+        series = group_series(contents.frames)
+        how = (
+            'by --series' if wanted else 'the chest series with the most slices' if len(series) > 1 else 'the only one'
+        )
+        return _read_series(identity, choose_series(series, wanted), series, how, contents.left_out, with_lungs)
+    counts = Counter(map(str, contents.left_out))
+    reasons = format_counts(counts)
+    if counts.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
-    if series is not None:
-        raise UserError(f'--series={series} is for DICOM, and no DICOM slice is in it')
-    if len(niftis) > 1 or (niftis and images):
-        raise UserError(f'{len(niftis)} NIfTI files and {len(images)} images in it: name one of them')
-    if niftis:
-        return _read_nifti(identity, niftis[0], with_lungs)
+    if wanted is not None:
+        raise UserError(f'--series={wanted} is for DICOM, and no DICOM slice is in it')
+    images, voxels = contents.images, contents.voxels
+    if len(voxels) > 1 or (voxels and images):
+        raise UserError(
+            f'{len(voxels)} NIfTI, MetaImage or NRRD files and {len(images)} images in it: name one of them'
+        )
+    if voxels:
+        return _read_voxels(identity, voxels[0], counts, with_lungs)
     if images:
-        notes = [f'left out: {reasons}'] if reasons else []
-        return _read_images(identity, images, notes)
+        return _read_images(identity, images, counts)
     raise UserError(
         f'no DICOM, NIfTI or image in it{f" ({reasons})" if reasons else ""}: name the folder of a chest CT'
     )
 
 
-def _read_dicom(
+class Found(NamedTuple):
+    """A chest CT in a folder or a file of an archive.
+
+    Attributes:
+      series: name of the series, '' if the file has none.
+      sha256: SHA-256, in hex, of the files of the series.
+      share_copies: share of the slices that are copies of others.
+      read: returns the scan or raises UserError.
+    """
+
+    series: str
+    sha256: str
+    share_copies: float
+    read: Callable[[], Volume]
+
+
+def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list[Found]:
+    """Finds every chest CT by the headers: axial series of `MIN_SERIES` slices or more, and files of whole scans.
+
+    Args:
+      entries: of a folder or of a file.
+      name: for the scans.
+      with_lungs: see `read_volume`.
+
+    Raises:
+      UserError: no file is an axial CT, and some are damaged.
+    """
+    contents = _sort_entries(entries)
+    found = []
+    if contents.frames:
+        series = group_series(contents.frames)
+        files = [{frame.entry.name for frame in one.frames} for one in series]
+        for i, one in enumerate(series):
+            if one.frames[0].is_elsewhere or len(one.frames) < MIN_SERIES:
+                continue
+            digests = [contents.digests[file] for file in files[i]]
+            if any(files[i] & other for k, other in enumerate(files) if k != i):  # phases in one multi-frame file
+                digests.append(hashlib.sha256(str(sorted(frame.index for frame in one.frames)).encode()).digest())
+            sha256 = hash_contents(digests)
+
+            def read(one: Series = one, sha256: str = sha256) -> Volume:
+                check_series(one)
+                how = 'the only one' if len(series) == 1 else 'every series of an archive is'
+                return _read_series((name, sha256), one, series, how, contents.left_out, with_lungs)
+
+            share = one.num_copies / (one.num_copies + len(one.frames))
+            found.append(Found(one.name, sha256, share, read))
+        return found
+    counts = Counter(map(str, contents.left_out))
+    for entry in contents.voxels:
+        identity = name, contents.digests[entry.name].hex()
+        found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
+    if not found and counts['damaged']:
+        raise UserError(f'no axial CT slice in it ({format_counts(counts)})')
+    return found
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Returns e.g. '2 copies, 1 not DICOM'."""
+    return ', '.join(f'{count:,} {reason}' for reason, count in counts.items())
+
+
+def _read_series(
     identity: tuple[str, str],
-    frames: Sequence[dicom.Frame],
-    wanted: str | None,
-    left_out: Counter[str],
+    chosen: Series,
+    series: Sequence[Series],
+    how: str,
+    left_out: Sequence[dicom.LeftOut],
     with_lungs: bool,
 ) -> Volume:
-    series = dicom.group_series(frames)
-    chosen = dicom.choose_series(series, wanted)
-    hu, kept, notes = dicom.load_series(chosen)
-    check_hu(hu)
-    depths, geometry = dicom.describe_geometry(kept)
-    num_copies = len(frames) - sum(len(one.frames) for one in series)
-    if num_copies:
-        left_out['copies'] += num_copies
-    doubts = []
-    if left_out['damaged']:
-        doubts.append(f'{left_out["damaged"]} damaged files: slices may be missing')
+    kept = chosen.frames
+    counts, doubts, notes = Counter(map(str, left_out)), [], []
+    label = kept[0].label
+    # Slices of this scan, as far as one can tell. Scouts, captures and other series are none.
+    lost = Counter(
+        str(reason)
+        for reason in left_out
+        if str(reason).startswith(_LOST) or (all(label) and reason.label == label and not _is_other(reason))
+    )
+    if chosen.num_copies:
+        notes.append(f'{chosen.num_copies} slices stood there twice and were left out')
+    for reason, count in (
+        ('of another size or spacing in this series', count_strays(chosen, series)),
+        ('single slices', count_single(chosen, series)),
+        ('copies', chosen.num_copies),
+    ):
+        lost[reason] += count
+        counts[reason] += count
+    counts['copies'] += sum(one.num_copies for one in series if one is not chosen)
+    counts, lost = +counts, +lost
+    if lost['damaged']:
+        doubts.append(f'{lost["damaged"]} damaged files: slices may be missing')
+    total = lost.total() + len(kept)
+    if lost.total() > _MAX_LOST * total:
+        doubts.append(f'{lost.total():,} of {total:,} slices of this scan were left out ({format_counts(lost)})')
+    missing = {frame.missing for frame in kept} - {''}
+    if 'modality and class' in missing:
+        doubts.append('the headers do not say that it is a CT; its values look like Hounsfield units')
+    elif missing:
+        notes.append('the headers lack the modality; their class says CT')
+    depths, geometry = describe_geometry(kept)
+    between = float(np.median(np.diff(depths))) if len(depths) > 1 else 5.0  # any thickness does for one slice
+    affine = create_affine(kept)
+    finder = None
+    if with_lungs:
+        _, front, right = _orient_spacing(affine)
+        height, width = kept[0].shape if _keeps_axes(affine) else kept[0].shape[::-1]
+        finder = LungsFinder((len(kept), height, width), (between, front, right))
+    slices = _window_planes(compute_planes(kept), affine, [frame.entry.name for frame in kept], finder)
+    lungs = None if finder is None else finder.find()
     others = [one.describe() for one in series if one is not chosen]
     facts = [
         ('series', chosen.describe()),
-        ('chosen', 'by --series' if wanted else 'the chest series with the most slices' if others else 'the only one'),
+        ('chosen', how),
         *([('other series', '; '.join(others))] if others else []),
-        *([('left out', ', '.join(f'{n} {reason}' for reason, n in left_out.items()))] if left_out else []),
+        *([('left out', format_counts(counts))] if counts else []),
         ('order', 'by position, from head to feet'),
         ('extent', f'{depths[-1]:.1f} mm'),
         *_WINDOWED,
     ]
-    slices = _orient(hu, dicom.create_affine(kept))
-    between = float(np.median(np.diff(depths))) if len(depths) > 1 else 5.0  # any thickness does for one slice
-    lungs = find_lungs_in_scan(slices, (between, *kept[0].spacing)) if with_lungs else None
-    return Volume(*identity, 'DICOM', [apply_window(s) for s in slices], depths, lungs, facts, notes + geometry, doubts)
+    return Volume(*identity, 'DICOM', slices, depths, lungs, facts, notes + geometry, doubts, dict(counts))
+
+
+def _is_other(reason: dicom.LeftOut) -> bool:
+    return str(reason) in ('localizers (scouts)', 'secondary captures', 'projection X-rays', 'not CT')
+
+
+def _window_planes(
+    planes: Iterable[np.ndarray | Exception], affine: np.ndarray, names: Sequence[str], finder: LungsFinder | None
+) -> list[np.ndarray]:
+    """Maps the planes of a scan, from head to feet, to grey as they come: the scan takes one byte a voxel.
+
+    Args:
+      planes: of `compute_planes`.
+      affine: of the scan.
+      names: of the files, for messages.
+      finder: gets every plane in Hounsfield units.
+
+    Raises:
+      UserError: planes that can't be decoded, or values that are not Hounsfield units.
+    """
+    slices, faults, check = [], [], HounsfieldCheck()
+    turn = ornt_transform(io_orientation(affine), _ORDER)
+    for plane, name in zip(planes, names, strict=True):
+        if isinstance(plane, Exception):
+            faults.append(f'{name} ({type(plane).__name__})')
+        elif not faults:
+            check.add(plane)
+            [plane] = apply_orientation(plane[np.newaxis], turn)
+            if finder is not None:
+                finder.add(plane)
+            slices.append(apply_window(np.ascontiguousarray(plane)))
+    if faults:
+        refuse_undecodable(list(dict.fromkeys(faults)))
+    check.finish()
+    return slices
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
 
 
-def _orient(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Reorients voxels to [T, H, W]: slices to the feet, rows to the back, columns to the patient's left."""
-    return apply_orientation(voxels, ornt_transform(io_orientation(affine), _ORDER))
-
-
 def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
-    """Returns the distances in mm of slices, rows and columns of what `_orient` returns."""
+    """Returns the distances in mm of slices, rows and columns after a turn to `_ORDER`."""
     lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
     right, front, feet = (float(lengths[axes.tolist().index(world)]) for world in range(3))
     return feet, front, right
 
 
-def _read_nifti(identity: tuple[str, str], entry: Entry, with_lungs: bool) -> Volume:
+def _keeps_axes(affine: np.ndarray) -> bool:
+    """Returns whether rows stay rows in a turn to `_ORDER`."""
+    return bool(io_orientation(affine)[1, 0] == 1)
+
+
+def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
     data = entry.read()
     try:
         if data[:2] == b'\x1f\x8b':
@@ -189,62 +368,84 @@ def _read_nifti(identity: tuple[str, str], entry: Entry, with_lungs: bool) -> Vo
                     raise UserError(
                         f'a NIfTI of shape {shape}: it must be one scan of at most {dicom.MAX_VOXELS:,} voxels'
                     )
-                hu = np.empty(shape, np.int16)
+                grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
+                hu = np.empty(shape, np.int16) if with_lungs else None
                 for place in range(shape[2]):
-                    hu[..., place] = _round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
+                    plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
+                    check.add(plane)
+                    grey[..., place] = apply_window(plane)
+                    if hu is not None:
+                        hu[..., place] = plane
         finally:
             logger.disabled = before
-        axis = io_orientation(affine)[:, 0].tolist().index(2.0)  # voxel axis along feet to head
-        direction = affine[:3, axis]
-        upright = abs(direction[2]) / np.linalg.norm(direction)
-        spacing = float(np.linalg.norm(direction))
-        slices = _orient(hu, affine)
     except UserError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError('a damaged or truncated .nii.gz: copy it again') from error
     except Exception as error:  # damaged headers can raise anything
         raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
-    if not upright > 0.8 or not 0 < spacing < np.inf:
-        raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
-    check_hu(slices)
     doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
+    return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
+
+
+def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+    read = _read_itk if entry.name.lower().endswith(itk.ENDINGS) else _read_nifti
+    return read(identity, entry, left_out, with_lungs)
+
+
+def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+    planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
+    check, grey, hu = HounsfieldCheck(), [], []
+    for plane in planes:
+        plane = round_plane(plane)
+        check.add(plane)
+        grey.append(apply_window(plane))
+        if with_lungs:
+            hu.append(plane)
+    name, contents = identity
+    # The header alone does not identify a scan whose voxels lie in a file of their own.
+    identity = name, hash_contents([bytes.fromhex(contents), digest])
+    kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
+    return _turn_voxels(identity, kind, np.stack(grey), np.stack(hu) if hu else None, affine, check, [], left_out)
+
+
+def _turn_voxels(
+    identity: tuple[str, str],
+    kind: str,
+    grey: np.ndarray,
+    hu: np.ndarray | None,
+    affine: np.ndarray,
+    check: HounsfieldCheck,
+    doubts: list[str],
+    left_out: Counter[str],
+) -> Volume:
+    """Turns grey voxels, and their Hounsfield units, by their affine, to RAS in mm, to slices from head to feet."""
+    try:
+        turn = io_orientation(affine)
+        direction = affine[:3, turn[:, 0].tolist().index(2.0)]  # voxel axis along feet to head
+        spacing = float(np.linalg.norm(direction))
+        is_sound = abs(direction[2]) / spacing > 0.8 and 0 < spacing < np.inf
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError):
+        is_sound = False
+    if not is_sound:
+        raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
+    check.finish()
+    slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
+    lungs = None
+    if hu is not None:
+        lungs = find_lungs_in_scan(apply_orientation(hu, ornt_transform(turn, _ORDER)), _orient_spacing(affine))
     facts = [
-        ('voxels', ' x '.join(map(str, shape))),
+        ('voxels', ' x '.join(map(str, grey.shape))),
+        *([('left out', format_counts(left_out))] if left_out else []),
         ('order', 'turned by its orientation, from head to feet'),
         ('slice distance', f'{spacing:.2f} mm'),
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    lungs = find_lungs_in_scan(slices, _orient_spacing(affine)) if with_lungs else None
-    return Volume(*identity, 'NIfTI', [apply_window(s) for s in slices], depths, lungs, facts, [], doubts)
+    return Volume(*identity, kind, list(slices), depths, lungs, facts, [], doubts, dict(left_out))
 
 
-def _round_plane(voxels: np.ndarray) -> np.ndarray:
-    """Returns one plane of a NIfTI as int16 Hounsfield units; converting the whole scan takes four times the memory."""
-    if voxels.dtype.kind not in 'iuf':
-        raise UserError('a NIfTI in colour or of complex numbers: it must hold Hounsfield units')
-    if not np.isfinite(voxels).all():
-        raise UserError('NaN or infinite voxels: replace them by -1024, the value of air')
-    return np.clip(np.round(voxels), *dicom.HU_RANGE).astype(np.int16)
-
-
-def check_hu(hu: np.ndarray) -> None:
-    """Checks that voxels [T, H, W] look like Hounsfield units of a body in air.
-
-    Raises:
-      UserError: too little air or soft tissue (2 % each), or too much metal (more than 2 %).
-    """
-    some = hu[:, ::2, ::2]
-    air, tissue, metal = (some < -700).mean(), ((some > -200) & (some < 300)).mean(), (some >= dicom.HU_RANGE[1]).mean()
-    if air < _MIN_AIR or tissue < _MIN_TISSUE or metal > _MAX_METAL:
-        raise UserError(
-            f'values from {some.min()} to {some.max()}, {air:.0%} air and {tissue:.0%} soft tissue, are not the '
-            'Hounsfield units of a chest: store true units, or window the slices and pass them as images'
-        )
-
-
-def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: list[str]) -> Volume:
+def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:
     slices, faults, num_pixels = [], [], 0
     for entry in entries:
         try:
@@ -272,8 +473,9 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], notes: lis
             ('order', 'of the names, numbers counted; taken to run from head to feet'),
             ('window', 'none applied: images are taken as they are'),
         ],
-        notes,
+        [f'left out: {format_counts(left_out)}'] if left_out else [],
         doubts,
+        dict(left_out),
     )
 
 

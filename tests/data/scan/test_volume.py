@@ -27,6 +27,7 @@ from pydicom.uid import (
 
 from covidjax.data.preprocess import apply_window
 from covidjax.data.scan import dicom, sources
+from covidjax.data.scan.series import group_series
 from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
 from tests.scan_files import (
@@ -126,7 +127,7 @@ def test_transfer_syntaxes_give_the_same_values(scan, name, syntax):
 def load_hu(folder):
     with sources.open_entries(folder) as entries:
         frames = [frame for entry in entries for frame in dicom.read_frames(entry, entry.read())]
-        return dicom.load_series(dicom.group_series(frames)[0])[0]
+        return np.stack(list(dicom.compute_planes(group_series(frames)[0].frames)))
 
 
 def encode_as(dataset, syntax):
@@ -339,8 +340,8 @@ def test_real_scan_is_in_the_order_of_its_list(real_data):
         expected = [row['dicom'] for row in csv.DictReader(file)]
     with sources.open_entries(folder) as entries:
         frames = [frame for entry in entries for frame in dicom.read_frames(entry, entry.read())]
-        series = dicom.group_series(frames)
+        series = group_series(frames)
         assert [frame.entry.name for frame in series[0].frames] == expected
-        hu, *_ = dicom.load_series(series[0]._replace(frames=series[0].frames[60:62]))
+        hu = list(dicom.compute_planes(series[0].frames[60:62]))
     pixels = pydicom.dcmread(folder / expected[60]).pixel_array
     np.testing.assert_array_equal(hu[0], pixels.astype(int) - 1024)
