@@ -18,6 +18,7 @@ CENTRE, RANDOM, FLAT = 'always the centre', 'random map', 'no preference'
 GREY, SMOOTH_GREY = 'grey', 'smoothed grey'
 # Grey values are scored inside the lungs only: outside them, the body is brighter than any lesion.
 CONTROLS = (CENTRE, RANDOM, FLAT + IN_LUNGS, GREY + IN_LUNGS, SMOOTH_GREY + IN_LUNGS)
+_FLOOR = 0.02  # the lowest value inside the lungs: above the 0 outside
 _SMOOTHING = 1 / 40  # standard deviation, as a share of the side
 
 
@@ -54,9 +55,10 @@ def find_lungs(images: np.ndarray) -> np.ndarray:
 
 
 def restrict(maps: Mapping[str, np.ndarray], lungs: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the maps inside the lungs: scaled to [0.5, 1] there, 0 outside. Their names end with IN_LUNGS."""
+    """Returns the maps inside the lungs: scaled to [0.02, 1] there, 0 outside. Their names end with IN_LUNGS."""
     return {
-        name + IN_LUNGS: np.where(lungs, 0.5 + _scale_inside(values, lungs) / 2, 0) for name, values in maps.items()
+        name + IN_LUNGS: np.where(lungs, _FLOOR + (1 - _FLOOR) * _scale_inside(values, lungs), 0)
+        for name, values in maps.items()
     }
 
 
