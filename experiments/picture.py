@@ -18,8 +18,8 @@ from covidjax.data.lists import CLASSES
 from covidjax.errors import UserError
 from covidjax.experiment import common, slices
 from covidjax.experiment.config import load_config
+from covidjax.explain import catalogue
 from covidjax.explain.maps import explain, segment
-from covidjax.explain.scores import compute_maps
 from covidjax.report import figures, pictures
 from covidjax.training.checkpoints import open_checkpoints
 
@@ -34,13 +34,17 @@ def draw(workdir: Path, output: Path) -> None:
     rows, size = [data.rows['test'][i] for i in numbers], config.data.image_size
     images = np.stack([data.sources['test'][i]['image'] for i in numbers])
     model = slices.create_model(config.model)
-    explained = explain(model, variables, images, [row.label for row in rows])
-    maps = compute_maps(explained, size)
+    explained = explain(model, variables, images)
+    maps = catalogue.compute_maps(explained, size, model.combination)
+    maps |= catalogue.restrict(maps, catalogue.find_lungs(images))
+    leading = common.load_output(workdir, 'results.json')['explanations']['leading_map']['best']
     masks = {s.name: s.lesion for s in read_phantom_lesions(data.raw_dir, rows, size)}
     shown = {
         'lesion': np.stack([masks.get(row.file, np.zeros((size, size), bool)) for row in rows]),
-        **{name: maps[name] for name in ('attention 1', 'attention 2', 'attention 1 x 2')},
-        'its region': segment(maps['attention 1 x 2']),
+        'attention 1 x 2': maps['attention 1 x 2'],
+        'evidence': maps['evidence, predicted class'],
+        'best map': maps[leading],
+        'its region': segment(maps[leading]),
     }
     titles = [
         f'{CLASSES[row.label]}, called\n{CLASSES[p.argmax()]} {p.max():.2f}'

@@ -20,4 +20,7 @@ is_of_scans = len(model.in_avals) == 2
 outputs = model.call(slices[None], np.ones((1, len(slices)), bool)) if is_of_scans else model.call(slices)
 print(model.fun_name)
 for name, values in outputs.items():
-    print(name, np.asarray(values, float).round(6).tolist(), sep='\t')
+    values = np.asarray(values, float)
+    if name == 'evidence' and not is_of_scans:  # of each pixel
+        name, values = 'evidence, summed over the pixels', values.sum((1, 2))
+    print(name, values.round(6).tolist(), sep='\t')

@@ -157,6 +157,9 @@ def test_evaluation_gives_the_same_numbers_again_and_scores_other_lesions(slice_
     scored = [results['explanations'].pop('localisation') for results in (before, after)]
     assert scored[0]['num_slices'] > scored[1]['num_slices'] == 3
     assert set(scored[1]['maps']) - set(scored[0]['maps']) == {'occlusion'}
+    leading = [results['explanations'].pop('leading_map') for results in (before, after)]
+    assert [lead['by'] for lead in leading] == ['lesions', 'lesions']
+    assert leading[1]['num_slices'] < leading[0]['num_slices'] == scored[0]['num_slices']
     for results in (before, after):
         del results['training']['test_seconds']
     assert after == before

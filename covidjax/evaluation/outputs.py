@@ -19,7 +19,7 @@ class SliceOutputs(NamedTuple):
     """Outputs of a slice model for N slices.
 
     Attributes:
-      logits, embedding, attention: see `att2.Att2Outputs`.
+      logits, embedding, attention, evidence: see `att2.Att2Outputs`.
       statistics: mean and standard deviation over the map of every channel of every stage [N, F], of EfficientNet-Lite0
         without its head. Early stages reflect noise, sharpness and contrast, late ones the content.
     """
@@ -27,6 +27,7 @@ class SliceOutputs(NamedTuple):
     logits: np.ndarray
     embedding: np.ndarray
     attention: tuple[np.ndarray, np.ndarray]
+    evidence: tuple[np.ndarray, np.ndarray]
     statistics: np.ndarray
 
 

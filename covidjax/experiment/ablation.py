@@ -73,7 +73,7 @@ def predict(config: ConfigDict, data: covidx_ct.Prepared, workdir: Path, lesions
     logits = slices.create_predictor(model, data, config.train.batch_size)(variables, 'test')
     scores = {}
     if lesions:
-        explained = explain(model, variables, np.stack([s.image for s in lesions]), [s.label for s in lesions])
+        explained = explain(model, variables, np.stack([s.image for s in lesions]))
         scores = score_maps(combine_attention(explained.attention, config.data.image_size), lesions)
     return Outcome(softmax(logits)[np.newaxis], {name: values[np.newaxis] for name, values in scores.items()})
 

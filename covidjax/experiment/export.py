@@ -19,6 +19,7 @@ from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
 from covidjax.experiment.runs import Run, load_run
+from covidjax.explain.evidence import combine_evidence
 from covidjax.files import replace_file
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.seq import HEADS
@@ -91,7 +92,9 @@ def write_stablehlo(path: Path, run: Run) -> str:
     B is free. T is free if the run uses whole scans, else 16.
 
     Outputs are 'logits' [B, K], whose softmax is in the run's predictions.csv, and 'probabilities' [B, K], calibrated:
-    softmax(logits / temperature). Scans also have 'attention' [B, T]. The name of the program holds the model, the
+    softmax(logits / temperature). Slices also have 'evidence' [B, S, S, K], the share of each pixel in the logits (see
+    `evidence.combine_evidence`). Scans also have 'attention' [B, T] and 'evidence' [B, T, K], the share of each slice
+    (see `seq.HeadOutputs`). The name of the program holds the model, the
     classes in order and, for a run on phantoms, 'trained_on_phantoms'.
     """
     size, temperature = run.config.data.image_size, run.rules['temperature']
@@ -113,17 +116,21 @@ def write_stablehlo(path: Path, run: Run) -> str:
 
 
 def create_slice_function(model: Att2, variables: dict[str, Any], temperature: float) -> Callable[..., dict]:
-    """Returns a function uint8 [B, S, S] -> 'logits' and 'probabilities' [B, K]."""
+    """Returns a function uint8 [B, S, S] -> 'logits', 'probabilities' [B, K] and 'evidence' [B, S, S, K]."""
 
     def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        logits = model.apply(variables, normalise(images_BxSxS)[..., None], train=False).logits
-        return {'logits': logits, 'probabilities': jax.nn.softmax(logits / temperature)}
+        outputs = model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
+        return {
+            'logits': outputs.logits,
+            'probabilities': jax.nn.softmax(outputs.logits / temperature),
+            'evidence': combine_evidence(outputs.evidence, images_BxSxS.shape[-1], model.combination),
+        }
 
     return predict
 
 
 def create_scan_function(run: Run) -> Callable[..., dict]:
-    """Returns a function (uint8 [B, T, S, S], mask [B, T]) -> 'logits', 'probabilities' [B, K] and 'attention' [B, T].
+    """Returns a function (uint8 [B, T, S, S], mask [B, T]) -> a dict of arrays, see `write_stablehlo`.
 
     B and T may be symbolic. `models.seq.Seq` does not support that, because it divides the slices into batches.
     """
@@ -146,10 +153,14 @@ def create_scan_function(run: Run) -> Callable[..., dict]:
         order_BxT = jnp.argsort(~mask_BxT, axis=1, stable=True)
         ordered = jnp.take_along_axis(embeddings, order_BxT[..., None], axis=1)
         model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
-        logits, attention_BxT = model.apply({'params': run.sequence}, ordered, mask_BxT.sum(1, dtype=jnp.int32))
-        attention_BxT = jnp.take_along_axis(attention_BxT, jnp.argsort(order_BxT, axis=1), axis=1)
-        probabilities = jax.nn.softmax(logits / run.rules['temperature'])
-        return {'logits': logits, 'probabilities': probabilities, 'attention': attention_BxT}
+        outputs = model.apply({'params': run.sequence}, ordered, mask_BxT.sum(1, dtype=jnp.int32))
+        places_BxT = jnp.argsort(order_BxT, axis=1)
+        return {
+            'logits': outputs.logits,
+            'probabilities': jax.nn.softmax(outputs.logits / run.rules['temperature']),
+            'attention': jnp.take_along_axis(outputs.attention, places_BxT, axis=1),
+            'evidence': jnp.take_along_axis(outputs.evidence, places_BxT[..., None], axis=1),
+        }
 
     return predict
 

@@ -22,10 +22,12 @@ from covidjax.experiment import common, slices
 from covidjax.experiment.common import Experiment, Findings, PaperTable
 from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
+from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.report import figures
+from covidjax.report.leading import get_shown_map
 from covidjax.report.scans import build_scan_sections, score_slice_attention
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
@@ -161,11 +163,13 @@ class ScanPredictions(NamedTuple):
     Attributes:
       logits: [M, K] from the sequence model.
       attention: per scan [T].
+      evidence: per scan [T, K], the share of each slice in the logits (see `seq.HeadOutputs`).
       slice_probabilities: per scan [T, K], from the slice model alone.
     """
 
     logits: np.ndarray
     attention: list[np.ndarray]
+    evidence: list[np.ndarray]
     slice_probabilities: list[np.ndarray]
 
 
@@ -189,9 +193,10 @@ def create_predictor(
         apply = functools.partial(_apply, model, variables)
         for member, outputs in run_pass(apply, batches, chosen, batch_size):
             t = len(chosen[member].records)
-            found[member] = (outputs.logits, outputs.attention[:t], softmax(outputs.slice_logits[:t]))
-        logits, attention, slice_probabilities = zip(*(found[m] for m in range(len(found))), strict=True)
-        return ScanPredictions(np.stack(logits), list(attention), list(slice_probabilities))
+            of_slices = softmax(outputs.slice_logits[:t])
+            found[member] = (outputs.logits, outputs.attention[:t], outputs.evidence[:t], of_slices)
+        logits, *lists = zip(*(found[m] for m in range(len(found))), strict=True)
+        return ScanPredictions(np.stack(logits), *map(list, lists))
 
     return predict
 
@@ -274,8 +279,8 @@ def create_embedding_feed(
         )
 
     def forward(variables, embeddings, batch):
-        logits, _ = classifier.apply({'params': variables['params']['sequence']}, embeddings, batch['length'])
-        return logits, variables['batch_stats']
+        outputs = classifier.apply({'params': variables['params']['sequence']}, embeddings, batch['length'])
+        return outputs.logits, variables['batch_stats']
 
     @jax.jit
     def classify(variables, batch):
@@ -319,6 +324,13 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
     def examine(variables: dict[str, Any], predictions: dict[str, ScanPredictions], _: dict[str, Any]) -> Findings:
         probabilities, attention = softmax(predictions['test'].logits), predictions['test'].attention
         slice_attention = score_slice_attention(chosen['test'], data, attention)
+        called, shares = probabilities.argmax(1), predictions['test'].evidence
+        compared = [contrast(e[np.newaxis], c[np.newaxis]) for e, c in zip(shares, called, strict=True)]
+        slice_evidence = slice_attention and {
+            name: score_slice_attention(chosen['test'], data, [of_scan[name][0] for of_scan in compared])
+            for name in compared[0]
+        }
+        lead = _load_lead(extractor_dir)
         found = _compare(config, data, selections, predictions, probabilities)
         shown = build_scan_sections(
             model.extractor,
@@ -328,8 +340,16 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
             probabilities,
             attention,
             slice_attention,
+            slice_evidence,
+            get_shown_map({'explanations': {'leading_map': lead}}),
         )
-        return found._replace(results={'slice_attention': slice_attention, **found.results}, sections=shown)
+        results = {
+            'slice_attention': slice_attention,
+            'slice_evidence': slice_evidence,
+            'explanations': {'leading_map': lead},
+            **found.results,
+        }
+        return found._replace(results=results, sections=shown)
 
     return Experiment(
         config=config,
@@ -351,6 +371,13 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         predict=create_predictor(model, data, selections, config.train.batch_size),
         examine=examine,
     )
+
+
+def _load_lead(extractor_dir: Path) -> dict[str, Any] | None:
+    """Returns the leading map of the slice run, None if it is not there or has not scored its maps."""
+    if not (extractor_dir / 'results.json').exists():
+        return None
+    return common.load_output(extractor_dir, 'results.json').get('explanations', {}).get('leading_map')
 
 
 def get_extractor(variables: dict[str, Any]) -> dict[str, Any]:
@@ -402,6 +429,10 @@ def _compare(
             **{f'vote_{name}': p for name, p in zip(CLASSES, votes[rule].T, strict=True)},
             'slices': [' '.join(map(str, scan.slices)) for scan in test],
             'attention': [' '.join(f'{x:.6f}' for x in a) for a in predictions['test'].attention],
+            **{
+                f'evidence_{name}': [' '.join(f'{x:.6f}' for x in e[:, c]) for e in predictions['test'].evidence]
+                for c, name in enumerate(CLASSES)
+            },
         },
         figures={
             'confusion_matrix_vote.png': figures.render_confusion_matrix(

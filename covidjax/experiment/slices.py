@@ -148,11 +148,17 @@ def create_experiment(
         lesions = outlined
         if lesions is None:
             lesions = read_phantom_lesions(data.raw_dir, data.rows['test'], config.data.image_size, config.data.region)
-        explanations = score_explanations(model, variables, data, lesions, occlusion=occlusion)
+        # Phantoms have other slices with lesions to choose the leading map on; a folder of lesions is divided.
+        choosing = (
+            read_phantom_lesions(data.raw_dir, data.rows['val'], config.data.image_size, config.data.region)
+            if outlined is None
+            else []
+        )
+        explanations = score_explanations(model, variables, data, lesions, choosing, occlusion=occlusion)
         probabilities = softmax(predictions['test'].logits)
         return _compare(data, predictions, probabilities, rules)._replace(
             results={'explanations': explanations},
-            sections=build_slice_sections(model, variables, data, probabilities, lesions, explanations),
+            sections=build_slice_sections(model, variables, data, probabilities, explanations),
         )
 
     return Experiment(

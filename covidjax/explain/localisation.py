@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from covidjax.data.lesions import LesionSlice
 from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
 
-TOP_K = (1, 3)
+TOP_K = (1, 3, 5)
 
 
 def compute_pointing(scores: np.ndarray, target: np.ndarray) -> float:
@@ -66,7 +66,13 @@ def score_maps(maps: np.ndarray, masks: np.ndarray, slices: Sequence[LesionSlice
       'pointing', 'energy_lesion', 'energy_lung', 'auc' and 'dice' (of the masks), each an `average_by_patient`.
     """
     patients = [s.patient for s in slices]
-    by_slice = {
+    by_slice = score_each(maps, masks, slices)
+    return {name: average_by_patient(values, patients) for name, values in by_slice.items()}
+
+
+def score_each(maps: np.ndarray, masks: np.ndarray, slices: Sequence[LesionSlice]) -> dict[str, list[float | None]]:
+    """Returns the scores of `score_maps` for each slice; None where a score does not exist."""
+    return {
         'pointing': [compute_pointing(m, s.lesion) for m, s in zip(maps, slices, strict=True)],
         'energy_lesion': [compute_energy(m, s.lesion) for m, s in zip(maps, slices, strict=True)],
         'energy_lung': [
@@ -75,7 +81,6 @@ def score_maps(maps: np.ndarray, masks: np.ndarray, slices: Sequence[LesionSlice
         'auc': [compute_rank_auc(m, s.lesion) for m, s in zip(maps, slices, strict=True)],
         'dice': [compute_dice(m, s.lesion) for m, s in zip(masks, slices, strict=True)],
     }
-    return {name: average_by_patient(values, patients) for name, values in by_slice.items()}
 
 
 def score_slice_attention(attention: Sequence[np.ndarray], shows_lesion: Sequence[np.ndarray]) -> dict[str, dict]:

@@ -1,6 +1,6 @@
-"""Attention maps, Grad-CAM and occlusion maps of a slice model, and checks of such maps.
+"""Attention, evidence and occlusion maps of a slice model, and checks of such maps.
 
-Attention is class-agnostic: one map for all classes. Grad-CAM and occlusion maps are of one class.
+Attention is class-agnostic: one map for all classes. Evidence and occlusion maps are of one class.
 
 Shapes: N slices, S their side, K classes, h and w the sides of a feature map.
 """
@@ -18,6 +18,7 @@ import scipy.stats
 
 from covidjax.data.preprocess import compute_otsu_threshold
 from covidjax.evaluation.outputs import apply_in_batches
+from covidjax.explain.evidence import combine_evidence
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.progress import track
@@ -32,59 +33,30 @@ class Explanations(NamedTuple):
     Attributes:
       probabilities: [N, K].
       attention: per module [N, h, w]; each map sums to 1.
-      grad_cam: of the requested class, [N, h, w] at the last stage, at least 0.
+      evidence: per module [N, h, w, K], see `att2.Att2Outputs`.
     """
 
     probabilities: np.ndarray
     attention: tuple[np.ndarray, np.ndarray]
-    grad_cam: np.ndarray
+    evidence: tuple[np.ndarray, np.ndarray]
 
 
 @functools.partial(compile_fast, static_argnums=(0, 1))
-def _explain(model: Att2, full: bool, variables: Any, images: jax.Array, classes_N: jax.Array) -> Explanations:
-    features = None
-
-    def add_to_last_stage(change, next_method, args, kwargs, context):
-        nonlocal features
-        outputs = next_method(*args, **kwargs)
-        if context.module.name != 'backbone' or context.method_name != '__call__':
-            return outputs
-        features = outputs[-1]
-        return [*outputs[:-1], features if change is None else features + change]
-
-    def apply(change):
-        with nn.intercept_methods(functools.partial(add_to_last_stage, change)):
-            return model.apply(variables, normalise(images), train=False, full=full)
-
-    def score(change):
-        outputs = apply(change)
-        return jnp.take_along_axis(outputs.logits, classes_N[:, None], axis=1).sum(), (outputs, features)
-
-    # The gradient with respect to the features equals that with respect to `change`, which is added to them.
-    jax.eval_shape(apply, None)
-    gradients, (outputs, found) = jax.grad(score, has_aux=True)(jnp.zeros(features.shape, features.dtype))
-    weights_NxC = gradients.mean((1, 2))
-    grad_cam = nn.relu(jnp.einsum('nhwc,nc->nhw', found, weights_NxC))
-    return Explanations(nn.softmax(outputs.logits), outputs.attention, grad_cam)
+def _explain(model: Att2, full: bool, variables: Any, images: jax.Array) -> Explanations:
+    outputs = model.apply(variables, normalise(images), train=False, full=full)
+    return Explanations(nn.softmax(outputs.logits), outputs.attention, outputs.evidence)
 
 
-def explain(
-    model: Att2, variables: Any, images: np.ndarray, classes_N: Sequence[int], *, full: bool = False
-) -> Explanations:
-    """Computes class probabilities, attention maps and Grad-CAM of slices.
-
-    Grad-CAM (Selvaraju et al. 2017): the features of the last stage (the paper's convolution 49), weighted by the mean
-    gradient of the class's logit and summed over channels; negative sums become 0.
+def explain(model: Att2, variables: Any, images: np.ndarray, *, full: bool = False) -> Explanations:
+    """Computes class probabilities, attention and evidence of slices in one pass of the model.
 
     Args:
       model: the slice model.
       variables: its parameters and batch statistics.
       images: uint8 [N, S, S, 1], N at least 1.
-      classes_N: the class of each slice's Grad-CAM.
       full: computes the tail even if it cannot change the output.
     """
-    apply = functools.partial(_explain, model, full, variables)
-    return apply_in_batches(apply, BATCH_SIZE, images, np.asarray(classes_N, np.int32))
+    return apply_in_batches(functools.partial(_explain, model, full, variables), BATCH_SIZE, images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +123,12 @@ def _blur(images: np.ndarray) -> np.ndarray:
 
 
 def compute_erasure_curves(
-    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, maps: np.ndarray, classes_N: Sequence[int]
+    predict: Callable[[np.ndarray], np.ndarray],
+    images: np.ndarray,
+    maps: np.ndarray,
+    classes_N: Sequence[int],
+    *,
+    num_steps: int = NUM_STEPS,
 ) -> dict[str, np.ndarray]:
     """Computes the probability of a class while a map's highest pixels are blurred or restored (Petsiuk 2018).
 
@@ -160,9 +137,10 @@ def compute_erasure_curves(
       images: uint8 [N, S, S, 1].
       maps: [N, S, S]; equal values are taken in reading order.
       classes_N: the class of each slice.
+      num_steps: of the curves.
 
     Returns:
-      'deletion' and 'insertion', float [N, NUM_STEPS + 1]: the probability with 0, 1/NUM_STEPS ... 1 of the pixels
+      'deletion' and 'insertion', float [N, num_steps + 1]: the probability with 0, 1/num_steps ... 1 of the pixels
       blurred, or restored in the blurred slice. For a good map deletion falls early and insertion rises early.
     """
     classes_N = np.asarray(classes_N)
@@ -170,9 +148,9 @@ def compute_erasure_curves(
     n, size = len(images), images.shape[1]
     ranks = np.empty((n, size * size), int)
     np.put_along_axis(ranks, np.argsort(-maps.reshape(n, -1), axis=1, kind='stable'), np.arange(size * size)[None], 1)
-    curves = {'deletion': np.empty((n, NUM_STEPS + 1)), 'insertion': np.empty((n, NUM_STEPS + 1))}
-    for step in range(NUM_STEPS + 1):
-        highest = (ranks < step / NUM_STEPS * size * size).reshape(n, size, size, 1)
+    curves = {'deletion': np.empty((n, num_steps + 1)), 'insertion': np.empty((n, num_steps + 1))}
+    for step in range(num_steps + 1):
+        highest = (ranks < step / num_steps * size * size).reshape(n, size, size, 1)
         for name, changed in (
             ('deletion', np.where(highest, blurred, images)),
             ('insertion', np.where(highest, images, blurred)),
@@ -224,11 +202,16 @@ def compute_randomisation(
     there is one, is a control: under 'additive' compatibility it must change nothing.
 
     Returns:
-      A dict per row, the control first: 'shuffled', the name of the shuffled parts; 'attention' and 'grad_cam',
-      Spearman's rank correlation with the intact model's maps, mean over the slices that have one, None if none has;
-      'changed', the largest difference of a probability.
+      A dict per row, the control first: 'shuffled', the name of the shuffled parts; 'attention' (both modules combined)
+      and 'evidence' (of both modules, for the given classes), Spearman's rank correlation with the intact model's maps,
+      mean over the slices that have one, None if none has; 'changed', the largest difference of a probability.
     """
-    intact = explain(model, variables, images, classes_N, full=True)
+
+    def get_evidence(explained: Explanations) -> np.ndarray:
+        evidence = np.asarray(combine_evidence(explained.evidence, 32, model.combination))
+        return np.stack([of_slice[..., c] for of_slice, c in zip(evidence, classes_N, strict=True)])
+
+    intact = explain(model, variables, images, full=True)
     parts = list_parts(variables['params'])
     rows = []
     if 'tail_0' in variables['params']:
@@ -242,19 +225,19 @@ def compute_randomisation(
         rows.append((name, lambda path, prefixes=prefixes: path.startswith(prefixes)))
     results = []
     for name, chosen in rows:
-        changed = explain(model, randomise(variables, chosen, seed=seed), images, classes_N, full=True)
+        changed = explain(model, randomise(variables, chosen, seed=seed), images, full=True)
         results.append(
             {
                 'shuffled': name,
-                'attention': _correlate(*(combine_attention(x.attention, 32) for x in (intact, changed))),
-                'grad_cam': _correlate(intact.grad_cam, changed.grad_cam),
+                'attention': correlate(*(combine_attention(x.attention, 32) for x in (intact, changed))),
+                'evidence': correlate(get_evidence(intact), get_evidence(changed)),
                 'changed': float(np.abs(intact.probabilities - changed.probabilities).max()),
             }
         )
     return results
 
 
-def _correlate(first: np.ndarray, second: np.ndarray) -> float | None:
+def correlate(first: np.ndarray, second: np.ndarray) -> float | None:
     """Returns the mean rank correlation of pairs of maps, leaving out pairs with a flat map."""
     found = [
         scipy.stats.spearmanr(a.ravel(), b.ravel()).statistic

@@ -27,11 +27,16 @@ class Att2Outputs(NamedTuple):
       logits: [B, K] float32.
       embedding: [B, C1 + C2] context vectors of both modules, before dropout; 3072 wide in the paper.
       attention: one map per module, [B, h, w]; each map sums to 1. 14x14 and 7x7 at 224 px.
+      evidence: per module [B, h, w, K], e_ic = a_i <w_c, x_i>: the share of position i in the logit of class c, with
+        attention a_i, local feature x_i and the module's part w_c of the classifier. Positive for the class, negative
+        against it. With 'concat' the shares are exact: logit_c = bias_c + sum of e_ic over the positions of both
+        modules. With 'average' this holds for each module's own logit. Dropout is left out.
     """
 
     logits: jax.Array
     embedding: jax.Array
     attention: tuple[jax.Array, jax.Array]
+    evidence: tuple[jax.Array, jax.Array]
 
 
 class Att2(nn.Module):
@@ -56,7 +61,7 @@ class Att2(nn.Module):
       backbone: one of BACKBONES.
       dropout: share of the embedding that is set to 0 in training; the rest is scaled up.
       mirror: True averages the context vectors of a slice and of its mirror image in evaluation, and their attention
-        maps after mirroring back. Takes twice the time.
+        and evidence maps after mirroring back. The shares stay exact. Takes twice the time.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -113,8 +118,8 @@ class Att2(nn.Module):
         tail = [BLOCKS[self.block](features, axis_name=self.axis_name, name=f'tail_{i}') for i in range(tail_blocks)]
         attend = [ImageAttention(self.compatibility, features, name=f'attention{i + 1}') for i in range(2)]
 
-        def look(images: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-            """Returns both modules' context vectors and attention maps."""
+        def look(images: jax.Array) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+            """Returns both modules' context vectors, attention maps and local features."""
             *_, x1, x2 = backbone(images, train=train)
             g = None
             if full or self.compatibility in NEED_GLOBAL_FEATURE:
@@ -128,28 +133,39 @@ class Att2(nn.Module):
                 context_BxC, attention_BxN = module(local.reshape(b, h * w, c), g)
                 contexts.append(context_BxC)
                 maps.append(attention_BxN.reshape(b, h, w))
-            return contexts, maps
+            return contexts, maps, [x1, x2]
 
-        contexts, maps = look(images_BxHxWx1)
+        views = [look(images_BxHxWx1)]
         if self.mirror and not train:
-            others, mirrored = look(images_BxHxWx1[:, :, ::-1])
-            contexts = [(a + b) / 2 for a, b in zip(contexts, others, strict=True)]
-            maps = [(a + b[:, :, ::-1]) / 2 for a, b in zip(maps, mirrored, strict=True)]
+            views.append(look(images_BxHxWx1[:, :, ::-1]))
+        contexts = [sum(of_module) / len(views) for of_module in zip(*(view[0] for view in views), strict=True)]
         embedding = jnp.concatenate(contexts, axis=-1)
         if dropout_keys_B is not None:
             kept = _drop_out(embedding, self.dropout, dropout_keys_B)
             contexts = jnp.split(kept, [contexts[0].shape[-1]], axis=-1)
         if self.combination == 'concat':
-            logits = nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(
-                jnp.concatenate(contexts, axis=-1)
-            )
+            classifier = nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')
+            logits = classifier(jnp.concatenate(contexts, axis=-1))
+            weights = jnp.split(classifier.variables['params']['kernel'], [contexts[0].shape[-1]])
         else:
-            log_p = [
-                nn.log_softmax(nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name=f'classifier{i + 1}')(context))
-                for i, context in enumerate(contexts)
+            classifiers = [
+                nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name=f'classifier{i + 1}') for i in range(2)
             ]
+            log_p = [nn.log_softmax(apply(context)) for apply, context in zip(classifiers, contexts, strict=True)]
             logits = jax.nn.logsumexp(jnp.stack(log_p), axis=0) - jnp.log(len(log_p))
-        return Att2Outputs(logits, embedding, (maps[0], maps[1]))
+            weights = [classifier.variables['params']['kernel'] for classifier in classifiers]
+        attention = [average_views(of_module) for of_module in zip(*(maps for _, maps, _ in views), strict=True)]
+        shares = [
+            [a[..., None] * (x @ w) for a, x, w in zip(maps, features, weights, strict=True)]
+            for _, maps, features in views
+        ]
+        evidence = [average_views(of_module) for of_module in zip(*shares, strict=True)]
+        return Att2Outputs(logits, embedding, tuple(attention), tuple(evidence))
+
+
+def average_views(maps: Sequence[jax.Array]) -> jax.Array:
+    """Returns the mean of the maps [B, h, w, ...] of a slice and, if there, of its mirror image, mirrored back."""
+    return maps[0] if len(maps) == 1 else (maps[0] + maps[1][:, :, ::-1]) / 2
 
 
 def _drop_out(x_BxC: jax.Array, rate: float, keys_B: jax.Array) -> jax.Array:

@@ -21,12 +21,30 @@ class SeqOutputs(NamedTuple):
     Attributes:
       logits: [B, K], one row per scan.
       attention: [B, T] over the slices of a scan; sums to 1, 0 on padding.
+      evidence: [B, T, K], see `HeadOutputs`.
       slice_logits: [B, T, K], the extractor's logits for each slice alone; arbitrary on padding.
     """
 
     logits: jax.Array
     attention: jax.Array
+    evidence: jax.Array
     slice_logits: jax.Array
+
+
+class HeadOutputs(NamedTuple):
+    """Outputs of the part after the extractor.
+
+    Attributes:
+      logits: [B, K], one row per scan.
+      attention: [B, T] over the slices of a scan; sums to 1, 0 on padding.
+      evidence: [B, T, K], e_tc = a_t <w_c, h_t>: the share of slice t in the logit of class c, 0 on padding. The logit
+        is bias_c + sum over t of e_tc. The attention averages h_t: in the gated head the embedding of the slice, in the
+        other head the state of the LSTM at the slice, which also depends on the other slices.
+    """
+
+    logits: jax.Array
+    attention: jax.Array
+    evidence: jax.Array
 
 
 def masked_softmax(scores_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -68,14 +86,17 @@ class SequenceClassifier(nn.Module):
     num_classes: int = 3
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns logits [B, K] and attentions [B, T]; positions >= lengths_B have no influence."""
+    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> HeadOutputs:
+        """Classifies scans; positions >= lengths_B have no influence."""
         dtype = jnp.result_type(float)  # for parameters and carry: float64 only under jax_enable_x64
         forward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='forward'))
         backward = nn.RNN(nn.OptimizedLSTMCell(self.hidden, param_dtype=dtype, name='backward'))
         h_BxTxH = nn.Bidirectional(forward, backward)(x_BxTxE, seq_lengths=lengths_B)
         context_BxH, attention_BxT = GlobalAttention(name='attention')(h_BxTxH, lengths_B)
-        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxH), attention_BxT
+        classifier = nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')
+        return HeadOutputs(
+            classifier(context_BxH), attention_BxT, compute_slice_evidence(classifier, h_BxTxH, attention_BxT)
+        )
 
 
 class GatedClassifier(nn.Module):
@@ -93,15 +114,24 @@ class GatedClassifier(nn.Module):
     num_classes: int = 3
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns logits [B, K] and attentions [B, T]; positions from lengths_B on have no influence."""
+    def __call__(self, x_BxTxE: jax.Array, lengths_B: jax.Array) -> HeadOutputs:
+        """Classifies scans; positions from lengths_B on have no influence."""
         signal = nn.tanh(nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name='V')(x_BxTxE))
         gate = nn.sigmoid(nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name='U')(x_BxTxE))
         scores_BxT = nn.Dense(1, use_bias=False, kernel_init=LINEAR_INIT, name='w')(signal * gate)[..., 0]
         mask_BxT = jnp.arange(x_BxTxE.shape[1])[None] < lengths_B[:, None]
         attention_BxT = masked_softmax(scores_BxT, mask_BxT)
-        context_BxE = jnp.einsum('bt,bte->be', attention_BxT, jnp.where(mask_BxT[..., None], x_BxTxE, 0))
-        return nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')(context_BxE), attention_BxT
+        kept_BxTxE = jnp.where(mask_BxT[..., None], x_BxTxE, 0)
+        context_BxE = jnp.einsum('bt,bte->be', attention_BxT, kept_BxTxE)
+        classifier = nn.Dense(self.num_classes, kernel_init=LINEAR_INIT, name='classifier')
+        return HeadOutputs(
+            classifier(context_BxE), attention_BxT, compute_slice_evidence(classifier, kept_BxTxE, attention_BxT)
+        )
+
+
+def compute_slice_evidence(classifier: nn.Dense, h_BxTxH: jax.Array, attention_BxT: jax.Array) -> jax.Array:
+    """Returns a_t <w_c, h_t>, [B, T, K] (see `HeadOutputs`); the classifier was applied before."""
+    return attention_BxT[..., None] * (h_BxTxH @ classifier.variables['params']['kernel'])
 
 
 HEADS = {'lstm': SequenceClassifier, 'gated': GatedClassifier}  # what follows the extractor
@@ -158,8 +188,8 @@ class Seq(nn.Module):
         else:
             outputs = apply_extractor(self.extractor.clone(parent=None), self.extractor.variables, slices)
         embeddings = jax.lax.stop_gradient(outputs.embedding).reshape(b, t, -1)
-        logits, attention = self.create_classifier('sequence')(embeddings, lengths_B)
-        return SeqOutputs(logits, attention, jax.lax.stop_gradient(outputs.logits).reshape(b, t, -1))
+        head = self.create_classifier('sequence')(embeddings, lengths_B)
+        return SeqOutputs(*head, jax.lax.stop_gradient(outputs.logits).reshape(b, t, -1))
 
 
 def is_extractor(path: str) -> bool:

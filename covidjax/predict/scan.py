@@ -19,11 +19,13 @@ from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
 from covidjax.evaluation.novelty import compute_novelty
 from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
+from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import Run, load_run
+from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
-from covidjax.models.seq import HEADS, GatedClassifier, SequenceClassifier
+from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
 from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
 from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
 
@@ -137,11 +139,13 @@ def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Predict
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
         attention, temperature = None, run.rules['temperature']
+        shares, bias = sum_evidence(run, outputs)
         scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
     else:
         stored, rule, temperature = run.rules, None, 1.0
         model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
-        scan_logits, attention = apply_sequence(model, run.sequence, outputs.embedding)
+        scan_logits, attention, shares = apply_sequence(model, run.sequence, outputs.embedding)
+        bias = run.sequence['classifier']['bias']
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
@@ -168,6 +172,10 @@ def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Predict
         'probabilities': dict(zip(CLASSES, probabilities[0].tolist(), strict=True)),
         **_describe_rules(stored, probabilities),
         'vote': rule and {'rule': rule, 'is_chosen_on_validation': stored is not None},
+        'evidence': {
+            'of': 'the logits of each slice' if attention is None else 'the logits of the scan',
+            'bias': np.asarray(bias).tolist(),
+        },
         'rests_on': sorted((used[top] + 1).tolist()),
         'slices_called': dict(zip(CLASSES, np.bincount(of_slices.argmax(1), minlength=3).tolist(), strict=True)),
         'novelty': None
@@ -180,31 +188,55 @@ def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Predict
                 'box': [int(side) for side in boxes[place]],
                 'probabilities': of_slices[i].tolist(),
                 'attention': None if attention is None else float(attention[i]),
+                'evidence': shares[i].tolist(),
                 'novelty': None if novelty is None else float(novelty[i]),
             }
             for i, place in enumerate(used.tolist())
         ],
     }
     summary['verdict'] = _find_verdict(summary)
-    return Prediction(summary, used, boxes, prepared.images, of_slices, attention, outputs.attention, novelty)
+    explained = Explanations(softmax(outputs.logits), outputs.attention, outputs.evidence)
+    return Prediction(
+        summary,
+        used,
+        boxes,
+        prepared.images,
+        of_slices,
+        attention,
+        evidence=shares,
+        explained=explained,
+        combination=run.slice_model.combination,
+        novelty=novelty,
+    )
+
+
+def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the evidence of each slice in its own logits, summed over its pixels [N, K], and the bias [K].
+
+    With 'concat' their sum is the logit. With 'average' both are means over the modules.
+    """
+    sums, params = sum(of_module.sum((1, 2)) for of_module in outputs.evidence), run.slice_variables['params']
+    if run.slice_model.combination == 'concat':
+        return sums, params['classifier']['bias']
+    return sums / 2, (params['classifier1']['bias'] + params['classifier2']['bias']) / 2
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply_sequence(
     model: SequenceClassifier | GatedClassifier, params: dict[str, Any], embeddings_1xTxE: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> HeadOutputs:
     return model.apply({'params': params}, embeddings_1xTxE, lengths)
 
 
 def apply_sequence(
     model: SequenceClassifier | GatedClassifier, params: dict[str, Any], embeddings_TxE: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits [K] and attention [T] of the sequence model, whose extractor gave the embeddings."""
+) -> HeadOutputs:
+    """Returns logits [K], attention [T] and evidence [T, K] of the sequence model, given the extractor's embeddings."""
     count = len(embeddings_TxE)
     padded = np.zeros((1, sequences.pad_length(count), embeddings_TxE.shape[1]), np.float32)
     padded[0, :count] = embeddings_TxE
-    logits, attention = jax.device_get(_apply_sequence(model, params, padded, np.array([count], np.int32)))
-    return logits[0], attention[0, :count]
+    outputs = jax.device_get(_apply_sequence(model, params, padded, np.array([count], np.int32)))
+    return HeadOutputs(outputs.logits[0], outputs.attention[0, :count], outputs.evidence[0, :count])
 
 
 def _describe_rules(rules: dict[str, Any] | None, probabilities_1xK: np.ndarray) -> dict[str, Any]:

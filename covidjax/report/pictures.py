@@ -18,6 +18,7 @@ from covidjax.report.charts import use_style
 
 _GREY_MAP = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
 _SCALE = ScalarMappable(Normalize(0, 1), 'inferno')  # for overlaid maps
+_SIGNED = ScalarMappable(Normalize(-1, 1), 'RdBu_r')  # for overlaid maps that are for or against a class
 
 
 class Example(NamedTuple):
@@ -27,11 +28,13 @@ class Example(NamedTuple):
       title: text above the slice.
       image: uint8 [S, S].
       overlay: drawn over the slice, [S, S]: a map in [0, 1], a bool mask (outlined), or None.
+      is_signed: the map is in [-1, 1]: red is for a class, blue is against it.
     """
 
     title: str
     image: np.ndarray
     overlay: np.ndarray | None = None
+    is_signed: bool = False
 
 
 def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]:
@@ -61,7 +64,7 @@ def outline_box(title: str, image: np.ndarray, box: Box) -> Example:
 
 
 def arrange_maps(
-    titles: Sequence[str], images: np.ndarray, maps: Mapping[str, np.ndarray]
+    titles: Sequence[str], images: np.ndarray, maps: Mapping[str, np.ndarray], *, is_signed: bool = False
 ) -> list[tuple[str, list[Example]]]:
     """Returns the rows of `render_maps`: each slice plain, then overlaid with each of its maps.
 
@@ -69,9 +72,16 @@ def arrange_maps(
       titles: one per slice [N].
       images: uint8 [N, S, S, 1].
       maps: map name -> overlays [N, S, S], as in `Example`.
+      is_signed: see `Example`.
     """
     return [
-        (title, [Example('slice', image), *(Example(name, image, of_kind[i]) for name, of_kind in maps.items())])
+        (
+            title,
+            [
+                Example('slice', image),
+                *(Example(name, image, of_kind[i], is_signed) for name, of_kind in maps.items()),
+            ],
+        )
         for i, (title, image) in enumerate(zip(titles, images[..., 0], strict=True))
     ]
 
@@ -117,14 +127,15 @@ def _show(axes: Axes, example: Example, *, fontsize: float) -> None:
         if example.overlay.any():
             axes.contour(example.overlay, [0.5], colors='#ff5a4d', linewidths=0.8)
         return
-    axes.imshow(example.overlay, cmap=_SCALE.cmap, norm=_SCALE.norm, alpha=0.55)
+    scale = _SIGNED if example.is_signed else _SCALE
+    axes.imshow(example.overlay, cmap=scale.cmap, norm=scale.norm, alpha=0.55)
 
 
 def render_maps(rows: Sequence[tuple[str, Sequence[Example]]], *, scale: str) -> Figure:
     """Draws one row per slice, with its title on the left: the slice and its maps.
 
     Args:
-      rows: title and pictures; all rows have the same length.
+      rows: title and pictures; all rows have the same length, and all maps are signed or none is.
       scale: label of the colour bar.
     """
     with use_style():
@@ -140,5 +151,7 @@ def render_maps(rows: Sequence[tuple[str, Sequence[Example]]], *, scale: str) ->
                 for spine in axes.spines.values():
                     spine.set_visible(False)
             grid[line][0].set_ylabel(title, fontsize=8)
-        figure.colorbar(_SCALE, ax=grid, label=scale, shrink=min(1, 2.5 / len(rows)), ticks=[0, 0.5, 1])
+        is_signed = any(example.is_signed for _, examples in rows for example in examples)
+        shown, ticks = (_SIGNED, [-1, 0, 1]) if is_signed else (_SCALE, [0, 0.5, 1])
+        figure.colorbar(shown, ax=grid, label=scale, shrink=min(1, 2.5 / len(rows)), ticks=ticks)
         return figure

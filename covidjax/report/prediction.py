@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -14,10 +15,13 @@ from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import Box
 from covidjax.data.scan.volume import Volume
 from covidjax.evaluation.novelty import QUANTILE
-from covidjax.explain.maps import combine_attention, scale_to_unit, segment, upsample
+from covidjax.explain import catalogue
+from covidjax.explain.evidence import combine_evidence, contrast, scale_signed
+from covidjax.explain.maps import Explanations, segment
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
+from covidjax.report.leading import get_shown_map
 from covidjax.report.page import Table, write_page
-from covidjax.report.pictures import Example, render_maps, render_panels
+from covidjax.report.pictures import Example, arrange_maps, render_maps, render_panels
 from covidjax.report.sections import TARGETS, Section, describe_interval
 
 _NUM_MONTAGE, _COLUMNS = 16, 4
@@ -39,7 +43,10 @@ class Prediction(NamedTuple):
       images: the slices as the model saw them, uint8 [T, S, S].
       probabilities: of each single slice [T, K].
       attention: of the sequence model to the slices [T]; None for a slice model.
-      maps: attention maps of both modules for each slice.
+      evidence: per slice and class [T, K]: of a sequence model, the share of the slice in the logit of the scan; of a
+        slice model, the evidence in the slice's own logit, summed over its pixels.
+      explained: attention and evidence maps of the slices.
+      combination: of the slice model, one of `att2.COMBINATIONS`.
       novelty: distance / threshold of each slice [T]; None if the run has no novelty statistics.
     """
 
@@ -49,7 +56,9 @@ class Prediction(NamedTuple):
     images: np.ndarray
     probabilities: np.ndarray
     attention: np.ndarray | None
-    maps: tuple[np.ndarray, np.ndarray]
+    evidence: np.ndarray
+    explained: Explanations
+    combination: str
     novelty: np.ndarray | None
 
 
@@ -80,7 +89,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
         sections=[
             _build_verdict(summary),
             _build_course(prediction),
-            _build_top(prediction),
+            _build_top(prediction, results),
             _build_montage(prediction),
             _build_novelty(prediction),
             _build_reading(volume, prediction),
@@ -171,8 +180,8 @@ def _render_course(prediction: Prediction) -> Figure:
     numbers, attention = prediction.used + 1, prediction.attention
     style = {'marker': 'o', 'markersize': 3} if len(numbers) <= 40 else {}
     with use_style():
-        figure = Figure(figsize=(7.5, 3 if attention is None else 4.2), layout='constrained')
-        lines = figure.subplots(1 if attention is None else 2, 1, sharex=True, squeeze=False)[:, 0]
+        figure = Figure(figsize=(7.5, 3 if attention is None else 5.6), layout='constrained')
+        lines = figure.subplots(1 if attention is None else 3, 1, sharex=True, squeeze=False)[:, 0]
         for label, name in enumerate(CLASSES):
             lines[0].plot(numbers, prediction.probabilities[:, label], color=COLOURS[name], label=name, **style)
         for number in prediction.summary['rests_on']:
@@ -182,37 +191,71 @@ def _render_course(prediction: Prediction) -> Figure:
         if attention is not None:
             lines[1].bar(numbers, attention, width=max(0.6, np.ptp(numbers) / len(numbers) / 2), color=FIRST)
             lines[1].set(ylabel='Attention to it')
+            for label, name in enumerate(CLASSES):
+                lines[2].plot(numbers, prediction.evidence[:, label], color=COLOURS[name], **style)
+            lines[2].set(ylabel='Its evidence')
         lines[-1].set_xlabel('Slice, from head to feet (dotted: top slices)')
         return figure
 
 
-def _build_top(prediction: Prediction) -> Section:
+def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
     places = np.searchsorted(prediction.used, np.array(prediction.summary['rests_on']) - 1)
     images, size = prediction.images[places], prediction.images.shape[1]
-    attention = tuple(maps[places] for maps in prediction.maps)
-    first, second = (scale_to_unit(upsample(maps, size)) for maps in attention)
-    both = combine_attention(attention, size)
-    rows = []
-    for i, place in enumerate(places):
-        best = prediction.probabilities[place].argmax()
-        title = f'{prediction.used[place] + 1}: {CLASSES[best]}\n{prediction.probabilities[place, best]:.2f}'
-        kinds = (('slice', None), ('attention 1', first[i]), ('attention 2', second[i]), ('both', both[i]))
-        region = Example('region', images[i], segment(both[i : i + 1])[0])
-        rows.append((title, [*(Example(kind, images[i], overlay) for kind, overlay in kinds), region]))
+    explained = jax.tree.map(lambda of_slices: of_slices[places], prediction.explained)
+    combination = prediction.combination
+    titles = [
+        f'{prediction.used[place] + 1}: {CLASSES[p.argmax()]}\n{p.max():.2f}'
+        for place, p in zip(places, prediction.probabilities[places], strict=True)
+    ]
     why = (
         'the highest probability of the predicted class'
         if prediction.attention is None
         else 'the highest attention of the sequence model'
     )
-    return Section(
-        'slices',
-        'Top slices',
-        [
-            f'The slices with {why}, as the model sees them: the attention of each module, both combined, and the '
-            'region at or above the Otsu threshold. Attention shows what the model weighed, not a lesion.',
-            create_picture(render_maps(rows, scale='scaled to 0..1'), 'The top slices with their attention maps'),
-        ],
-    )
+    of = prediction.summary['evidence']['of']
+    columns = ('slice', 'predicted', *(f'evidence, {name}' for name in CLASSES))
+    rows = [
+        (str(prediction.used[place] + 1), CLASSES[prediction.probabilities[place].argmax()], *map(float, shares))
+        for place, shares in zip(places, prediction.evidence[places], strict=True)
+    ]
+    parts: list[Any] = [
+        f'The slices with {why}, and their evidence: exact shares in {of} less the bias, positive for a class and '
+        'negative against it.',
+        Table(f'Evidence in {of}', columns, rows),
+    ]
+    shown = get_shown_map(results)
+    if shown is None:
+        examples = [Example(title, image) for title, image in zip(titles, images, strict=True)]
+        parts += [
+            'No map of this run beat chance when its maps were scored, so none is shown as an explanation.',
+            create_picture(render_panels({'': examples}, len(examples)), 'The top slices'),
+        ]
+        return Section('slices', 'Top slices', parts)
+    maps = catalogue.compute_maps(explained, size, combination)
+    maps |= catalogue.restrict(maps, catalogue.find_lungs(images[..., np.newaxis]))
+    of_slices = np.asarray(combine_evidence(explained.evidence, size, combination))
+    called = explained.probabilities.argmax(1)
+    signed = {name: scale_signed(values) for name, values in contrast(of_slices, called).items()}
+    regions = segment(maps[shown])
+    leading_rows = [
+        (title, [Example('slice', image), Example('map', image, m), Example('region', image, region)])
+        for title, image, m, region in zip(titles, images, maps[shown], regions, strict=True)
+    ]
+    parts += [
+        f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It '
+        'shows what the model weighed, not a lesion.',
+        create_picture(render_maps(leading_rows, scale='scaled to 0..1'), 'The top slices with the leading map'),
+        'Evidence of the slices in their own logits, pixel by pixel: red is for a class (or for the first of two), '
+        'blue against it.',
+        create_picture(
+            render_maps(
+                arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
+                scale='share in the logit, scaled to -1..1',
+            ),
+            'The top slices with their evidence maps',
+        ),
+    ]
+    return Section('slices', 'Top slices', parts)
 
 
 def _build_montage(prediction: Prediction) -> Section:

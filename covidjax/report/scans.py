@@ -8,9 +8,8 @@ import numpy as np
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES, Scan, thin_evenly
-from covidjax.evaluation.outputs import compute_outputs
-from covidjax.explain import localisation
-from covidjax.explain.maps import combine_attention
+from covidjax.explain import catalogue, localisation
+from covidjax.explain.maps import explain
 from covidjax.models.att2 import Att2
 from covidjax.report import pictures
 from covidjax.report.charts import create_picture
@@ -40,21 +39,30 @@ def score_slice_attention(
 
 
 def create_examples(
-    extractor: Att2, variables: Any, source: Sequence[dict], scan: Scan, attention_T: np.ndarray
+    extractor: Att2,
+    variables: Any,
+    source: Sequence[dict],
+    scan: Scan,
+    attention_T: np.ndarray,
+    shown_map: str | None = 'attention 1 x 2',
 ) -> tuple[list[Example], list[Example]]:
-    """Returns up to 16 evenly spaced slices of a scan: plain, and overlaid with attention maps.
+    """Returns up to 16 evenly spaced slices of a scan: plain, and overlaid with maps.
 
     Args:
-      extractor, variables: the slice model; its 'attention 1 x 2' maps are shown.
+      extractor, variables: the slice model, whose maps are shown.
       source: records of the split.
       scan: a scan of T slices.
       attention_T: of the sequence model. It scales the maps, relative to the highest weight shown.
+      shown_map: a name of `catalogue.compute_maps`, or None for no map.
     """
     thinned = thin_evenly(scan, NUM_SLICES) if len(scan.records) > NUM_SLICES else scan
     weights = np.array([attention_T[scan.records.index(record)] for record in thinned.records])
     images = np.stack([source[record]['image'] for record in thinned.records])
-    attention = compute_outputs(extractor, variables, images).attention
-    overlays = combine_attention(attention, images.shape[1]) * (weights / weights.max())[:, None, None]
+    overlays = [None] * len(images)
+    if shown_map is not None:
+        maps = catalogue.compute_maps(explain(extractor, variables, images), images.shape[1], extractor.combination)
+        maps |= catalogue.restrict(maps, catalogue.find_lungs(images))
+        overlays = maps[shown_map] * (weights / weights.max())[:, None, None]
     shown = list(zip(thinned.slices, weights, images[..., 0], overlays, strict=True))
     return (
         [Example(str(index), image) for index, _, image, _ in shown],
@@ -70,6 +78,8 @@ def build_scan_sections(
     probabilities: np.ndarray,
     attention: Sequence[np.ndarray],
     slice_attention: dict[str, dict] | None,
+    slice_evidence: dict[str, dict[str, dict]] | None,
+    shown_map: str | None,
 ) -> list[Section]:
     """Returns the sections 'samples', 'attention' and 'mistakes'.
 
@@ -80,6 +90,8 @@ def build_scan_sections(
       probabilities: of the sequence model, [M, K].
       attention: one array [T] per scan.
       slice_attention: from `score_slice_attention`; None if lesions are unknown.
+      slice_evidence: the same scores for the evidence of the slices, by compared classes.
+      shown_map: see `create_examples`.
     """
     source = data.sources['test']
     shown = {}
@@ -90,7 +102,9 @@ def build_scan_sections(
     plain, weighted = {}, {}
     for name, number in shown.items():
         title = f'{name}, predicted {CLASSES[probabilities[number].argmax()]}'
-        plain[title], weighted[title] = create_examples(extractor, variables, source, scans[number], attention[number])
+        plain[title], weighted[title] = create_examples(
+            extractor, variables, source, scans[number], attention[number], shown_map
+        )
     names = ', '.join(scans[number].scan for number in shown.values())
     samples = Section(
         'samples',
@@ -102,34 +116,31 @@ def build_scan_sections(
         ],
     )
     parts = [
-        'Each map combines both attention modules of the slice model. It is weighted by the attention of the sequence '
-        'model to the slice (as Fig. 6 of the paper). Above each slice: its number and its attention, which sums to 1 '
-        'over the scan.',
+        'Above each slice: its number and its attention, which sums to 1 over the scan.'
+        + (
+            ' No map is shown: none of the slice model beats chance.'
+            if shown_map is None
+            else f' The map {shown_map!r} of the slice model is weighted by this attention (as Fig. 6 of the paper, '
+            'which shows attention).'
+        ),
         create_picture(
-            pictures.render_panels(weighted, _COLUMNS, scale='attention 1 x 2 of a slice, weighted', width=_WIDTH),
-            'The same slices with attention maps, weighted by the attention to the slice',
+            pictures.render_panels(
+                weighted, _COLUMNS, scale='' if shown_map is None else 'map of a slice, weighted', width=_WIDTH
+            ),
+            'The same slices with maps, weighted by the attention to the slice',
         ),
     ]
     if slice_attention is None:
         parts.append('Not scored: these data do not say which slices show a lesion.')
     else:
-        rows = [
-            (what, score['mean'], score['interval'], score['number'])
-            for what, score in (
-                ('area under ROC, slices with a lesion against those without (chance 0.5)', slice_attention['auc']),
-                *(
-                    (f'{text} of {k} {"slice" if k == 1 else "slices"}', slice_attention[f'{key}@{k}'])
-                    for k in localisation.TOP_K
-                    for key, text in (
-                        ('hit', 'lesion among the highest'),
-                        ('chance', 'the same for a random choice'),
-                    )
-                ),
-            )
-        ]
         parts += [
-            'Attention as a detector of slices with a lesion, over the scans that have slices with and without one.',
-            Table('Attention over slices', ('score', 'mean over scans', 'interval', 'scans'), rows),
+            'How well attention and evidence detect the slices with a lesion, over the scans that have slices with and '
+            'without one. The evidence of a slice is its exact share in the logits of the scan.',
+            _list_slice_scores('Attention over slices', slice_attention),
+            *(
+                _list_slice_scores(f'Evidence of slices, {compared}', of_class)
+                for compared, of_class in slice_evidence.items()
+            ),
         ]
 
     def load_image(number: int) -> np.ndarray:
@@ -149,3 +160,18 @@ def build_scan_sections(
             note='Shown: the slice with the highest attention of each scan.',
         ),
     ]
+
+
+def _list_slice_scores(title: str, scores: dict[str, dict]) -> Table:
+    rows = [
+        (what, score['mean'], score['interval'], score['number'])
+        for what, score in (
+            ('area under ROC, slices with a lesion against those without (chance 0.5)', scores['auc']),
+            *(
+                (f'{text} of {k} {"slice" if k == 1 else "slices"}', scores[f'{key}@{k}'])
+                for k in localisation.TOP_K
+                for key, text in (('hit', 'lesion among the highest'), ('chance', 'the same for a random choice'))
+            ),
+        )
+    ]
+    return Table(title, ('score', 'mean over scans', 'interval', 'scans'), rows)

@@ -1,4 +1,4 @@
-"""Report sections of a slice run: sample slices, attention maps, map quality, and mistakes."""
+"""Report sections of a slice run: sample slices, the leading map, evidence, map quality, and mistakes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,11 +8,13 @@ import numpy as np
 from covidjax.data import covidx_ct
 from covidjax.data.lesions import LesionSlice
 from covidjax.data.lists import CLASSES
-from covidjax.explain import scores
+from covidjax.explain import catalogue, scores
+from covidjax.explain.evidence import combine_evidence, contrast, scale_signed
 from covidjax.explain.maps import explain, segment
 from covidjax.models.att2 import Att2
 from covidjax.report import figures, pictures
 from covidjax.report.charts import create_picture
+from covidjax.report.leading import describe_lead, list_margins
 from covidjax.report.mistakes import build_mistakes
 from covidjax.report.page import Table
 from covidjax.report.pictures import Example
@@ -20,25 +22,49 @@ from covidjax.report.sections import Section
 
 SAMPLES_PER_CLASS = 4
 _NUM_ERASED = 24
+_NUM_CHOOSING = 12  # for the leading map by erasure, which classifies each slice hundreds of times
 
 
 def score_explanations(
-    model: Att2, variables: Any, data: covidx_ct.Prepared, slices: Sequence[LesionSlice], *, occlusion: bool
+    model: Att2,
+    variables: Any,
+    data: covidx_ct.Prepared,
+    slices: Sequence[LesionSlice],
+    choosing: Sequence[LesionSlice],
+    *,
+    occlusion: bool,
 ) -> dict[str, Any]:
-    """Returns `explanations` of results.json: scores of the maps of the model.
+    """Returns `explanations` of results.json: scores of the maps of the model, and which map leads.
 
     Args:
       model, variables: the slice model.
-      data: holds the test slices; up to 24 of them are used for the erasure and sanity checks.
-      slices: slices with lesion masks; may be empty.
+      data: holds the validation and test slices; up to 24 test slices are used for the erasure and sanity checks.
+      slices: slices with lesion masks; may be empty. Then the leading map is chosen by erasure.
+      choosing: other slices with lesion masks to choose the leading map on; see `scores.lead_by_lesions`.
       occlusion: whether to score occlusion maps too, which is a hundred times slower.
     """
-    chosen = pictures.choose_examples(data.rows['test'], _NUM_ERASED // len(CLASSES))
-    images = np.stack([data.sources['test'][i]['image'] for numbers in chosen.values() for i in numbers])
+    images, patients = _load_some(data, 'test', _NUM_ERASED)
+    if slices:
+        localisation, lead = scores.lead_by_lesions(model, variables, slices, choosing, occlusion=occlusion)
+    else:
+        localisation = None
+        lead = scores.lead_by_erasure(
+            model, variables, images, patients, choosing=_load_some(data, 'val', _NUM_CHOOSING)[0]
+        )
+    faithfulness = scores.score_faithfulness(model, variables, images, lead['best'])
     return {
-        'localisation': scores.score_localisation(model, variables, slices, occlusion=occlusion) if slices else None,
-        **scores.score_faithfulness(model, variables, images),
+        'localisation': localisation,
+        'leading_map': {**lead, 'erasure': faithfulness.pop('erasure_of_best')},
+        **faithfulness,
     }
+
+
+def _load_some(data: covidx_ct.Prepared, split: str, count: int) -> tuple[np.ndarray, list[str]]:
+    """Returns up to `count` slices of a split, evenly over the classes, and their patients."""
+    chosen = pictures.choose_examples(data.rows[split], count // len(CLASSES))
+    numbers = [i for of_class in chosen.values() for i in of_class]
+    images = np.stack([data.sources[split][i]['image'] for i in numbers])
+    return images, [data.rows[split][i].patient for i in numbers]
 
 
 def build_slice_sections(
@@ -46,31 +72,35 @@ def build_slice_sections(
     variables: Any,
     data: covidx_ct.Prepared,
     probabilities: np.ndarray,
-    slices: Sequence[LesionSlice],
     explanations: dict[str, Any],
 ) -> list[Section]:
-    """Returns the sections 'samples', 'attention', 'worth' and 'mistakes'.
+    """Returns the sections 'samples', 'attention', 'evidence', 'worth' and 'mistakes'.
 
     Args:
       model, variables: the slice model.
       data: holds the N test slices.
       probabilities: of the model, [N, K].
-      slices: slices with lesion masks; may be empty.
       explanations: from `score_explanations`.
     """
     rows, source = data.rows['test'], data.sources['test']
     chosen = pictures.choose_examples(rows, SAMPLES_PER_CLASS)
     numbers = [i for of_class in chosen.values() for i in of_class]
     images = np.stack([source[i]['image'] for i in numbers])
-    called = probabilities[numbers].argmax(1)
-    maps = scores.compute_maps(explain(model, variables, images, called), images.shape[1])
+    explained = explain(model, variables, images)
+    lead = explanations['leading_map']
+    maps = None
+    if lead['name'] is not None:
+        maps = catalogue.compute_maps(explained, images.shape[1], model.combination)
+        maps |= catalogue.restrict(maps, catalogue.find_lungs(images))
+    evidence = combine_evidence(explained.evidence, images.shape[1], model.combination)
     files = '; '.join(f'{name}: {", ".join(rows[i].file for i in of_class)}' for name, of_class in chosen.items())
     ends = np.cumsum([len(of_class) for of_class in chosen.values()]).tolist()
     places = {name: range(end - len(chosen[name]), end) for name, end in zip(chosen, ends, strict=True)}
     return [
         _build_samples(places, images, files),
-        _build_attention(places, images, maps, called),
-        _build_worth(slices, maps, explanations),
+        _build_attention(places, images, maps, lead),
+        _build_evidence(places, images, np.asarray(evidence), probabilities[numbers].argmax(1), lead),
+        _build_worth(explanations),
         build_mistakes(
             probabilities,
             np.array([row.label for row in rows]),
@@ -106,44 +136,68 @@ def _build_samples(places: Mapping[str, range], images: np.ndarray, files: str) 
 
 
 def _build_attention(
-    places: Mapping[str, range], images: np.ndarray, maps: Mapping[str, np.ndarray], called: np.ndarray
+    places: Mapping[str, range], images: np.ndarray, maps: Mapping[str, np.ndarray] | None, lead: Mapping[str, Any]
 ) -> Section:
-    regions = _arrange(places, images, segment(maps['attention 1 x 2']))
-    first = [of_class[0] for of_class in places.values()]
-    lines = pictures.arrange_maps(
-        [f'{name}, predicted\n{CLASSES[called[i]]}' for name, i in zip(places, first, strict=True)],
-        images[first],
-        {kind: maps[kind][first] for kind in ('attention 1', 'attention 2', 'attention 1 x 2', 'Grad-CAM')},
-    )
-    return Section(
-        'attention',
-        'Attention maps',
-        [
-            'Attention is class-agnostic: each module has one map, whatever the predicted class. Module 1 has a finer '
-            'grid than module 2. Each map is scaled to its own range (as Fig. 5 of the paper).',
-            *(
-                create_picture(
-                    pictures.render_panels(_arrange(places, images, maps[kind]), 2, scale=kind),
-                    f'Attention of module {module} over four slices of each class',
-                )
-                for module, kind in ((1, 'attention 1'), (2, 'attention 2'))
-            ),
-            'Both modules combined: the square root of the product of their maps. The outline is the region at or '
-            'above its Otsu threshold (as Fig. 7 of the paper).',
+    parts: list[Any] = [describe_lead(lead), list_margins(lead)]
+    if maps is not None:
+        shown = maps[lead['name']]
+        first = [of_class[0] for of_class in places.values()]
+        others = ('attention 1', 'attention 2', 'attention 1 x 2')
+        lines = pictures.arrange_maps(
+            list(places), images[first], {name: maps[name][first] for name in others if name != lead['name']}
+        )
+        parts += [
+            f'The map {lead["name"]!r}, scaled to the range of each slice, and the region at or above its Otsu '
+            'threshold (as Fig. 5 and 7 of the paper, which show attention).',
             create_picture(
-                pictures.render_panels(regions, 2),
-                'Outline of the region that both modules attend to, four slices of each class',
+                pictures.render_panels(_arrange(places, images, shown), 2, scale=lead['name']),
+                'The leading map over four slices of each class',
             ),
-            'Grad-CAM, for comparison, depends on the class: here the predicted one.',
+            create_picture(
+                pictures.render_panels(_arrange(places, images, segment(shown)), 2),
+                'Outline of the region that the leading map marks, four slices of each class',
+            ),
+            'Attention, for comparison: one map per module, whatever the predicted class, and the square root of their '
+            'product. The table in "Map quality" says how good these maps are.',
             create_picture(
                 pictures.render_maps(lines, scale='scaled to 0..1'),
-                'A slice of each class with both attention maps, their product and Grad-CAM',
+                'A slice of each class with both attention maps and their product',
             ),
-        ],
-    )
+        ]
+    return Section('attention', 'Leading map', parts)
 
 
-def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[str, Any]) -> Section:
+def _build_evidence(
+    places: Mapping[str, range], images: np.ndarray, evidence: np.ndarray, called: np.ndarray, lead: Mapping[str, Any]
+) -> Section:
+    first = [of_class[0] for of_class in places.values()]
+    shares = contrast(evidence[first], called[first])
+    titles = [f'{name}, predicted\n{CLASSES[called[i]]}' for name, i in zip(places, first, strict=True)]
+    sums = [
+        (name, CLASSES[called[i]], *(float(values[place].sum()) for values in shares.values()))
+        for place, (name, i) in enumerate(zip(places, first, strict=True))
+    ]
+    parts: list[Any] = [
+        'The exact share of each pixel in the logits: the shares of all pixels and of both modules add up to the logit '
+        'of a class less its bias. It says what the model adds up, not where a lesion is.',
+        Table('Sums of the evidence over the slice', ('slice', 'predicted', *shares), sums),
+    ]
+    if lead['name'] is not None:
+        lines = pictures.arrange_maps(
+            titles, images[first], {name: scale_signed(values) for name, values in shares.items()}, is_signed=True
+        )
+        parts += [
+            'Red is for a class (or for the first of two), blue against it; each map is divided by its largest value. '
+            'Compare classes: a number added to all logits changes no probability.',
+            create_picture(
+                pictures.render_maps(lines, scale='share in the logit, scaled to -1..1'),
+                'A slice of each class with its evidence for the predicted class and between classes',
+            ),
+        ]
+    return Section('evidence', 'Evidence', parts)
+
+
+def _build_worth(explanations: dict[str, Any]) -> Section:
     parts = []
     localisation = explanations['localisation']
     if localisation is None:
@@ -171,12 +225,13 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
         parts += [
             f'Scored on {localisation["num_slices"]:,} slices of {localisation["num_patients"]:,} patients with '
             'outlined lesions. Pointing game: the highest pixel lies in the lesion. Energy: share of the map inside '
-            'the lesion or the lung. Area under ROC: lesion pixels against all others. Grad-CAM is of the true class. '
-            'A map is worth using only if it beats the last three rows, which are controls. Lungs are segmented by a '
-            'rule (dark regions inside the body), not by hand.',
+            'the lesion or the lung. Area under ROC: lesion pixels against all others. Evidence of a class is of the '
+            'predicted one. A map is worth using only if it beats the last rows, which are controls. Lungs are '
+            'segmented by a rule (dark regions inside the body), not by hand.',
             Table('Maps against lesions, 95 % intervals by bootstrap over patients', columns, rows),
         ]
-    erasure = explanations['erasure']
+    lead = explanations['leading_map']
+    erasure = {lead['best']: lead['erasure']} | explanations['erasure']
     parts += [
         f'Erasure: the probability of the predicted class while the highest pixels of a map are blurred (deletion: for '
         f'a good map it falls early) or restored in the blurred slice (insertion: it rises early). Mean over '
@@ -188,13 +243,14 @@ def _build_worth(slices: Sequence[LesionSlice], maps: dict, explanations: dict[s
             [(name, curve['deletion_area'], curve['insertion_area']) for name, curve in erasure.items()],
         ),
         'Sanity check: parameters are shuffled layer by layer, starting at the output. A map that does not change does '
-        'not show what was learnt. Shuffling the classifier cannot change class-agnostic attention. Shuffling only the '
+        'not show what was learnt. Shuffling the classifier cannot change class-agnostic attention, and must change '
+        'evidence. Shuffling only the '
         'tail is a control: with the additive compatibility of the paper its global feature cancels, so nothing '
         'should change.',
         Table(
             'Rank correlation of the maps with those of the intact model',
-            ('shuffled', 'attention 1 x 2', 'Grad-CAM', 'largest change of a probability'),
-            [(r['shuffled'], r['attention'], r['grad_cam'], r['changed']) for r in explanations['randomisation']],
+            ('shuffled', 'attention 1 x 2', 'evidence', 'largest change of a probability'),
+            [(r['shuffled'], r['attention'], r['evidence'], r['changed']) for r in explanations['randomisation']],
         ),
     ]
     return Section('worth', 'Map quality', parts)

@@ -17,6 +17,7 @@ from covidjax.experiment import scans, slices
 from covidjax.experiment.config import save_config
 from covidjax.experiment.export import export_run, write_stablehlo
 from covidjax.experiment.runs import Run
+from covidjax.explain.evidence import combine_evidence
 from covidjax.files import write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.pretrained import load_pretrained
@@ -102,9 +103,15 @@ def test_program_of_a_slice_model_takes_any_number_of_slices(tmp_path):
     for count in (1, 5):
         images = np.random.default_rng(count).integers(0, 256, (count, 32, 32), dtype=np.uint8)
         outputs = program.call(images)
-        expected = compute_outputs(model, variables, images[..., None]).logits
+        whole = compute_outputs(model, variables, images[..., None])
+        expected = whole.logits
         np.testing.assert_allclose(outputs['logits'], expected, atol=1e-6)
         np.testing.assert_allclose(outputs['probabilities'], softmax(expected / 2), atol=1e-6)
+        evidence = outputs['evidence']
+        assert evidence.shape == (count, 32, 32, 3)
+        np.testing.assert_allclose(evidence, combine_evidence(whole.evidence, 32, 'concat'), atol=1e-6)
+        sums = np.asarray(evidence).sum((1, 2)) + variables['params']['classifier']['bias']
+        np.testing.assert_allclose(sums, expected, atol=1e-5)
 
 
 def test_program_of_a_scan_model_ignores_what_the_mask_leaves_out(tmp_path):
@@ -129,6 +136,8 @@ def test_program_of_a_scan_model_ignores_what_the_mask_leaves_out(tmp_path):
     np.testing.assert_allclose(outputs['logits'], expected.logits, atol=1e-6)
     np.testing.assert_allclose(outputs['probabilities'], softmax(expected.logits / 2), atol=1e-6)
     np.testing.assert_allclose(np.take_along_axis(outputs['attention'], order, 1), expected.attention, atol=1e-6)
+    ordered = np.take_along_axis(outputs['evidence'], order[..., None], 1)
+    np.testing.assert_allclose(ordered, expected.evidence, atol=1e-6)
     config.data.min_slices = 16
     write_stablehlo(tmp_path / 's.stablehlo', run)
     assert [str(n) for n in load_program(tmp_path / 's.stablehlo').in_avals[1].shape] == ['b', '16']

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covidjax.explain import maps, scores
+from covidjax.explain import maps
+from covidjax.explain.evidence import remove_attention
 from covidjax.models.att2 import Att2, normalise
 from tests.variables import draw_variables
 
@@ -27,17 +28,21 @@ def model_and_variables(request):
 
 def test_explanations_are_those_of_the_model(model_and_variables, images):
     model, variables = model_and_variables
-    explained = maps.explain(model, variables, images, [0, 1, 2])
+    explained = maps.explain(model, variables, images)
     outputs = model.apply(variables, normalise(jnp.asarray(images)), train=False)
     np.testing.assert_allclose(explained.probabilities, jax.nn.softmax(outputs.logits), atol=1e-5)
     for ours, theirs in zip(explained.attention, outputs.attention, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert explained.grad_cam.shape == (3, 8, 8)
-    assert (explained.grad_cam >= 0).all()
+    for ours, theirs in zip(explained.evidence, outputs.evidence, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_grad_cam_by_finite_differences(images):
-    """Computes channel weights (mean derivative of the logit by the features) numerically, with the head by hand."""
+def test_grad_cam_says_nothing_that_evidence_does_not(images):
+    """Grad-CAM of the last stage is max(<w_c, x_i>, 0) / N under 'additive': module 2's evidence without attention.
+
+    The mean derivative of the logit by the features is w_c / N: the derivatives of the attentions cancel in the mean.
+    It is computed numerically here, with the head by hand.
+    """
     model = create_model()
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
     _, found = model.apply(
@@ -67,16 +72,17 @@ def test_grad_cam_by_finite_differences(images):
             down[:, i, j, channel] -= step
             weights[:, channel] += (score(up, 1) - score(down, 1)) / (2 * step) / (h * w)
     expected = np.maximum(np.einsum('nhwc,nc->nhw', x2, weights), 0)
-    explained = maps.explain(model, variables, images, [1, 1, 1])
-    np.testing.assert_allclose(explained.grad_cam, expected, atol=1e-3 * expected.max())
+    explained = maps.explain(model, variables, images)
+    scores = remove_attention(explained.evidence[1], explained.attention[1])[..., 1]
+    np.testing.assert_allclose(np.maximum(scores, 0) / (h * w), expected, atol=1e-3 * expected.max())
 
 
 def test_more_slices_than_a_batch_come_back_in_order(monkeypatch, images):
     model = create_model()
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
-    whole = maps.explain(model, variables, images, [0, 1, 2])
+    whole = maps.explain(model, variables, images)
     monkeypatch.setattr(maps, 'BATCH_SIZE', 2)
-    parts = maps.explain(model, variables, images, [0, 1, 2])
+    parts = maps.explain(model, variables, images)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -88,9 +94,11 @@ def test_shuffled_tail_changes_nothing_under_additive_only(model_and_variables, 
     assert classifier['shuffled'] == 'classifier'
     assert classifier['changed'] > 1e-3
     assert classifier['attention'] == pytest.approx(1, abs=1e-6)  # class-agnostic
+    assert classifier['evidence'] < 0.999
     if model.compatibility == 'additive':
         assert control['changed'] < 1e-5
         assert control['attention'] > 0.999
+        assert control['evidence'] > 0.999
     else:
         assert control['changed'] > 1e-5
 
@@ -151,14 +159,3 @@ def test_occlusion_finds_the_quarter_that_counts():
     falls = maps.compute_occlusion(predict_brightness, make_quarter(), [0], num_cells=2)[0]
     assert falls[0, 0] > 0.05
     assert falls[0, 1] == falls[1, 0] == falls[1, 1] == 0
-
-
-def test_maps_by_name(images):
-    model = create_model()
-    variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
-    computed = scores.compute_maps(maps.explain(model, variables, images, [0, 0, 0]), 32)
-    assert set(scores.CONTROLS) < set(computed)
-    for values in computed.values():
-        assert values.shape == (3, 32, 32)
-        assert values.min() >= 0
-        assert values.max() <= 1

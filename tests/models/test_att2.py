@@ -270,6 +270,43 @@ def test_dropout_needs_keys_in_training_and_only_there(images):
             SMALL(dropout=dropout).init(jax.random.key(0), images, train=train, dropout_keys_B=keys)
 
 
+@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
+@pytest.mark.parametrize('mirror', [False, True])
+def test_evidence_of_both_modules_adds_up_to_the_logits(images, compatibility, mirror):
+    model = SMALL(compatibility=compatibility, mirror=mirror)
+    variables = draw_variables(model, images, train=False, full=True)
+    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    sums = sum(np.asarray(of_module).sum((1, 2)) for of_module in outputs.evidence)
+    np.testing.assert_allclose(sums + variables['params']['classifier']['bias'], outputs.logits, atol=1e-5)
+    assert min(of_module.min() for of_module in outputs.evidence) < 0  # signed
+
+
+@pytest.mark.parametrize('mirror', [False, True])
+def test_evidence_of_each_module_adds_up_to_its_own_logits(images, mirror):
+    model = SMALL(combination='average', mirror=mirror)
+    variables = draw_variables(model, images, train=False, full=True)
+    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    logits = [
+        np.asarray(of_module).sum((1, 2)) + variables['params'][f'classifier{i + 1}']['bias']
+        for i, of_module in enumerate(outputs.evidence)
+    ]
+    probabilities = sum(jax.nn.softmax(of_module) for of_module in logits) / 2
+    np.testing.assert_allclose(jax.nn.softmax(outputs.logits), probabilities, atol=1e-5)
+
+
+def test_evidence_of_the_light_model_adds_up_to_the_logits():
+    model, image = LIGHT(mirror=True), np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 1)).astype('f')
+    variables = draw_variables(model, image, train=False)
+    apply = jax.jit(functools.partial(model.apply, train=False), compiler_options={'xla_backend_optimization_level': 0})
+    outputs = apply(variables, image)
+    assert [of_module.shape for of_module in outputs.evidence] == [(1, 4, 4, 3), (1, 2, 2, 3)]
+    sums = (
+        sum(np.asarray(of_module).sum((1, 2)) for of_module in outputs.evidence)
+        + variables['params']['classifier']['bias']
+    )
+    np.testing.assert_allclose(sums, outputs.logits, atol=1e-5 * max(1, np.abs(outputs.logits).max()))
+
+
 def test_normalise_maps_bytes_to_minus_one_and_one():
     np.testing.assert_allclose(normalise(jnp.array([0, 255], jnp.uint8)), [-1, 1])
 

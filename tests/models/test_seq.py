@@ -8,7 +8,7 @@ import pytest
 
 from covidjax.data.sequences import pad_length
 from covidjax.models.att2 import Att2
-from covidjax.models.seq import GatedClassifier, Seq, SequenceClassifier, is_extractor, masked_softmax
+from covidjax.models.seq import HEADS, GatedClassifier, Seq, SequenceClassifier, is_extractor, masked_softmax
 from covidjax.training.augment import AugmentOptions
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
@@ -64,7 +64,7 @@ def transcribe(params, x, length):
 @pytest.mark.parametrize('length', [1, 4, 6])
 def test_equations(classifier, length):
     model, variables, x = classifier
-    logits, attention = jax.jit(model.apply)(variables, x, jnp.array([length, length]))
+    logits, attention, _ = jax.jit(model.apply)(variables, x, jnp.array([length, length]))
     for b in range(2):
         expected_logits, expected_attention = transcribe(variables['params'], x[b], length)
         np.testing.assert_allclose(logits[b], expected_logits, atol=1e-5)
@@ -76,14 +76,25 @@ def test_padding_never_changes_the_output(classifier):
     model, variables, x = classifier
     lengths = jnp.array([2, 5])
     apply = jax.jit(model.apply)
-    logits, attention = apply(variables, x, lengths)
+    logits, attention, _ = apply(variables, x, lengths)
     for junk in (0.0, 1e3):
         padded = x.at[0, 2:].set(junk).at[1, 5:].set(junk)
-        other_logits, other_attention = apply(variables, padded, lengths)
+        other_logits, other_attention, _ = apply(variables, padded, lengths)
         np.testing.assert_array_equal(other_logits, logits)
         np.testing.assert_array_equal(other_attention, attention)
     longer = jnp.concatenate([x, jnp.ones((2, 10, EMBEDDING))], axis=1)
     np.testing.assert_allclose(apply(variables, longer, lengths)[0], logits, atol=1e-6)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_shares_of_the_slices_add_up_to_the_logits_of_the_scan(head):
+    model = HEADS[head](HIDDEN, 3)
+    x, lengths = jax.random.normal(jax.random.key(0), (2, 6, EMBEDDING)), jnp.array([6, 4])
+    variables = draw_variables(model, x, lengths)
+    outputs = jax.jit(model.apply)(variables, x, lengths)
+    bias = variables['params']['classifier']['bias']
+    np.testing.assert_allclose(np.asarray(outputs.evidence).sum(1) + bias, outputs.logits, atol=1e-5)
+    assert (outputs.evidence[1, 4:] == 0).all()
 
 
 def test_parameters_of_the_papers_sequence_part():
@@ -192,7 +203,7 @@ def test_gated_attention_by_hand_and_blind_to_padding_and_order():
     model = GatedClassifier(HIDDEN, 3)
     x = np.asarray(jax.random.normal(jax.random.key(1), (1, 6, EMBEDDING)))
     variables = draw_variables(model, x, jnp.array([6]))
-    logits, attention = model.apply(variables, x, jnp.array([4]))
+    logits, attention, evidence = model.apply(variables, x, jnp.array([4]))
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params'])
     rows = x[0, :4]
     signal = np.tanh(rows @ p['V']['kernel'] + p['V']['bias'])
@@ -206,6 +217,9 @@ def test_gated_attention_by_hand_and_blind_to_padding_and_order():
     other = x.copy()
     other[0, 4:] = np.nan
     other[0, :4] = x[0, [2, 0, 3, 1]]
-    logits_2, attention_2 = model.apply(variables, other, jnp.array([4]))
+    np.testing.assert_allclose(evidence[0, :4], a[:, None] * (rows @ p['classifier']['kernel']), atol=1e-5)
+    assert (evidence[0, 4:] == 0).all()
+    logits_2, attention_2, evidence_2 = model.apply(variables, other, jnp.array([4]))
+    np.testing.assert_allclose(evidence_2[0, :4], evidence[0, [2, 0, 3, 1]], atol=1e-5)
     np.testing.assert_allclose(logits_2, logits, atol=1e-6)
     np.testing.assert_allclose(attention_2[0, :4], a[[2, 0, 3, 1]], atol=1e-6)

@@ -95,11 +95,23 @@ def test_report_of_a_scan_names_no_patient(run, tmp_path, capfd, caplog):
     assert sum(summary['probabilities'].values()) == pytest.approx(1)
     assert [s['number'] for s in summary['slices']] == list(range(1, 21))
     assert len(summary['rests_on']) == 5
+    shares = np.array([s['evidence'] for s in summary['slices']]) + summary['evidence']['bias']
+    expected = np.exp(shares) / np.exp(shares).sum(1, keepdims=True)  # the temperature of the run is 1
+    np.testing.assert_allclose([s['probabilities'] for s in summary['slices']], expected, atol=1e-5)
+    assert 'The top slices with their evidence maps' in page
     assert 'scan: uncertain (normal ' in line
     for word in ('not patients', 'Not available', 'too few', summary['input']['sha256'], 'series 4: 20 slices'):
         assert word in page
     everything = ' '.join([line, page, json.dumps(summary), caplog.text, *capfd.readouterr()]).lower()
     assert not any(word.lower() in everything for word in (*IDENTITY.values(), 'secret'))
+
+
+def test_maps_that_scored_no_better_than_chance_are_not_shown(run, tmp_path):
+    refuted = run._replace(results=RESULTS | {'explanations': {'leading_map': {'name': None}}})
+    scan.predict_one(refuted, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
+    page = (tmp_path / 'out' / 'prediction.html').read_text()
+    assert 'No map of this run beat chance' in page
+    assert 'evidence maps' not in page
 
 
 def test_what_is_left_out_is_in_line_json_and_page(run, tmp_path):
@@ -163,9 +175,12 @@ def test_sequence_on_embeddings_is_the_sequence_model():
     whole = jax.jit(model.apply)(variables, normalise(images), lengths)
     of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
     outputs = compute_outputs(EXTRACTOR, of_extractor, np.moveaxis(images, -1, 0).reshape(20, 32, 32, 1))
-    logits, attention = scan.apply_sequence(SequenceClassifier(8), variables['params']['sequence'], outputs.embedding)
+    sequence = variables['params']['sequence']
+    logits, attention, evidence = scan.apply_sequence(SequenceClassifier(8), sequence, outputs.embedding)
     np.testing.assert_allclose(logits, whole.logits[0], atol=1e-5)
     np.testing.assert_allclose(attention, whole.attention[0], atol=1e-5)
+    np.testing.assert_allclose(evidence, whole.evidence[0], atol=1e-5)
+    np.testing.assert_allclose(evidence.sum(0) + sequence['classifier']['bias'], logits, atol=1e-5)
     np.testing.assert_allclose(outputs.logits, whole.slice_logits[0], atol=1e-5)
     assert jax.tree.leaves(outputs)[0].shape == (20, 3)
 
