@@ -139,7 +139,7 @@ def test_faults_of_all_lists_come_in_one_error(tmp_path):
 
 
 def test_missing_list_and_absent_class(tmp_path):
-    write_lists(tmp_path, train=GOOD['train'][:2])
+    write_lists(tmp_path, train=GOOD['train'][:1])
     (tmp_path / 'test_COVIDx_CT-2A.txt').unlink()
     message = get_error(tmp_path)
     assert 'test_COVIDx_CT-2A.txt: the list is missing' in message
