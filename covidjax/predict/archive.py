@@ -310,7 +310,8 @@ class _Job:
             shares = f'; the model ran {model:.0%} of the time and waited for data {waiting:.0%}'
         table = self._output / 'predictions.csv'
         print(
-            f'{len(self._predictions.rows):,} scans in {table}, {self._num_new:,} of them new; '
+            f'{len(self._predictions.rows):,} scans{self._suffix and " of this part"} in {table}, '
+            f'{self._num_new:,} of them new; '
             f'{len(self._failures.rows):,} failures in {self._output / "failures.csv"}; '
             f'{self._num_empty:,} folders or files without a chest CT, {num_skipped:,} skipped as done; '
             f'{seconds:.0f} s{speed}{shares}',

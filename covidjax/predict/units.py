@@ -71,8 +71,8 @@ def _list_root(root: Path, spelt: str) -> Iterator[Unit]:
     if root.is_file():
         yield Unit(spelt, root, (), _sign([root]))
         return
-    unreadable: list[OSError] = []
-    for parent, folders, names in os.walk(root, onerror=unreadable.append):
+    unreadable: list[Path] = []
+    for parent, folders, names in os.walk(root, onerror=lambda error: unreadable.append(Path(error.filename))):
         folders.sort()
         below = Path(parent).relative_to(root)
         loose = []
@@ -80,12 +80,13 @@ def _list_root(root: Path, spelt: str) -> Iterator[Unit]:
             lower = file.name.lower()
             if lower.endswith(_WHOLE):
                 yield Unit(_join_name(spelt, below / file.name), file, (), _sign([file]))
-            elif not lower.endswith(_NEVER) and lower != 'dicomdir':
+            else:
                 loose.append(file)
         if loose:
             yield Unit(_join_name(spelt, below), Path(parent), (), _sign(loose))
-    for error in unreadable:
-        raise UserError(f'{error.filename}: cannot be listed ({error.strerror}): fix its permissions, or leave it out')
+    # Reading these fails: they become failures, and the rest of the archive is predicted.
+    for folder in unreadable:
+        yield Unit(_join_name(spelt, folder.relative_to(root)), folder, (), '')
 
 
 def _join_name(spelt: str, below: Path) -> str:
@@ -130,7 +131,11 @@ def _join_folders(units: Sequence[Unit]) -> list[Unit]:
 
 def _find_label(unit: Unit) -> tuple[str, str] | None:
     """Returns study and series UID of the first DICOM file in a folder, None if there is none or they are no UIDs."""
-    for file in _list_files(unit.path)[:_TRIES]:
+    try:
+        files = _list_files(unit.path)[:_TRIES]
+    except OSError:
+        return None
+    for file in files:
         try:
             with file.open('rb') as opened:
                 label = dicom.read_label(opened.read(_HEADER_BYTES))
@@ -143,8 +148,16 @@ def _find_label(unit: Unit) -> tuple[str, str] | None:
 
 def _list_files(folder: Path) -> list[Path]:
     files = [Path(entry.path) for entry in os.scandir(folder) if stat.S_ISREG(entry.stat().st_mode)]
-    loose = [file for file in files if not file.name.lower().endswith((*_WHOLE, *_NEVER))]
-    return sorted(loose, key=lambda file: split_numbers(file.name))
+    loose = [file for file in files if not file.name.lower().endswith(_WHOLE)]
+    return sorted(filter(_may_be_dicom, loose), key=lambda file: split_numbers(file.name))
+
+
+def _may_be_dicom(file: Path) -> bool:
+    """Returns False for pictures and texts that are what their name says, which need not be read whole."""
+    if not file.name.lower().endswith(_NEVER):
+        return True
+    with file.open('rb') as opened:
+        return opened.read(132)[128:] == b'DICM'
 
 
 @contextmanager

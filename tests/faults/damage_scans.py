@@ -257,11 +257,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--count', type=int, default=834, help='scans of each of the 12 kinds')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first scan of each kind')
-    parser.add_argument('--only', default='', help='kinds, separated by commas; default: all')
+    parser.add_argument('--only', default='', help='kinds, joined by +; default: all')
     arguments = parser.parse_args()
     slowest, peak = (0.0, '', 0), 0.0
     counts, lost, pool = collections.defaultdict(collections.Counter), [], None
-    for kind in arguments.only.split(',') if arguments.only else KINDS:
+    for kind in arguments.only.split('+') if arguments.only else KINDS:
         for seed in range(arguments.seed, arguments.seed + arguments.count):
             pool = pool or concurrent.futures.ProcessPoolExecutor(1)
             try:

@@ -253,6 +253,22 @@ def test_units_are_found_by_headers(tmp_path):
     assert counts == {'a/x': 20, 'b/x': 20, 'b/y': 20, 'c/x': 20, 'c/y': 20, 'd/scan.nii.gz': 20}
 
 
+def test_no_scan_vanishes(tmp_path):
+    pieces = write_series(tmp_path / 'pieces', HU, study='1.8', series='1.8.1')
+    for number, file in enumerate(sorted(pieces.iterdir())):
+        if number:
+            file.write_bytes(file.read_bytes().replace(b'DS', b'XX'))
+    named = write_series(tmp_path / 'named as pictures', HU)
+    for file in named.iterdir():
+        file.rename(file.with_suffix('.jpg'))
+    recipe, results = tasks.Recipe(32, 'body', 1, False), {}
+    for unit in units.list_units(tmp_path):
+        results[unit.name] = tasks.prepare_unit(unit, recipe, frozenset(), force=False, main_pid=None)
+    [refusal] = results['pieces'].refusals
+    assert refusal.reason == '1 axial CT slices that make no series of 3, and 19 damaged'
+    assert len(results['named as pictures'].scans) == 1
+
+
 def test_a_worker_that_dies_costs_the_unit_that_killed_it():
     names = ['a', 'b', 'bad', 'c', 'd', 'e']
     todo = [units.Unit(name, None, (), '') for name in names]

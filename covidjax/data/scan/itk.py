@@ -1,8 +1,13 @@
 """Reads MetaImage and NRRD with SimpleITK, an optional package: pip install covidjax[itk]."""
 
 import hashlib
+import importlib.util
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -27,12 +32,8 @@ def read_planes(entry: Entry, max_voxels: int) -> tuple[Iterator[np.ndarray], np
     Raises:
       UserError: SimpleITK is not installed; the file is damaged, not one scan of scalars, or names data elsewhere.
     """
-    try:
-        import SimpleITK as sitk
-    except ImportError as error:
-        raise UserError(
-            "MetaImage and NRRD need SimpleITK: pip install 'covidjax[itk]', or convert to NIfTI"
-        ) from error
+    if importlib.util.find_spec('SimpleITK') is None:
+        raise UserError("MetaImage and NRRD need SimpleITK: pip install 'covidjax[itk]', or convert to NIfTI")
     if entry.path is None:
         raise UserError('MetaImage and NRRD are not read from zip archives: unpack it and name the file')
     with entry.path.open('rb') as file:
@@ -40,33 +41,23 @@ def read_planes(entry: Entry, max_voxels: int) -> tuple[Iterator[np.ndarray], np
             # Otherwise a header could show the bytes of any file as a picture.
             if re.search(rb'[/\\]', name):
                 raise UserError('its data lie in another folder: put header and data side by side')
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(entry.path))
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        reader.ReadImageInformation()
-        size = reader.GetSize()
-        if len(size) == 4 and size[3] == 1:
-            size = size[:3]
-        if len(size) != 3 or not 0 < np.prod(size, dtype=float) <= max_voxels:
-            raise UserError(
-                f'of shape {" x ".join(map(str, size))}: it must be one scan of at most {max_voxels:,} voxels'
-            )
-        if reader.GetNumberOfComponents() != 1:
-            raise UserError('voxels in colour or of complex numbers: they must be Hounsfield units')
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise UserError(
-            'a damaged or truncated MetaImage or NRRD, or its data file is missing: copy it again'
-        ) from error
-    voxels = sitk.GetArrayViewFromImage(image).reshape(size[::-1])
-    dimension = image.GetDimension()
-    axes = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3] * np.array(image.GetSpacing()[:3])
-    affine = np.eye(4)
-    affine[:3] = np.column_stack([axes[:, ::-1], image.GetOrigin()[:3]])
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            '-P',
+            str(Path(__file__).with_name('itk_process.py')),
+            str(entry.path.absolute()),
+            folder,
+            str(max_voxels),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, errors='replace')
+        if done.returncode == 1 and done.stderr.strip():
+            raise UserError(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            raise UserError('a damaged MetaImage or NRRD, on which SimpleITK crashes: copy it again')
+        voxels, affine = np.load(f'{folder}/voxels.npy', mmap_mode='r'), np.load(f'{folder}/affine.npy')
+        # An open mapping stays readable after its file is deleted.
     digest = hashlib.sha256()
     for plane in voxels:
-        digest.update(plane)
-    # The array is a view: the planes keep the image alive.
-    return (plane for plane, _ in ((plane, image) for plane in voxels)), affine, digest.digest()
+        digest.update(np.ascontiguousarray(plane))
+    return iter(voxels), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, digest.digest()

@@ -198,7 +198,7 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
       with_lungs: see `read_volume`.
 
     Raises:
-      UserError: no file is an axial CT, and some are damaged.
+      UserError: no scan is found, but damaged files or single slices are.
     """
     contents = _sort_entries(entries)
     found = []
@@ -220,8 +220,14 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
 
             share = one.num_copies / (one.num_copies + len(one.frames))
             found.append(Found(one.name, sha256, share, read))
-        return found
     counts = Counter(map(str, contents.left_out))
+    if contents.frames:
+        # Nothing may vanish: neither a scan of which most is damaged nor one in pieces.
+        num_chest = sum(not frame.is_elsewhere for frame in contents.frames)
+        if not found and num_chest and (counts['damaged'] or num_chest >= MIN_SERIES):
+            reasons = f', and {format_counts(counts)}' if counts else ''
+            raise UserError(f'{num_chest} axial CT slices that make no series of {MIN_SERIES}{reasons}')
+        return found
     for entry in contents.voxels:
         identity = name, contents.digests[entry.name].hex()
         found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
