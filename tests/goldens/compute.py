@@ -162,7 +162,7 @@ def compute_sequence(dtype) -> dict[str, np.ndarray]:
     @jax.jit
     def differentiate(params, x):
         def compute(params, x):
-            logits, attention = model.apply({'params': params}, x, lengths)
+            logits, attention, _ = model.apply({'params': params}, x, lengths)
             return compute_loss(logits, labels), (logits, attention)
 
         return jax.grad(compute, argnums=(0, 1), has_aux=True)(params, x)
