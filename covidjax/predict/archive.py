@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -481,7 +482,9 @@ class _Pool:
         log.warning('a worker died (%s): %s', type(error).__name__, again)
 
     def _stop(self, results: Any) -> None:
-        results.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # joblib warns of the tasks that this cancels
+            results.close()
         if self._scheduler is None and (self._running or self._is_careful):
             loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
 

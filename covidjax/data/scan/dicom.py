@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import re
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -137,19 +138,33 @@ class LeftOut(Exception):
     label: tuple[str, str] | None = None
 
 
+_lock, _num_quiet, _speak = threading.Lock(), 0, contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences pydicom. Its messages contain attributes, which may be private, and its decoders log tracebacks."""
-    level, mode = logging.root.manager.disable, pydicom.config.settings.reading_validation_mode
-    logging.disable()
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    try:
-        with warnings.catch_warnings():
+    """Silences pydicom. Its messages contain attributes, which may be private, and its decoders log tracebacks.
+
+    These settings are of the process. Of several threads the first one in sets them and the last one out resets them.
+    """
+    global _num_quiet
+    with _lock:
+        if not _num_quiet:
+            _speak.enter_context(warnings.catch_warnings())
             warnings.simplefilter('ignore')
-            yield
+            _speak.callback(logging.disable, logging.root.manager.disable)
+            logging.disable()
+            settings = pydicom.config.settings
+            _speak.callback(setattr, settings, 'reading_validation_mode', settings.reading_validation_mode)
+            settings.reading_validation_mode = pydicom.config.IGNORE
+        _num_quiet += 1
+    try:
+        yield
     finally:
-        logging.disable(level)
-        pydicom.config.settings.reading_validation_mode = mode
+        with _lock:
+            _num_quiet -= 1
+            if not _num_quiet:
+                _speak.close()
 
 
 def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
