@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data import covidx_ct, published
-from covidjax.data.lesions import read_lesion_folder, read_phantom_lesions
+from covidjax.data.lesions import LesionSlice, read_lesion_folder, read_phantom_lesions
 from covidjax.data.lists import CLASSES, find_version
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.sequences import group_scans
@@ -120,6 +120,9 @@ def create_experiment(
         None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
     )
 
+    def read_lesions(split: str) -> list[LesionSlice]:
+        return read_phantom_lesions(data.raw_dir, data.rows[split], config.data.image_size, config.data.region)
+
     def load_weights(variables: dict[str, Any]) -> dict[str, Any]:
         pretrained = config.model.pretrained
         return load_pretrained(variables, find_weights(pretrained)) if pretrained else variables
@@ -145,15 +148,8 @@ def create_experiment(
         return [data.rows['train'][i].file for i in next(load_batches(step, (0, 1)))['index']]
 
     def examine(variables: dict[str, Any], predictions: dict[str, Predictions], rules: dict[str, Any]) -> Findings:
-        lesions = outlined
-        if lesions is None:
-            lesions = read_phantom_lesions(data.raw_dir, data.rows['test'], config.data.image_size, config.data.region)
         # Phantoms have other slices with lesions to choose the leading map on; a folder of lesions is divided.
-        choosing = (
-            read_phantom_lesions(data.raw_dir, data.rows['val'], config.data.image_size, config.data.region)
-            if outlined is None
-            else []
-        )
+        lesions, choosing = (read_lesions('test'), read_lesions('val')) if outlined is None else (outlined, [])
         explanations = score_explanations(model, variables, data, lesions, choosing, occlusion=occlusion)
         probabilities = softmax(predictions['test'].logits)
         return _compare(data, predictions, probabilities, rules)._replace(
