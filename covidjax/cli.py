@@ -144,6 +144,23 @@ def export(values: flags.FlagValues) -> None:
     export_run(workdir, Path(values.output))
 
 
+def serve(values: flags.FlagValues) -> None:
+    """Serves a page that predicts scans, until it is stopped."""
+    workdir = _get_workdir(values, 'serve')
+    try:
+        from covidjax.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs the package {error.name}: pip install 'covidjax[serve]'") from error
+
+    serve(
+        workdir,
+        host=values.host,
+        port=values.port,
+        token_file=None if values.token_file is None else Path(values.token_file),
+        keep_minutes=values.keep_minutes,
+    )
+
+
 def _get_workdir(values: flags.FlagValues, command: str) -> Path:
     if values.workdir is None:
         raise UserError(f'{command} needs --workdir=<folder of a finished run>')
@@ -230,6 +247,18 @@ COMMANDS = {
         ),
         audit,
     ),
+    'serve': Command(
+        'Serve a page that classifies the scans that are dropped on it.',
+        '--workdir=/tmp/run',
+        (
+            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag('host', 'ADDRESS', 'Address to listen on; default: 127.0.0.1, for this machine only.'),
+            Flag('port', 'N', 'Port to listen on; default: 8765; 0 for a free one.'),
+            Flag('token_file', 'FILE', 'File with a secret that clients must send; needed with another --host.'),
+            Flag('keep_minutes', 'N', 'Minutes after which a scan and its results are deleted; default: 30.'),
+        ),
+        serve,
+    ),
     'export': Command(
         'Write the model of a run as one file, for jax alone or for PyTorch.',
         '--workdir=/tmp/run --output=model.stablehlo',
@@ -240,7 +269,8 @@ COMMANDS = {
         export,
     ),
 }
-_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'process_id'), ('input',)
+_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'process_id', 'port'), ('input',)
+_FRACTIONS = ('keep_minutes',)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -285,6 +315,8 @@ def define_flags(wanted: Sequence[Flag], values: flags.FlagValues) -> None:
             flags.DEFINE_bool(flag.name, False, flag.help, flag_values=values)
         elif flag.name in _NUMBERS:
             flags.DEFINE_integer(flag.name, None, flag.help, flag_values=values)
+        elif flag.name in _FRACTIONS:
+            flags.DEFINE_float(flag.name, None, flag.help, flag_values=values)
         elif flag.name in _REPEATED:
             flags.DEFINE_multi_string(flag.name, [], flag.help, flag_values=values)
         else:

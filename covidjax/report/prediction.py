@@ -82,7 +82,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
         title=f'{summary["input"]["name"]}: {summary["verdict"]}',
         notice=summary['notice'] and f'the model was trained on {summary["notice"]}',
         warnings=warnings,
-        headline=_build_headline(summary),
+        headline=build_headline(summary),
         bars=[
             {'name': name, 'share': share, 'colour': COLOURS[name]} for name, share in summary['probabilities'].items()
         ],
@@ -103,7 +103,8 @@ def is_unusual(summary: dict[str, Any]) -> bool:
     return summary['novelty'] is not None and summary['novelty']['median'] > 1
 
 
-def _build_headline(summary: dict[str, Any]) -> str:
+def build_headline(summary: dict[str, Any]) -> str:
+    """Returns the verdict in a sentence or two."""
     share = summary['probabilities'][summary['class']]
     conformal = summary['conformal']
     text = f'The most likely class is {summary["class"]}, with probability {share:.1%}.'

@@ -35,7 +35,7 @@ from covidjax.data.scan.series import (
     refuse_undecodable,
 )
 from covidjax.data.scan.sources import MAX_BYTES, Entry, hash_contents, open_entries
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import TooLargeError, UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
 _IMAGE_MAGIC = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'BM')
@@ -96,7 +96,7 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
         try:
             return _read_entries(entries, path.resolve().name, series, with_lungs)
         except UserError as error:
-            raise UserError(f'{path}: {error}') from error
+            raise type(error)(f'{path}: {error}') from error
 
 
 class _Contents(NamedTuple):
@@ -359,7 +359,7 @@ def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str],
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(MAX_BYTES + 1)
             if len(data) > MAX_BYTES:
-                raise UserError(f'unpacks to more than {MAX_BYTES / 1e9:.0f} GB, taken for a bomb')
+                raise TooLargeError(f'unpacks to more than {MAX_BYTES / 1e9:.0f} GB, taken for a bomb')
         logger = logging.getLogger('nibabel.global')
         before, logger.disabled = logger.disabled, True
         try:
@@ -461,7 +461,7 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: 
         else:
             num_pixels += slices[-1].size
         if num_pixels > dicom.MAX_VOXELS:
-            raise UserError(f'images of more than {dicom.MAX_VOXELS:,} pixels: name the folder of one scan')
+            raise TooLargeError(f'images of more than {dicom.MAX_VOXELS:,} pixels: name the folder of one scan')
     if faults:
         raise UserError(f'images that are no CT slices or unreadable: {join_faults(faults)}')
     sizes = Counter(s.shape for s in slices)
