@@ -132,6 +132,7 @@ def _open_socket(address: str, port: int) -> socket.socket:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((address, port))
+        opened.listen(128)  # now, so that a client may connect as soon as the address is printed
     except (OSError, OverflowError) as error:
         opened.close()
         reason = getattr(error, 'strerror', None) or error

@@ -191,7 +191,8 @@ def describe_refusal(error: Exception, job: Job) -> Refused:
         message = str(error).removeprefix(f'{folder}: ').replace(f'{folder}/', '').replace(folder, 'the upload')
         message = _ONLY_FILE.sub('', message)
         doubts, hint, _ = message.partition(_HINT)
-        message = f'{doubts[0].upper()}{doubts[1:]}.'.replace('--series', 'the series')
+        message = f'{doubts[0].upper()}{doubts[1:].rstrip(".")}'.replace('with --series', 'by its number')
+        message += '' if message.endswith('?') else '.'
         if isinstance(error, TooLargeError):
             return Refused(413, 'unpacked', message)
         return Refused(422, 'doubts' if hint else 'input', message, can_force=bool(hint))
