@@ -34,8 +34,8 @@ _EXPIRE_SECONDS = 2.0
 _MAX_SERIES = 16  # characters
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"  # of prediction.html
 _FILES = {  # results that can be downloaded: content type, by name
-    'prediction.json': 'application/json',
     'prediction.html': 'text/html; charset=utf-8',
+    'prediction.json': 'application/json',
     'slices.csv': 'text/csv; charset=utf-8',
     'dicom.zip': 'application/zip',
 }

@@ -3,9 +3,9 @@ import time
 
 import pytest
 
-pytest.importorskip('starlette', reason="the page needs covidjax[serve]")
-pytest.importorskip('uvicorn', reason="the page needs covidjax[serve]")
-pytest.importorskip('python_multipart', reason="the page needs covidjax[serve]")
+pytest.importorskip('starlette', reason='the page needs covidjax[serve]')
+pytest.importorskip('uvicorn', reason='the page needs covidjax[serve]')
+pytest.importorskip('python_multipart', reason='the page needs covidjax[serve]')
 
 from starlette.testclient import TestClient
 

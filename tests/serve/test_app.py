@@ -28,7 +28,7 @@ class TestPredicting:
         status = client.wait(answer.json()['id'])
         assert status['state'] == 'done'
         assert status['view']['headline'].startswith('The most likely class')
-        assert status['files'] == ['prediction.json', 'prediction.html', 'slices.csv']
+        assert status['files'] == ['prediction.html', 'prediction.json', 'slices.csv']
         assert 1700 < status['deleted_in_seconds'] <= 1800
         assert client.get(f'{scan}/prediction.json').json()['verdict'] == 'covid19'
         for layer in ('slices', 'maps', 'lungs'):
@@ -170,12 +170,23 @@ class TestLimits:
 
 class TestUploads:
     def test_names_order_the_files_and_never_become_paths(self, client):
-        names = ['../../etc/cron.d/10', 'C:\\a\\2.PNG', '/etc/passwd.nii.gz', f'{fake.SECRET}9', 'a' * 900, '..', 'x/../..']
+        names = [
+            '../../etc/cron.d/10',
+            'C:\\a\\2.PNG',
+            '/etc/passwd.nii.gz',
+            f'{fake.SECRET}9',
+            'a' * 900,
+            '..',
+            'x/../..',
+        ]
         before = set(client.list_files())
         scan = client.upload(*(name.encode() for name in names), names=names).json()['id']
         client.wait(scan)
-        found = {file: (client.root / file).read_bytes().decode() for file in set(client.list_files()) - before
-                 if '/source/' in file}
+        found = {
+            file: (client.root / file).read_bytes().decode()
+            for file in set(client.list_files()) - before
+            if '/source/' in file
+        }
         assert all(re.fullmatch(rf'{scan}/source/0000\d(\.png|\.nii\.gz)?', file) for file in found)
         assert sorted(found.values()) == sorted(names)
         assert found[f'{scan}/source/00002'] == '..'
@@ -214,7 +225,9 @@ class TestUploads:
 
 
 class TestAccess:
-    @pytest.mark.parametrize('host', ['evil.example', 'evil.example:8765', '127.0.0.1.evil.example', '', '[::1', 'a@b@c'])
+    @pytest.mark.parametrize(
+        'host', ['evil.example', 'evil.example:8765', '127.0.0.1.evil.example', '', '[::1', 'a@b@c']
+    )
     def test_foreign_hosts(self, client, host):
         assert get_error(client.get('/', headers={'Host': host}), 421)['code'] == 'host'
 
@@ -241,7 +254,12 @@ class TestAccess:
 
     def test_tokens(self, tmp_path):
         with open_client(tmp_path, token='s' * 20) as client:
-            for headers in ({}, {'Authorization': 'Bearer no'}, {'Authorization': 's' * 20}, {'Authorization': 'Bearer é'.encode()}):
+            for headers in (
+                {},
+                {'Authorization': 'Bearer no'},
+                {'Authorization': 's' * 20},
+                {'Authorization': 'Bearer é'.encode()},
+            ):
                 for path in ('/api/about', '/api/scans/x', '/metrics'):
                     answer = client.get(path, headers=headers)
                     assert get_error(answer, 401)['code'] == 'token'
@@ -265,7 +283,9 @@ class TestAccess:
 
 def test_the_description_names_every_route_and_answer(client):
     description = client.get('/openapi.json').json()
-    described = {(path, method.upper()) for path, of in description['paths'].items() for method in of if method != 'parameters'}
+    described = {
+        (path, method.upper()) for path, of in description['paths'].items() for method in of if method != 'parameters'
+    }
     routes = {
         (route.path.replace(':int', ''), method)
         for route in client.app.routes

@@ -108,7 +108,11 @@ def test_words(run, tmp_path):
     assert 'Forced in spite of: no lungs.' in found['warnings']
     assert 'Do not trust the numbers: this scan is unlike the training data.' in found['warnings']
     text = ' '.join(found['reasons'])
-    for part in ('holds normal, pneumonia, covid19', '1.50 of the threshold, and 80% of the slices', 'Left out: 2 copies.'):
+    for part in (
+        'holds normal, pneumonia, covid19',
+        '1.50 of the threshold, and 80% of the slices',
+        'Left out: 2 copies.',
+    ):
         assert part in text
 
 

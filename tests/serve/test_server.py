@@ -164,7 +164,9 @@ def test_many_clients_get_answers(port):
             status = 200 if answer['state'] == 'done' else answer['error']['status']
         outcomes.append((kind, status))
 
-    threads = [threading.Thread(target=work, args=(kind,)) for kind in [*['good'] * 12, *['broken', 'huge'] * 3, 'crash']]
+    threads = [
+        threading.Thread(target=work, args=(kind,)) for kind in [*['good'] * 12, *['broken', 'huge'] * 3, 'crash']
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -309,7 +309,7 @@ async function renderDone(result, scan) {
   renderFacts(find('.facts'), summary);
   renderMore(find('.more'), summary);
   const minutes = Math.round((scan.status.deleted_in_seconds - (Date.now() - scan.read) / 1000) / 60);
-  find('.keep').textContent = `Deleted from this server in ${minutes} minutes. The lists of this page know ids and names only.`;
+  find('.keep').textContent = `This server deletes the scan in ${minutes} minutes.`;
   renderSlices(result, scan, summary, view.layers);
 }
 
@@ -354,7 +354,7 @@ function renderSlices(result, scan, summary, layers) {
   });
   open = [viewer, curve];
   result.querySelector('.map-note').textContent = layers.map
-    ? `The map ${layers.map} shows what the model weighed, not a lesion. Outside the crop there is no map.`
+    ? `The map ${layers.map} shows what the model weighed, not a lesion. It is drawn where it is above its median, inside the crop.`
     : 'No map of this run beat chance when its maps were scored, so none is shown.';
   result.querySelector('.legend').replaceChildren(...classes.map((name, k) => {
     const item = create('li');
@@ -371,7 +371,7 @@ function renderSlices(result, scan, summary, layers) {
     const top = one ? one.probabilities.indexOf(Math.max(...one.probabilities)) : 0;
     button.type = 'button';
     image.alt = '';
-    button.append(image, `Slice ${number}: ${WORDS[classes[top]] ?? classes[top]} ${one?.probabilities[top].toFixed(2) ?? ''}`);
+    button.append(image, create('span', `Slice ${number}`), create('span', one ? `${WORDS[classes[top]] ?? classes[top]} ${one.probabilities[top].toFixed(2)}` : ''));
     button.addEventListener('click', () => viewer.show(number));
     loadPicture(`slices/${number}`).then((blob) => {
       image.src = URL.createObjectURL(blob);

@@ -96,7 +96,13 @@ export function createViewer(root, { count, layers, boxes, loadPicture, describe
     }), 0, 0);
     if (!shown.overlay) return;
     const share = Number(opacity.value) / 100;
-    const colour = shown.layer === 'maps' ? (v) => [...RAMP[v], 255 * share * (v / 255) ** 0.7] : (v) => [...LUNGS, v * share * 0.6];
+    const floor = shown.layer === 'maps' ? findMedian(shown.overlay.values) : 0;
+    const colour = shown.layer === 'maps'
+      ? (v) => {
+        const height = Math.max(0, v - floor) / Math.max(1, 255 - floor);
+        return [...RAMP[Math.round(255 * height)], 255 * share * height ** 0.7];
+      }
+      : (v) => [...LUNGS, v * share * 0.6];
     const [x0, y0, x1, y1] = shown.box ?? [0, 0, width, height];
     context.drawImage(paint(shown.overlay, colour), x0, y0, x1 - x0, y1 - y0);
   }
@@ -207,6 +213,13 @@ async function readPixels(blob) {
   const values = new Uint8Array(width * height);
   for (let i = 0; i < values.length; i += 1) values[i] = data[4 * i];
   return { width, height, values };
+}
+
+function findMedian(values) {
+  const counts = new Uint32Array(256);
+  for (const value of values) counts[value] += 1;
+  let rest = values.length / 2;
+  return counts.findIndex((count) => (rest -= count) <= 0);
 }
 
 // Returns a canvas with the colour of each grey value.
