@@ -34,8 +34,8 @@ def write_pictures(folder: Path, volume: Volume, prediction: Prediction, results
       results: results.json of the run.
 
     Returns:
-      'map', the name of the leading map, None if the run has none that beats chance; 'has_lungs'; 'is_windowed', True if
-      greys are Hounsfield units in the window of COVIDx.
+      'map', the name of the leading map, None if the run has none that beats chance; 'has_lungs'; 'is_windowed',
+      whether the greys are Hounsfield units in the window of COVIDx.
     """
     _write(folder / 'slices', range(len(volume.slices)), volume.slices.__getitem__)
     shown = get_shown_map(results)

@@ -34,7 +34,7 @@ async def receive_files(request: Request, folder: Path, limits: Limits, count_by
 
     Raises:
       Refused: too many files, too slow, no files, or no multipart request. What remains of the request is read for up
-        to 10 seconds, because clients look for an answer only after they have sent everything.
+        to 10 seconds, because most clients look for an answer only after they have sent everything.
     """
     kind, options = parse_options_header(request.headers.get('content-type', ''))
     if kind != b'multipart/form-data' or not options.get(b'boundary'):
@@ -43,9 +43,9 @@ async def receive_files(request: Request, folder: Path, limits: Limits, count_by
     chunks = request.stream().__aiter__()
     deadline = time.monotonic() + limits.upload_seconds
     length = request.headers.get('content-length', '')
-    if length.isdecimal() and int(length) > limits.upload_bytes and 'expect' in request.headers:
-        count_bytes(int(length))  # refuses it before anything is sent
     try:
+        if length.isdecimal() and int(length) > limits.upload_bytes:
+            count_bytes(int(length))  # refuses it before anything is written
         parser = MultipartParser(options[b'boundary'], writer.callbacks)
         while True:
             wait = min(limits.idle_seconds, deadline - time.monotonic())
@@ -64,7 +64,7 @@ async def receive_files(request: Request, folder: Path, limits: Limits, count_by
     except ClientDisconnect as error:
         raise Refused(400, 'cut', 'The upload was cut off.') from error
     except Refused as refused:
-        if refused.status != 408:
+        if refused.status != 408 and 'expect' not in request.headers:
             await _drain(chunks)
         raise
     finally:

@@ -2,12 +2,12 @@ import io
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from starlette.routing import Route
 
+from covidjax.serve.app import STATIC
 from tests.serve import fake
 from tests.serve.conftest import open_client
 
@@ -284,7 +284,7 @@ class TestAccess:
 def test_the_description_names_every_route_and_answer(client):
     description = client.get('/openapi.json').json()
     described = {
-        (path, method.upper()) for path, of in description['paths'].items() for method in of if method != 'parameters'
+        (path, method.upper()) for path, of in description['paths'].items() for method in of.keys() - {'parameters'}
     }
     routes = {
         (route.path.replace(':int', ''), method)
@@ -320,6 +320,8 @@ def test_metrics(tmp_path):
 
 
 def test_everything_of_the_page_is_in_the_package():
-    names = {file.name for file in (Path(__file__).parents[2] / 'covidjax/serve/static').iterdir()}
-    page = (Path(__file__).parents[2] / 'covidjax/serve/static/index.html').read_text()
-    assert {name for name in re.findall(r'/static/([\w.]+)', page)} <= names
+    page = (STATIC / 'index.html').read_text()
+    scripts = ''.join(file.read_text() for file in STATIC.glob('*.js'))
+    names = re.findall(r'/static/([\w.]+)', page) + re.findall(r"from '\./(\w+\.js)'", scripts)
+    assert len(names) > 6
+    assert set(names) <= {file.name for file in STATIC.iterdir()}

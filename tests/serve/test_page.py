@@ -158,7 +158,10 @@ def test_a_series_is_chosen(page):
 def test_the_queue_shows_places_and_the_names_of_files_stay_in_the_browser(page):
     page.evaluate(
         """() => { window.sent = []; const { append } = FormData.prototype;
-        FormData.prototype.append = function (...values) { window.sent.push(values[2]); append.apply(this, values); }; }"""
+        FormData.prototype.append = function (...values) {
+          window.sent.push(values[2]);
+          append.apply(this, values);
+        }; }"""
     )
     for name in ('Secretname 1.dcm', 'Secretname 2.dcm', 'Secretname 3.dcm'):
         drop(page, 'slow', name=name)
@@ -177,6 +180,22 @@ def test_what_is_too_large_is_refused_before_the_upload(page):
         document.querySelector('#files').dispatchEvent(new Event('change')); }"""
     )
     page.locator('.reason').get_by_text('More than 5,000 files.').wait_for()
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_axe_finds_no_serious_fault(page, scheme):
+    axe = pytest.importorskip(
+        'axe_playwright_python.sync_playwright', reason='axe-core comes with axe-playwright-python'
+    )
+    page.emulate_media(color_scheme=scheme)
+    for wish, place in (('', '#drop'), ('doubt', '.refusal'), ('hang', 'progress'), ('good', None)):
+        if wish == 'good':
+            page.get_by_role('button', name='Cancel and delete').click()
+        if wish:
+            drop(page, wish)
+        page.locator(place or '.thumbs img[src^=blob]').first.wait_for()
+        found = axe.Axe().run(page).response['violations']
+        assert [(fault['id'], fault['nodes'][0]['html']) for fault in found] == []
 
 
 def test_a_server_with_a_token_asks_for_it(browser, tmp_path):
