@@ -95,15 +95,20 @@ def predict(values: flags.FlagValues) -> None:
         if values[name].value is not None:
             raise UserError(f'--{name} is for --archive')
     _start_jax(values)
+    from covidjax.predict.dicom_results import check_package
     from covidjax.predict.scan import predict_all
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+    if values.dicom:
+        check_package()
+    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, dicom=values.dicom):
         sys.exit(1)
 
 
 def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
+    if values.dicom:
+        raise UserError('--dicom is for --input: an archive gets no DICOM results')
     if values.input or values.series is not None:
         raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
     if values.output is None:
@@ -158,6 +163,7 @@ def serve(values: flags.FlagValues) -> None:
         port=values.port,
         token_file=None if values.token_file is None else Path(values.token_file),
         keep_minutes=values.keep_minutes,
+        dicom=values.dicom,
     )
 
 
@@ -235,6 +241,7 @@ COMMANDS = {
                 'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
             ),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
+            Flag('dicom', '', 'Also write results in DICOM, which name the patient as the scan does.'),
         ),
         predict,
     ),
@@ -255,6 +262,7 @@ COMMANDS = {
             Flag('host', 'ADDRESS', 'Address to listen on; default: 127.0.0.1, for this machine only.'),
             Flag('port', 'N', 'Port to listen on; default: 8765; 0 for a free one.'),
             Flag('token_file', 'FILE', 'File with a secret that clients must send; needed with another --host.'),
+            Flag('dicom', '', 'Offer results in DICOM, which name the patient as the scan does.'),
             Flag('keep_minutes', 'N', 'Minutes after which a scan and its results are deleted; default: 30.'),
         ),
         serve,
@@ -269,7 +277,7 @@ COMMANDS = {
         export,
     ),
 }
-_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'process_id', 'port'), ('input',)
+_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force', 'dicom'), ('num_processes', 'process_id', 'port'), ('input',)
 _FRACTIONS = ('keep_minutes',)
 
 

@@ -35,7 +35,9 @@ NUM_TOP = 5
 FALLBACK_RULE = 'mean'
 
 
-def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool) -> bool:
+def predict_all(
+    workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool, dicom: bool = False
+) -> bool:
     """Writes prediction.json and prediction.html of every input and prints a line for each; says whether all went well.
 
     Args:
@@ -45,6 +47,7 @@ def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, s
         workdir, with a folder for each.
       series: see `volume.read_volume`.
       force: goes on in spite of doubts, and says so on the report.
+      dicom: also writes DICOM results, see `dicom_results`.
 
     Raises:
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
@@ -62,14 +65,24 @@ def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, s
         folder = output if output is not None and len(inputs) == 1 else parent / name
         try:
             is_shared = name in shared
-            print(predict_one(run, path, folder, series=series, force=force, is_shared=is_shared), flush=True)
+            line = predict_one(run, path, folder, series=series, force=force, is_shared=is_shared, dicom=dicom)
+            print(line, flush=True)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr, flush=True)
             all_well = False
     return all_well
 
 
-def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool, is_shared: bool = False) -> str:
+def predict_one(
+    run: Run,
+    path: Path,
+    folder: Path,
+    *,
+    series: str | None,
+    force: bool,
+    is_shared: bool = False,
+    dicom: bool = False,
+) -> str:
     """Reads a scan, classifies it, writes prediction.json and prediction.html, and returns a line that says it.
 
     Args:
@@ -78,6 +91,7 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
       folder: where the files go.
       force: goes on in spite of doubts.
       is_shared: appends the start of the SHA-256 of the contents to the name of the folder, which another scan has too.
+      dicom: also writes DICOM results into a folder dicom/ of it.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
@@ -95,7 +109,17 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
         seconds['report'] = time.perf_counter() - start
         summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
         write_json(folder / 'prediction.json', summary)
+        if dicom:
+            write_dicom(run, folder / 'dicom', path, series, prediction)
     return format_line(summary, folder)
+
+
+def write_dicom(run: Run, folder: Path, path: Path, series: str | None, prediction: Prediction) -> None:
+    """Writes the DICOM results of a prediction; see `dicom_results.write_results`."""
+    from covidjax.predict.archive import compute_version
+    from covidjax.predict.dicom_results import write_results
+
+    write_results(folder, path, series, prediction, run.results, compute_version(run))
 
 
 def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path) -> Prediction:

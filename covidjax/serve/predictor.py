@@ -6,17 +6,20 @@ This is the only module here that knows the model. The server does not import it
 import csv
 import functools
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import covidjax
 from covidjax.data.lists import CLASSES
 from covidjax.data.scan.volume import read_volume
+from covidjax.errors import UserError
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, write_json
-from covidjax.predict.scan import predict_scan
-from covidjax.report.prediction import write_prediction_page
+from covidjax.predict.scan import predict_scan, write_dicom
+from covidjax.report.prediction import Prediction, write_prediction_page
 from covidjax.serve.pictures import write_pictures
 from covidjax.serve.words import describe_prediction
 from covidjax.serve.worker import Job, Predict
@@ -59,7 +62,24 @@ def predict_job(run: Run, job: Job, report_stage: Callable[[str], None]) -> None
     write_json(job.results / 'prediction.json', prediction.summary)
     write_slices(job.results / 'slices.csv', prediction.summary)
     layers = write_pictures(job.results, volume, prediction, run.results)
-    write_json(job.results / 'view.json', describe_prediction(prediction.summary) | {'layers': layers})
+    view = describe_prediction(prediction.summary) | {'layers': layers}
+    if job.dicom and volume.kind == 'DICOM':
+        view['reasons'] += _write_dicom(run, job, path, prediction)
+    write_json(job.results / 'view.json', view)
+
+
+def _write_dicom(run: Run, job: Job, path: Path, prediction: Prediction) -> list[str]:
+    """Writes dicom.zip; returns why it could not, if so."""
+    try:
+        with TemporaryDirectory(dir=job.results) as folder:
+            write_dicom(run, Path(folder), path, job.series, prediction)
+            with zipfile.ZipFile(job.results / 'dicom.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(Path(folder).iterdir()):
+                    archive.write(file, file.name)
+    except UserError as error:
+        text = str(error).removeprefix(f'{path}: ')
+        return [f'{text[0].upper()}{text[1:]}.']
+    return []
 
 
 def write_slices(path: Path, summary: dict[str, Any]) -> None:

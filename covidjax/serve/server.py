@@ -43,6 +43,7 @@ def serve(
     port: int | None = None,
     token_file: Path | None = None,
     keep_minutes: float | None = None,
+    dicom: bool = False,
     limits: Limits | None = None,
     load: Load = load_run_once,
 ) -> None:
@@ -54,6 +55,7 @@ def serve(
       port: None for `PORT`; 0 for a free one.
       token_file: holds the token that clients must send.
       keep_minutes: scans are deleted this long after their prediction; None for `KEEP_MINUTES`.
+      dicom: offers DICOM results, which name the patient.
       limits: None for the defaults.
       load: how the worker loads the run.
 
@@ -68,7 +70,7 @@ def serve(
         raise UserError(f'--host={host} opens the server to other machines: pass --token_file=<file with a secret> too')
     address = host or LOOPBACK
     opened = _open_socket(address, PORT if port is None else port)
-    worker = Worker(load, workdir, limits)
+    worker = Worker(load, workdir, limits, dicom=dicom)
     with opened, open_folder() as folder:
         about = worker.start() | {'keep_minutes': keep_minutes}
         app = Server(Scans(folder, limits, 60 * keep_minutes), worker, limits, about).create_app(

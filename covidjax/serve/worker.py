@@ -30,12 +30,14 @@ class Job(NamedTuple):
       results: existing folder for the results.
       series: DICOM series to read, None for the best.
       force: predicts in spite of doubts.
+      dicom: also writes DICOM results.
     """
 
     source: Path
     results: Path
     series: str | None
     force: bool
+    dicom: bool = False
 
 
 Predict = Callable[[Job, Callable[[str], None]], None]
@@ -59,10 +61,11 @@ class Worker:
       load: how the run is loaded; a function of a module, which the process imports.
       workdir: of the run.
       limits: of time and memory.
+      dicom: all jobs get DICOM results.
     """
 
-    def __init__(self, load: Load, workdir: Path, limits: Limits):
-        self._load, self._workdir, self._limits = load, workdir, limits
+    def __init__(self, load: Load, workdir: Path, limits: Limits, *, dicom: bool = False):
+        self._load, self._workdir, self._limits, self._dicom = load, workdir, limits, dicom
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
         self.num_starts = 0
@@ -125,7 +128,7 @@ class Worker:
         try:
             if self._process is None:
                 self.start()
-            self._connection.send(job)
+            self._connection.send(job._replace(dicom=self._dicom))
         except (UserError, OSError) as error:
             self.stop()
             raise Refused(422, 'model', 'The model could not be started. Ask who runs this server.') from error

@@ -173,6 +173,18 @@ def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_
     )
 
 
+def find_frames(entries: Sequence[Entry], series: str | None = None) -> list[dicom.Frame]:
+    """Returns the slices of the series that `read_volume` reads, from head to feet.
+
+    Raises:
+      UserError: there is no DICOM slice, or as `read_volume`.
+    """
+    frames = _sort_entries(entries).frames
+    if not frames:
+        raise UserError('no DICOM slice in it')
+    return choose_series(group_series(frames), series).frames
+
+
 class Found(NamedTuple):
     """A chest CT in a folder or a file of an archive.
 
@@ -338,6 +350,18 @@ def _window_planes(
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
+
+
+def turn_upright(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
+    """Turns a plane as stored [rows, columns] to the orientation of `Volume.slices`."""
+    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(io_orientation(create_affine(frames)), _ORDER))
+    return turned
+
+
+def turn_back(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
+    """Turns a plane in the orientation of `Volume.slices` to that of the stored slices."""
+    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(_ORDER, io_orientation(create_affine(frames))))
+    return turned
 
 
 def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
