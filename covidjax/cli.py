@@ -303,6 +303,7 @@ def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
     """Parses the flags of a command and runs it; does not return."""
     # ml_collections reads overrides of config fields from sys.argv.
     try:
+        arguments = spell_flags(arguments, [flag.name for flag in COMMANDS[name].flags])
         sys.argv = [program, *resolve_config_names(arguments)]
     except UserError as error:
         sys.exit(f'error: {error}')
@@ -329,6 +330,16 @@ def define_flags(wanted: Sequence[Flag], values: flags.FlagValues) -> None:
             flags.DEFINE_multi_string(flag.name, [], flag.help, flag_values=values)
         else:
             flags.DEFINE_string(flag.name, None, flag.help, flag_values=values)
+
+
+def spell_flags(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Replaces hyphens in the names of flags, as in --token-file, by underscores."""
+    spelt = []
+    for argument in arguments:
+        flag, equals, value = argument.partition('=')
+        name = flag.lstrip('-').replace('-', '_')
+        spelt.append(f'--{name}{equals}{value}' if flag.startswith('--') and name in names else argument)
+    return spelt
 
 
 def resolve_config_names(arguments: Sequence[str]) -> list[str]:

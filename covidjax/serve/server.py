@@ -1,5 +1,6 @@
 """`covidjax serve`: checks the options, loads the run, and serves the page until it is stopped."""
 
+import importlib.util
 import ipaddress
 import logging
 import socket
@@ -63,6 +64,8 @@ def serve(
       UserError: an option or the run is no good, or the port is taken.
     """
     limits, keep_minutes = limits or Limits(), KEEP_MINUTES if keep_minutes is None else keep_minutes
+    if dicom and importlib.util.find_spec('highdicom') is None:
+        raise UserError("--dicom needs highdicom: pip install 'covidjax[dicom]'")
     if not 0 < keep_minutes <= 24 * 60:
         raise UserError(f'--keep_minutes={keep_minutes:g}: it must be above 0, and at most 1440')
     token = None if token_file is None else read_token(token_file)
