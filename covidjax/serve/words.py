@@ -8,12 +8,13 @@ from covidjax.report.sections import TARGETS
 
 
 def describe_prediction(summary: dict[str, Any]) -> dict[str, Any]:
-    """Returns 'headline' (a sentence or two), 'warnings' and 'reasons' (sentences) on a prediction.
+    """Returns 'verdict', 'headline' (a sentence or two), 'warnings' and 'reasons' (sentences) of a prediction.
 
     Args:
       summary: content of prediction.json.
     """
     return {
+        'verdict': summary['verdict'],
         'headline': build_headline(summary),
         'warnings': _list_warnings(summary),
         'reasons': _list_reasons(summary),

@@ -95,6 +95,7 @@ def write_results(job):
     }
     layers = {'map': 'attention 1', 'has_lungs': True, 'is_windowed': True}
     view = {
+        'verdict': summary['verdict'],
         'headline': 'The most likely class is covid19, with probability 70.0%.',
         'warnings': [f'Forced in spite of: {doubt}.' for doubt in summary['forced']],
         'reasons': ['The 90% conformal set holds covid19.', 'Predicted classes of the slices: 5 pneumonia, 7 covid19.'],

@@ -167,7 +167,7 @@ def test_the_queue_shows_places_and_the_names_of_files_stay_in_the_browser(page)
         drop(page, 'slow', name=name)
     page.locator('#scans').get_by_text('Number 2 in the queue').wait_for()
     page.locator('#scans').get_by_text('Next in the queue').wait_for()
-    page.locator('#scans li').nth(2).get_by_text('Predicted').wait_for()
+    page.locator('#scans li').nth(2).get_by_text('COVID-19').wait_for()
     assert page.evaluate('window.sent') == ['00001.dcm'] * 3
 
 

@@ -194,7 +194,7 @@ function describeState(scan) {
   if (state === 'running') return STAGES[stage] ?? 'Starting';
   if (state === 'refused') return 'Not predicted';
   if (state === 'gone') return 'Deleted';
-  if (state === 'done') return WORDS[scan.verdict] ?? 'Predicted';
+  if (state === 'done') return WORDS[scan.status.view?.verdict] ?? 'Predicted';
   return error?.message ?? 'Loading';
 }
 
@@ -297,8 +297,6 @@ async function renderDone(result, scan) {
     return;
   }
   if (mine !== rendered) return;
-  scan.verdict = summary.verdict;
-  renderList();
   const find = (name) => result.querySelector(name);
   find('.warnings').replaceChildren(...view.warnings.map((text) => create('p', text, 'banner')));
   find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict;
