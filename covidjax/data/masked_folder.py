@@ -184,7 +184,7 @@ def _list_rows(
     counts = Counter(row.scan for _, row in rows)
     return [
         Unit(
-            where=row.file,
+            where='',
             split=split,
             patient=row.patient,
             source=known.get(row.patient, name),
