@@ -74,7 +74,11 @@ def evaluate(values: flags.FlagValues) -> None:
     from covidjax.experiment.runs import EXPERIMENTS
 
     config = load_config(workdir)
-    if 'extractor' not in config:
+    if config.name == 'lesions':
+        if values.lesions is not None or values.occlusion:
+            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
+        EXPERIMENTS[config.name].evaluate(workdir)
+    elif 'extractor' not in config:
         lesions_dir = None if values.lesions is None else Path(values.lesions)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
     elif values.lesions is not None or values.occlusion:
@@ -178,7 +182,8 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory (default: phantoms). '
+                'A shipped config (att2, lite, seq, lesions) or a file, and the raw COVIDx-CT directory, or of lesions '
+                'the folders with masks, separated by commas (default: phantoms). '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),

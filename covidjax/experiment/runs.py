@@ -7,12 +7,12 @@ import jax
 from ml_collections import ConfigDict
 
 from covidjax.evaluation.novelty import Novelty, load_novelty
-from covidjax.experiment import common, scans, slices
+from covidjax.experiment import common, lesions, scans, slices
 from covidjax.experiment.config import load_config
 from covidjax.models.att2 import Att2
 from covidjax.training.checkpoints import open_checkpoints
 
-EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans}  # by `config.name`
+EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
 
 
 class Run(NamedTuple):

@@ -19,7 +19,7 @@ from covidjax.evaluation import baselines, voting
 from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import common, slices
-from covidjax.experiment.common import Experiment, Findings, PaperTable
+from covidjax.experiment.common import Classification, Findings, PaperTable, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
 from covidjax.explain.evidence import contrast
@@ -54,20 +54,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.extractor:
         config = adopt_extractor(config, extractor_dir)
 
-    def create(config: ConfigDict, data: covidx_ct.Prepared) -> Experiment:
+    def create(config: ConfigDict, data: covidx_ct.Prepared) -> Classification:
         if not config.extractor:
             log.info('no config.extractor: training the slice model in %s', extractor_dir)
             slices.train(get_slice_config(config), extractor_dir, data)
         return create_experiment(config, data, extractor_dir)
 
-    return common.train(config, workdir, create, format_summary)
+    return common.train(config, workdir, Procedure(common.load_data, create, common.test, format_summary))
 
 
 def evaluate(workdir: Path) -> dict[str, Any]:
     """Tests the best model of a run again and writes the same files as the end of `train`."""
     extractor_dir = _get_extractor_dir(load_config(workdir), workdir)
     create = functools.partial(create_experiment, extractor_dir=extractor_dir)
-    return common.evaluate(workdir, create, format_summary)
+    return common.evaluate(workdir, Procedure(common.load_data, create, common.test, format_summary))
 
 
 def _get_extractor_dir(config: ConfigDict, workdir: Path) -> Path:
@@ -205,7 +205,8 @@ class Feed(NamedTuple):
     """The parts of a scan experiment that depend on its input, images or embeddings.
 
     Attributes:
-      load_batches, forward, compute_val_logits: see `common.Experiment`.
+      load_batches, forward: see `common.Experiment`.
+      compute_val_logits: see `common.create_classification_loss`.
     """
 
     load_batches: Callable[[TrainState], Iterator[dict]]
@@ -245,7 +246,7 @@ def create_embedding_feed(
     """
     batch_size = config.train.batch_size
     # More draws than epochs would not be used; without augmentation all draws are equal.
-    num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment else 1
+    num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment != 'none' else 1
     classifier = model.create_classifier()
 
     def embed(variables, split, **options):
@@ -303,7 +304,7 @@ def create_embedding_feed(
     return Feed(load_batches, forward, compute_val_logits)
 
 
-def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Experiment:
+def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Classification:
     """Returns the experiment of a config on its data; a new run loads its slice model from `extractor_dir`."""
     model = create_model(config)
     selections = select_scans(config.data, data)
@@ -351,7 +352,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         }
         return found._replace(results=results, sections=shown)
 
-    return Experiment(
+    return Classification(
         config=config,
         data=data,
         title=f'{slices.BACKBONE_NAMES[config.att2.model.backbone]}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
@@ -367,7 +368,11 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         load_batches=feed.load_batches,
         name_batch=name_batch,
         steps_per_epoch=sequences.count_batches(chosen['train'], config.train.batch_size),
-        compute_val_logits=feed.compute_val_logits,
+        **common.create_classification_loss(
+            {split: [scan.label for scan in chosen[split]] for split in ('train', 'val')},
+            config.train.label_smoothing,
+            feed.compute_val_logits,
+        ),
         predict=create_predictor(model, data, selections, config.train.batch_size),
         examine=examine,
     )

@@ -21,7 +21,7 @@ from covidjax.evaluation.patient_level import compute_patient_level, format_comp
 from covidjax.evaluation.predictions import compute_logits, softmax
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common
-from covidjax.experiment.common import Experiment, Findings, PaperTable, Predictions
+from covidjax.experiment.common import Classification, Findings, PaperTable, Predictions, Procedure
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
             find_version(Path(config.data.raw_dir).expanduser())
         if config.model.pretrained:
             find_weights(config.model.pretrained)
-    return common.train(config, workdir, create_experiment, format_summary, data)
+    return common.train(config, workdir, create_procedure(create_experiment), data)
 
 
 def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool = False) -> dict[str, Any]:
@@ -64,7 +64,12 @@ def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool 
       occlusion: True also scores occlusion maps, which is slow.
     """
     create = functools.partial(create_experiment, lesions_dir=lesions_dir, occlusion=occlusion)
-    return common.evaluate(workdir, create, format_summary)
+    return common.evaluate(workdir, create_procedure(create))
+
+
+def create_procedure(create: Callable[[ConfigDict, covidx_ct.Prepared], Classification]) -> Procedure:
+    """Returns the procedure of slice runs, given how to create the experiment."""
+    return Procedure(common.load_data, create, common.test, format_summary)
 
 
 def create_model(config: ConfigDict) -> Att2:
@@ -107,7 +112,7 @@ def create_predictor(
 
 def create_experiment(
     config: ConfigDict, data: covidx_ct.Prepared, *, lesions_dir: Path | None = None, occlusion: bool = False
-) -> Experiment:
+) -> Classification:
     """Returns the experiment of a config on its data; for `lesions_dir` and `occlusion` see `evaluate`.
 
     Raises:
@@ -157,7 +162,7 @@ def create_experiment(
             sections=build_slice_sections(model, variables, data, probabilities, explanations),
         )
 
-    return Experiment(
+    return Classification(
         config=config,
         data=data,
         title=f'{BACKBONE_NAMES[config.model.backbone]}-ATT2 (slices)',
@@ -173,7 +178,11 @@ def create_experiment(
         load_batches=load_host_batches,
         name_batch=name_batch,
         steps_per_epoch=config.train.steps_per_epoch or -(-len(data.rows['train']) // config.train.batch_size),
-        compute_val_logits=lambda variables: predict(variables, 'val'),
+        **common.create_classification_loss(
+            {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
+            config.train.label_smoothing,
+            lambda variables: predict(variables, 'val'),
+        ),
         predict=lambda variables, split: Predictions(predict(variables, split)),
         examine=examine,
     )
