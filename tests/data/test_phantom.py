@@ -57,7 +57,7 @@ def sick_scans():
 def test_folder_has_the_raw_layout(raw_dir):
     names = {path.name for path in raw_dir.iterdir()}
     lists = {f'{split}_COVIDx_CT-2A.txt' for split in phantom.SPLITS}
-    assert names == {'2A_images', 'lesion_masks', 'metadata.csv', 'phantoms.json'} | lists
+    assert names == {'2A_images', 'lesion_masks', 'lung_masks', 'metadata.csv', 'phantoms.json'} | lists
     listed = [name for split in phantom.SPLITS for name, _, _ in read_list(raw_dir, split)]
     assert sorted(listed) == sorted(path.name for path in (raw_dir / '2A_images').iterdir())
     assert {path.name for path in (raw_dir / 'lesion_masks').iterdir()} < set(listed)
