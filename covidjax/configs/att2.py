@@ -12,6 +12,8 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     config = ConfigDict()
     config.name = 'att2'
     config.seed = 0  # for initial weights, data order and augmentation
+    # lesion model that decides on sick or not: workdir of a run of lesions.py, 'box' (of this package) or empty: none
+    config.lesions = ''
 
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms

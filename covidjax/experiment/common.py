@@ -67,10 +67,14 @@ class Predictions(NamedTuple):
     """Outputs of a slice model for a split, in the order of the split.
 
     Attributes:
-      logits: float32 [N, K].
+      logits: float32 [N, K]; with `config.lesions`, of the verdict that joins lesions and classifier.
+      classifier: with `config.lesions`, the classifier's own logits; else None.
+      sick: with `config.lesions`, the probability of sick by the lesions [N]; else None.
     """
 
     logits: np.ndarray
+    classifier: np.ndarray | None = None
+    sick: np.ndarray | None = None
 
 
 class PaperTable(NamedTuple):

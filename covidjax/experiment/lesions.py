@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data.loader import load_eval_batches, load_train_batches
-from covidjax.data.masked import MaskedData, read_masked
+from covidjax.data.masked import MaskedData, MaskedRow, read_masked
 from covidjax.data.preprocess import resize_probabilities
 from covidjax.errors import UserError
 from covidjax.evaluation.predictions import write_predictions
@@ -29,7 +30,7 @@ from covidjax.evaluation.segmentation import (
 from covidjax.experiment import common
 from covidjax.experiment.common import PHANTOM_NOTICE, Experiment, Procedure, write_phantoms_once
 from covidjax.experiment.config import flatten_config, load_config
-from covidjax.files import write_json
+from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.lesion_weights import (
@@ -91,12 +92,10 @@ class Outlining(Experiment):
     Attributes:
       data: slices with masks.
       model: the network.
-      predict: see `create_predictor`.
     """
 
     data: MaskedData
     model: LesionNet
-    predict: Callable[[dict[str, Any], str], Iterator[tuple[int, np.ndarray, float, float]]]
 
 
 class Drawn(Sequence):
@@ -179,7 +178,6 @@ def create_experiment(config: ConfigDict, data: MaskedData) -> Outlining:
         config=config,
         data=data,
         model=model,
-        predict=predict,
         create_variables=functools.partial(create_variables, model, config.data.image_size),
         load_weights=load_weights,
         forward=forward,
@@ -251,7 +249,7 @@ def load_lesions(name: str) -> LesionModel:
 
 
 def measure(
-    experiment: Outlining, variables: dict[str, Any], data: MaskedData, split: str
+    model: LesionNet, variables: dict[str, Any], data: MaskedData, split: str, batch_size: int
 ) -> tuple[list[SliceMeasures], dict[int, np.ndarray]]:
     """Returns the measures of every slice of a split, and the lesion probabilities [S, S] of the slices to show."""
     rows, records = data.rows[split], data.sources[split]
@@ -259,9 +257,9 @@ def measure(
     spread = np.linspace(0, max(len(with_lesions) - 1, 0), _NUM_SHOWN).round().astype(int)
     chosen = {with_lesions[i] for i in spread if with_lesions}
     measures, shown = [], {}
-    for i, probabilities, *_ in experiment.predict(variables, split):
+    for i, probabilities, *_ in create_predictor(model, data, batch_size)(variables, split):
         row, record = rows[i], records[i]
-        large = resize_probabilities(probabilities, record['image'].shape[0])
+        large = resize_probabilities(probabilities, record['image'].shape[:2])
         measures.append(
             measure_slice(
                 large,
@@ -276,6 +274,84 @@ def measure(
         if i in chosen:
             shown[i] = large[..., 1]
     return measures, shown
+
+
+def evaluate_outside(workdir: Path, folders: Sequence[Path], split: str) -> dict[str, Any]:
+    """Tests a finished run, at its own threshold, on other slices with masks; writes external/<name>/ in the workdir.
+
+    Slices of patients, or with pixels, that the run was trained or validated on are left out and counted.
+
+    Args:
+      workdir: of the run.
+      folders: see `masked.read_masked`.
+      split: 'test', or 'all' for the slices of all splits.
+
+    Returns:
+      The content of results.json.
+
+    Raises:
+      UserError: the run or a folder can't be read, or no slice is left.
+    """
+    lesions, config = load_lesions(str(workdir)), load_config(workdir)
+    inside = load_data(config.data, workdir)
+    outside, num_left_out = exclude_seen(read_masked(folders, lesions.image_size), inside, split)
+    name = '+'.join(folder.resolve().name for folder in folders)
+    measures, shown = measure(lesions.model, lesions.variables, outside, 'test', config.train.batch_size)
+    rows = outside.rows['test']
+    results = {
+        'data': name,
+        'notice': lesions.notice,
+        'model': TITLE,
+        'split': split,
+        'num_left_out': num_left_out,
+        **score(measures, [row.source for row in rows], lesions.threshold),
+        'environment': common.describe_environment(),
+    }
+    folder = workdir / 'external' / name
+    with report_full_disk(workdir):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder / 'predictions.csv', tabulate(rows, measures, lesions.threshold))
+        examples = choose_examples(outside, 'test', shown, lesions.threshold)
+        write_lesion_report(folder / 'report.html', results, examples, [])
+        write_json(folder / 'results.json', results)
+    print(
+        '\n'.join([*format_scores(results), '', *_describe_left_out(num_left_out), f'Report: {folder / "report.html"}'])
+    )
+    return results
+
+
+def _describe_left_out(number: int) -> list[str]:
+    return [f'{number:,} slices were left out: the run has seen their patients or pixels.'] if number else []
+
+
+def exclude_seen(outside: MaskedData, inside: MaskedData, split: str) -> tuple[MaskedData, int]:
+    """Returns the slices of `outside` that a run on `inside` has not seen, all as 'test', and how many were left out.
+
+    Raises:
+      UserError: none is left.
+    """
+    seen_patients, seen_pixels = set(), set()
+    for of_split in ('train', 'val'):
+        for row, record in zip(inside.rows[of_split], inside.sources[of_split], strict=True):
+            seen_patients.add((row.source, row.patient))
+            seen_pixels.add(_hash(record['image']))
+    rows, records, number = [], [], 0
+    for of_split in outside.rows if split == 'all' else ['test']:
+        for row, record in zip(outside.rows[of_split], outside.sources[of_split], strict=True):
+            number += 1
+            if (row.source, row.patient) not in seen_patients and _hash(record['image']) not in seen_pixels:
+                rows.append(row)
+                records.append(record)
+    if not rows:
+        raise UserError(
+            f'{", ".join(map(str, outside.folders))}: the run was trained on all {number:,} slices of the split '
+            f'{split!r}: pass other data, or --split=all'
+        )
+    return outside._replace(rows={'test': rows}, sources={'test': records}), number - len(rows)
+
+
+def _hash(image: np.ndarray) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
 
 
 def score(measures: Sequence[SliceMeasures], sources: Sequence[str], threshold: float) -> dict[str, Any]:
@@ -298,19 +374,19 @@ def test(experiment: Outlining, checkpoints: Checkpoints, history: Sequence[dict
     start = time.perf_counter()
     config, data = experiment.config, experiment.data
     variables = restore_best(config, checkpoints)
-    of_val, _ = measure(experiment, variables, data, 'val')
-    of_test, shown = measure(experiment, variables, data, 'test')
+    batch_size = config.train.batch_size
+    of_val, _ = measure(experiment.model, variables, data, 'val', batch_size)
+    of_test, shown = measure(experiment.model, variables, data, 'test', batch_size)
     if not is_first():
         return {}
     threshold = choose_lesion_threshold(of_val)
-    rows, records = data.rows['test'], data.sources['test']
     variables = jax.device_get(variables)
     results = {
         'data': describe_folders(config.data),
         'notice': '' if config.data.raw_dir else PHANTOM_NOTICE,
         'model': TITLE,
         'split': 'test',
-        **score(of_test, [row.source for row in rows], threshold),
+        **score(of_test, [row.source for row in data.rows['test']], threshold),
         'dataset': {
             'raw_dir': config.data.raw_dir,
             'fingerprint': data.fingerprint,
@@ -322,14 +398,9 @@ def test(experiment: Outlining, checkpoints: Checkpoints, history: Sequence[dict
         'training': common.describe_training(experiment, history),
         'environment': common.describe_environment(),
     }
-    write_predictions(workdir / 'predictions.csv', tabulate(data, of_test, threshold))
+    write_predictions(workdir / 'predictions.csv', tabulate(data.rows['test'], of_test, threshold))
     write_json(workdir / 'calibration.json', {'threshold': threshold, 'digest': compute_digest(variables)})
-    examples = [
-        OutlinedSlice(
-            rows[i].name, records[i]['image'][..., 0], (records[i]['masks'][..., 0] & LESION) > 0, p >= threshold
-        )
-        for i, p in sorted(shown.items())
-    ]
+    examples = choose_examples(data, 'test', shown, threshold)
     training = sections.build_training(results, flatten_config(config), history, experiment.objective.score)
     write_lesion_report(workdir / 'report.html', results, examples, [training])
     results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
@@ -348,9 +419,22 @@ def count_slices(data: MaskedData, split: str) -> dict[str, int]:
     return {'with lesions': number, 'without': len(data.rows[split]) - number}
 
 
-def tabulate(data: MaskedData, measures: Sequence[SliceMeasures], threshold: float) -> dict[str, list]:
-    """Returns the columns of predictions.csv: pixels outlined and called, and Dice, of every test slice."""
-    rows, at = data.rows['test'], THRESHOLDS.index(threshold)
+def choose_examples(
+    data: MaskedData, split: str, shown: dict[int, np.ndarray], threshold: float
+) -> list[OutlinedSlice]:
+    """Returns the slices to show, given their lesion probabilities by number."""
+    records, examples = data.sources[split], []
+    for i, probabilities in sorted(shown.items()):
+        image, masks = records[i]['image'][..., 0], records[i]['masks'][..., 0]
+        examples.append(
+            OutlinedSlice(data.rows[split][i].name, image, (masks & LESION) > 0, probabilities >= threshold)
+        )
+    return examples
+
+
+def tabulate(rows: Sequence[MaskedRow], measures: Sequence[SliceMeasures], threshold: float) -> dict[str, list]:
+    """Returns the columns of predictions.csv: numbers of pixels outlined and called, and the AUC, of every slice."""
+    at = THRESHOLDS.index(threshold)
     return {
         'name': [row.name for row in rows],
         'patient': [row.patient for row in rows],
@@ -365,14 +449,20 @@ def tabulate(data: MaskedData, measures: Sequence[SliceMeasures], threshold: flo
     }
 
 
-def format_summary(results: dict[str, Any], workdir: Path) -> str:
-    """Returns the summary printed at the end of a run."""
+def format_scores(results: dict[str, Any]) -> list[str]:
+    """Returns the lines of a table of the scores, of all slices and of each source."""
     groups = {'all': results, **results['sources']}
     width = max(len(text) for text in SCORES.values()) + 2
     lines = ['', f'{"":<{width}}' + ''.join(f'{name:<22}' for name in groups)]
     for name, text in SCORES.items():
         lines.append(f'{text:<{width}}' + ''.join(f'{describe(group[name]):<22}' for group in groups.values()))
     lines.append(f'{"slices":<{width}}' + ''.join(f'{group["num_slices"]:<22,}' for group in groups.values()))
+    return lines
+
+
+def format_summary(results: dict[str, Any], workdir: Path) -> str:
+    """Returns the summary printed at the end of a run."""
+    lines = format_scores(results)
     training = results['training']
     return '\n'.join(
         [

@@ -16,12 +16,16 @@ from covidjax.data.lists import CLASSES, find_version
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.sequences import group_scans
 from covidjax.evaluation import baselines
+from covidjax.evaluation.calibration import fit_temperature
 from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import compute_logits, softmax
+from covidjax.evaluation.sick import join
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common
 from covidjax.experiment.common import Classification, Findings, PaperTable, Predictions, Procedure
+from covidjax.experiment.lesions import load_lesions
+from covidjax.experiment.sick import Judge, compare_verdicts
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
@@ -125,6 +129,15 @@ def create_experiment(
         None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
     )
 
+    judge = Judge(load_lesions(config.lesions), data) if config.lesions else None
+
+    def predict_verdicts(variables: dict[str, Any], split: str) -> Predictions:
+        logits = predict(variables, split)
+        if judge is None:
+            return Predictions(logits)
+        sick = judge.compute_slice_sick(split)
+        return Predictions(np.log(join(sick, softmax(logits))), logits, sick)
+
     def read_lesions(split: str) -> list[LesionSlice]:
         return read_phantom_lesions(data.raw_dir, data.rows[split], config.data.image_size, config.data.region)
 
@@ -157,8 +170,9 @@ def create_experiment(
         lesions, choosing = (read_lesions('test'), read_lesions('val')) if outlined is None else (outlined, [])
         explanations = score_explanations(model, variables, data, lesions, choosing, occlusion=occlusion)
         probabilities = softmax(predictions['test'].logits)
-        return _compare(data, predictions, probabilities, rules)._replace(
-            results={'explanations': explanations},
+        found = _compare(data, predictions, probabilities, rules, judge)
+        return found._replace(
+            results={**found.results, 'explanations': explanations},
             sections=build_slice_sections(model, variables, data, probabilities, explanations),
         )
 
@@ -183,13 +197,17 @@ def create_experiment(
             config.train.label_smoothing,
             lambda variables: predict(variables, 'val'),
         ),
-        predict=lambda variables, split: Predictions(predict(variables, split)),
+        predict=predict_verdicts,
         examine=examine,
     )
 
 
 def _compare(
-    data: covidx_ct.Prepared, predictions: dict[str, Predictions], probabilities_NxK: np.ndarray, rules: dict[str, Any]
+    data: covidx_ct.Prepared,
+    predictions: dict[str, Predictions],
+    probabilities_NxK: np.ndarray,
+    rules: dict[str, Any],
+    judge: Judge | None,
 ) -> Findings:
     """Returns the findings that need no attention map: baselines, patient level, scan votes and predictions."""
     rows = data.rows['test']
@@ -210,8 +228,8 @@ def _compare(
                 for name, s in {'model': probabilities_NxK, **scores}.items()
             },
         },
-        results={},
-        rules={'scans': fit_vote_rules(predictions['val'].logits, group_scans(data.rows['val']), rules['temperature'])},
+        results={} if judge is None else {'verdicts': _compare_verdicts(data, predictions)},
+        rules=_fit_scan_rules(data, predictions['val'], rules, judge),
         others={},
         columns={
             'file': [row.file for row in rows],
@@ -224,6 +242,30 @@ def _compare(
         figures={},
         sections=[],
     )
+
+
+def _fit_scan_rules(
+    data: covidx_ct.Prepared, val: Predictions, rules: dict[str, Any], judge: Judge | None
+) -> dict[str, Any]:
+    """Returns the rules of scans, and with `config.lesions` that of sick or normal."""
+    scans = group_scans(data.rows['val'])
+    if judge is None:
+        return {'scans': fit_vote_rules(val.logits, scans, rules['temperature'])}
+    temperature = fit_temperature(val.classifier, np.array([row.label for row in data.rows['val']]))
+    sick = judge.compute_scan_sick(scans, 'val')
+    return {
+        'scans': fit_vote_rules(val.classifier, scans, temperature, sick),
+        'sick': {**judge.describe(), 'classifier_temperature': temperature},
+    }
+
+
+def _compare_verdicts(data: covidx_ct.Prepared, predictions: dict[str, Predictions]) -> dict[str, Any]:
+    """Returns `sick.compare_verdicts` of the slices of validation and test."""
+    compared = {}
+    for split, found in predictions.items():
+        labels, patients = zip(*((row.label, row.patient) for row in data.rows[split]), strict=True)
+        compared[split] = compare_verdicts(np.array(labels), patients, softmax(found.classifier), found.sick)
+    return compared
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:

@@ -97,7 +97,7 @@ def compute_mask_losses(logits_BxhxhxM: jax.Array, targets_BxhxhxM: jax.Array, k
     # Consolidation is a part of the lesion: its share within the lesion.
     within = jnp.minimum(targets[..., 2] / jnp.maximum(lesion, 1e-6), 1)
     targets = targets.at[..., 2].set(within)
-    positive = jnp.asarray(_POSITIVE_WEIGHTS)
+    positive = jnp.asarray(_POSITIVE_WEIGHTS).reshape(1, 1, 1, -1)
     crosses = -positive * targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
     cross_BxM = (shares * crosses).sum((1, 2)) / jnp.maximum(shares.sum((1, 2)), 1e-6)
     p = jax.nn.sigmoid(logits)
@@ -119,8 +119,8 @@ def create_mask_objective() -> Objective:
     """Returns the objective of outlines; batches have 'planes' [B, h, h, M] and 'known' (bit m: plane m is known)."""
 
     def compute(logits_BxhxhxM: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        bits = 1 << jnp.arange(logits_BxhxhxM.shape[-1])
-        known_BxM = (batch['known'].astype(jnp.int32)[:, None] & bits) > 0
+        bits_1xM = (1 << jnp.arange(logits_BxhxhxM.shape[-1]))[None]
+        known_BxM = (batch['known'].astype(jnp.int32)[:, None] & bits_1xM) > 0
         losses_B = compute_mask_losses(logits_BxhxhxM, batch['planes'], known_BxM)
         return losses_B, score_masks(logits_BxhxhxM, batch['planes'])
 

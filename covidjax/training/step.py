@@ -125,7 +125,7 @@ def pool_masks(bits_BxSxSx1: jax.Array) -> jax.Array:
       bits_BxSxSx1: uint8 bit codes: bit m is set where plane m is outlined.
     """
     b, height, width, _ = bits_BxSxSx1.shape
-    planes = (bits_BxSxSx1 >> jnp.arange(len(PLANES), dtype=jnp.uint8)) & 1
+    planes = (bits_BxSxSx1 >> jnp.arange(len(PLANES), dtype=jnp.uint8).reshape(1, 1, 1, -1)) & 1
     blocks = planes.reshape(b, height // STRIDE, STRIDE, width // STRIDE, STRIDE, len(PLANES))
     return blocks.mean((2, 4), dtype=jnp.float32)
 
