@@ -55,15 +55,24 @@ class Command(NamedTuple):
 
 def train(values: flags.FlagValues) -> None:
     """Runs or resumes the experiment of --config."""
-    config = values.config
-    if config is None:
-        raise UserError(f'train needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
-    _start_jax(values)
+    config = _get_config(values, 'train')
     from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import list_folds
 
-    if config.name not in EXPERIMENTS:
-        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
-    EXPERIMENTS[config.name].train(config, Path(values.workdir or f'runs/{config.name}'))
+    workdir = Path(values.workdir or f'runs/{config.name}')
+    if list_folds(workdir):
+        raise UserError(f'{workdir} holds a cross-validation: run crossvalidate, or choose another --workdir')
+    EXPERIMENTS[config.name].train(config, workdir)
+
+
+def crossvalidate(values: flags.FlagValues) -> None:
+    """Trains the folds of --config and tests them together."""
+    config = _get_config(values, 'crossvalidate')
+    from covidjax.experiment.crossvalidate import crossvalidate
+
+    workdir = Path(values.workdir or f'runs/{config.name}-folds')
+    num_folds = 5 if values.folds is None else values.folds
+    crossvalidate(config, workdir, num_folds=num_folds, fold=values.fold)
 
 
 def evaluate(values: flags.FlagValues) -> None:
@@ -72,12 +81,19 @@ def evaluate(values: flags.FlagValues) -> None:
     _start_jax(values)
     from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import list_folds
 
     config = load_config(workdir)
     if config.name == 'lesions':
         if values.lesions is not None or values.occlusion:
             raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
         EXPERIMENTS[config.name].evaluate(workdir)
+    elif list_folds(workdir):
+        if values.lesions is not None or values.occlusion:
+            raise UserError(f'--lesions and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
+        from covidjax.experiment import crossvalidate
+
+        crossvalidate.evaluate(workdir)
     elif 'extractor' not in config:
         lesions_dir = None if values.lesions is None else Path(values.lesions)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
@@ -134,7 +150,8 @@ def audit(values: flags.FlagValues) -> None:
 
     if len(values.input) != 1:
         raise UserError('audit needs one --input=<raw COVIDx-CT directory>')
-    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'))['verdict'] == 'broken':
+    predictions = None if values.predictions is None else Path(values.predictions)
+    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'), predictions)['verdict'] == 'broken':
         sys.exit(1)
 
 
@@ -146,6 +163,19 @@ def export(values: flags.FlagValues) -> None:
     from covidjax.experiment.export import export_run
 
     export_run(workdir, Path(values.output))
+
+
+def _get_config(values: flags.FlagValues, command: str) -> Any:
+    """Returns --config and starts jax."""
+    config = values.config
+    if config is None:
+        raise UserError(f'{command} needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
+    _start_jax(values)
+    from covidjax.experiment.runs import EXPERIMENTS
+
+    if config.name not in EXPERIMENTS:
+        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
+    return config
 
 
 def _get_workdir(values: flags.FlagValues, command: str) -> Path:
@@ -191,6 +221,17 @@ COMMANDS = {
         ),
         train,
     ),
+    'crossvalidate': Command(
+        'Train folds by patient, test them together, and join them into an ensemble.',
+        '--config=lite:/data/my-ct --folds=5 --workdir=/tmp/folds',
+        (
+            Flag('config', 'NAME[:DIR]', 'As for train. The test list stays held out from all folds.'),
+            Flag('workdir', 'DIR', 'Folder of the folds and the ensemble; default: runs/<name of the config>-folds.'),
+            Flag('folds', 'N', 'Number of folds, at least 2; default: 5.'),
+            Flag('fold', 'K', 'Train only fold K, so that several jobs can share the folds; without it, join them.'),
+        ),
+        crossvalidate,
+    ),
     'evaluate': Command(
         'Test the best model of a run again.',
         '--workdir=/tmp/run',
@@ -232,6 +273,7 @@ COMMANDS = {
         (
             Flag('input', 'DIR', 'A raw COVIDx-CT directory, or one of lists only.'),
             Flag('workdir', 'DIR', 'Folder of the report; default: runs/audit.'),
+            Flag('predictions', 'FILE', 'predictions.csv of a cross-validation: lists labels that it contradicts.'),
         ),
         audit,
     ),
@@ -245,7 +287,8 @@ COMMANDS = {
         export,
     ),
 }
-_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'process_id'), ('input',)
+_SWITCHES, _REPEATED = ('occlusion', 'force'), ('input',)
+_NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -399,7 +442,7 @@ def format_help() -> str:
     """Returns the list of commands."""
     lines = ['Models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.', '', 'Commands:']
     for name, command in COMMANDS.items():
-        lines += [f'  {name:<10}{command.summary}', f'{"":<12}covidjax {name} {command.example}']
+        lines += [f'  {name:<14}{command.summary}', f'{"":<16}covidjax {name} {command.example}']
     lines += [
         '',
         'covidjax train --config=att2 runs on generated phantoms and needs no data.',

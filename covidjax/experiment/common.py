@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 import covidjax
 from covidjax.data import covidx_ct, phantom
+from covidjax.data.folds import read_fold, select_fold
 from covidjax.data.lists import CLASSES, find_absent_classes
 from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.curves import compute_curves
@@ -158,6 +159,7 @@ class Classification(Experiment):
       get_slice_variables: variables -> variables of the slice model.
       predict: (variables, split) -> outputs with `.logits` [N, K], in evaluation mode.
       examine: (variables, {split: outputs of `predict`}, rules of `screening.fit_rules`) -> findings on the test split.
+      compute_baselines: () -> `Findings.baselines`.
     """
 
     data: covidx_ct.Prepared
@@ -169,6 +171,7 @@ class Classification(Experiment):
     get_slice_variables: Callable[[dict[str, Any]], dict[str, Any]]
     predict: Callable[[dict[str, Any], str], Any]
     examine: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Findings]
+    compute_baselines: Callable[[], dict[str, np.ndarray]]
 
     def get_labels(self, split: str) -> np.ndarray:
         """Returns the classes of a split's examples, int [N]."""
@@ -277,6 +280,10 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     if data.dropped and is_first():
         log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
         write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    fold = read_fold(workdir)
+    if fold is not None:
+        data = select_fold(data, fold)
+        log.info('%s: its patients are the test split; the test list takes no part', fold.name)
     for warning in find_warnings(data):
         log.warning('%s', warning)
     for split, rows in data.rows.items():
@@ -511,8 +518,9 @@ def save_usual(path: Path, slice_model: Att2, variables: dict[str, Any], data: c
 
 
 def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
-    """Returns e.g. 'COVIDx CT-2A layout', or 'phantoms'."""
-    return f'COVIDx CT-{data.version} layout' if config.raw_dir else 'phantoms'
+    """Returns e.g. 'COVIDx CT-2A layout', 'phantoms' or 'phantoms, fold 1 of 5'."""
+    name = f'COVIDx CT-{data.version} layout' if config.raw_dir else 'phantoms'
+    return f'{name}, {data.fold}' if data.fold else name
 
 
 def find_warnings(data: covidx_ct.Prepared) -> list[str]:

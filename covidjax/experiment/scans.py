@@ -375,7 +375,21 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         ),
         predict=create_predictor(model, data, selections, config.train.batch_size),
         examine=examine,
+        compute_baselines=lambda: _compute_baselines(data, selections),
     )
+
+
+def _compute_baselines(data: covidx_ct.Prepared, selections: dict[str, Selection]) -> dict[str, np.ndarray]:
+    """Returns the scores [M, K] of every baseline on the test scans."""
+    train, test = selections['train'], selections['test']
+    slice_labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    thumbnail_scores, _ = baselines.compute_thumbnail_scores(data.sources, slice_labels)
+    labels = np.array([scan.label for scan in train.scans])
+    return {
+        'majority class': baselines.compute_majority_scores(labels, len(test.scans), len(CLASSES)),
+        'file names only': baselines.compute_file_name_scores(train.whole, test.whole, per_slice=False),
+        'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in test.scans]),
+    }
 
 
 def _load_lead(extractor_dir: Path) -> dict[str, Any] | None:
@@ -399,7 +413,6 @@ def _compare(
 ) -> Findings:
     """Returns the findings that need no attention map: votes on the same slices, baselines and predictions."""
     chosen = {split: selection.scans for split, selection in selections.items()}
-    whole = {split: selection.whole for split, selection in selections.items()}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
     test, slice_probabilities = chosen['test'], predictions['test'].slice_probabilities
 
@@ -407,14 +420,8 @@ def _compare(
     votes = {r: voting.vote_all(slice_probabilities, r) for r in voting.RULES}
     scan_level = voting.compare_on_scans(test, labels['test'], probabilities_MxK, votes, rule, slice_probabilities)
     scan_level['vote']['validation_accuracy'] = val_accuracies
-    slice_labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
-    thumbnail_scores, _ = baselines.compute_thumbnail_scores(data.sources, slice_labels)
     return Findings(
-        baselines={
-            'majority class': baselines.compute_majority_scores(labels['train'], len(test), len(CLASSES)),
-            'file names only': baselines.compute_file_name_scores(whole['train'], whole['test'], per_slice=False),
-            'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in test]),
-        },
+        baselines=_compute_baselines(data, selections),
         comparisons={},
         results={
             'scan_level': scan_level,

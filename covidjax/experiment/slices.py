@@ -199,7 +199,19 @@ def create_experiment(
         ),
         predict=predict_verdicts,
         examine=examine,
+        compute_baselines=lambda: _compute_baselines(data)[0],
     )
+
+
+def _compute_baselines(data: covidx_ct.Prepared) -> tuple[dict[str, np.ndarray], float]:
+    """Returns the scores [N, K] of every baseline on the test slices, and the penalty of the ridge regression."""
+    labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
+    return {
+        'majority class': baselines.compute_majority_scores(labels['train'], len(labels['test']), len(CLASSES)),
+        'file names only': score_file_names(data),
+        'thumbnail ridge': thumbnail_scores,
+    }, alpha
 
 
 def _compare(
@@ -211,20 +223,15 @@ def _compare(
 ) -> Findings:
     """Returns the findings that need no attention map: baselines, patient level, scan votes and predictions."""
     rows = data.rows['test']
-    labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    labels = np.array([row.label for row in rows])
     patients = [row.patient for row in rows]
-    thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
-    scores = {
-        'majority class': baselines.compute_majority_scores(labels['train'], len(rows), len(CLASSES)),
-        'file names only': score_file_names(data),
-        'thumbnail ridge': thumbnail_scores,
-    }
+    scores, alpha = _compute_baselines(data)
     return Findings(
         baselines=scores,
         comparisons={
             'thumbnail_ridge_alpha': alpha,
             'covid19_against_pneumonia_per_patient': {
-                name: compute_patient_level(s, labels['test'], patients)
+                name: compute_patient_level(s, labels, patients)
                 for name, s in {'model': probabilities_NxK, **scores}.items()
             },
         },
