@@ -4,13 +4,16 @@ A command defines only its own flags, and imports its modules after it has parse
 audit does not load jax.
 """
 
+import contextlib
 import logging
+import os
+import select
 import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -287,6 +290,7 @@ COMMANDS = {
         export,
     ),
 }
+_HELP = ('--help', '-help', '-h')
 _SWITCHES, _REPEATED = ('occlusion', 'force'), ('input',)
 _NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 
@@ -294,19 +298,48 @@ _NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` names (default: `sys.argv`); entry point of `covidjax`."""
     program, *arguments = sys.argv if argv is None else argv
-    if not arguments or arguments[0] in ('help', '--help', '-h', '-help'):
-        print(format_help())
-        sys.exit(0 if arguments else 1)
-    name, *arguments = arguments
-    if name == '--version':
-        print(covidjax.__version__)
-        return
-    if name not in COMMANDS:
-        sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
-    if any(argument.lstrip('-') in ('help', 'h') for argument in arguments if argument.startswith('-')):
-        print(format_command_help(name))
-        return
-    run_command(name, program, arguments)
+    with allow_closed_output():
+        if arguments[:1] == ['help']:
+            arguments = [*arguments[1:], '--help']
+        name, *rest = [argument for argument in arguments if argument not in _HELP] or ['']
+        if not name:
+            print(format_help())
+            sys.exit(0 if arguments else 1)
+        if name == '--version':
+            print(covidjax.__version__)
+            return
+        if name not in COMMANDS:
+            sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
+        if len(rest) < len(arguments) - 1:
+            print(format_command_help(name))
+        else:
+            run_command(name, program, rest)
+
+
+@contextlib.contextmanager
+def allow_closed_output() -> Iterator[None]:
+    """Ends the process without a traceback if its output is a pipe that nobody reads any more (`... | head -1`).
+
+    The exit status is that of a finished command, and 1 otherwise.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a short output is written only here
+    except BrokenPipeError as error:
+        if not _is_unread(1):  # another pipe is broken, a worker's for example
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends
+        ended = error.__context__
+        sys.exit(ended.code if isinstance(ended, SystemExit) else 1)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Returns whether the descriptor is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
@@ -446,7 +479,7 @@ def format_help() -> str:
     lines += [
         '',
         'covidjax train --config=att2 runs on generated phantoms and needs no data.',
-        'covidjax COMMAND --help lists the flags of a command.',
+        'covidjax help COMMAND lists the flags of a command.',
         '',
         'Research use only: not a medical device.',
     ]

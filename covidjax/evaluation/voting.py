@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES, Scan

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 import covidjax
@@ -36,7 +35,6 @@ from covidjax.experiment.config import check_config, check_workdir, flatten_conf
 from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
-from covidjax.report import figures, sections
 from covidjax.training import loop
 from covidjax.training.augment import Augmentation, AugmentOptions, ScannerOptions
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
@@ -51,6 +49,11 @@ from covidjax.training.losses import (
 from covidjax.training.optimizer import create_optimizer, create_schedule
 from covidjax.training.state import TrainState, create_train_state
 from covidjax.training.step import Forward, train_step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from covidjax.report.sections import Section
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +115,8 @@ class Findings(NamedTuple):
     rules: dict[str, Any]
     others: dict[str, dict]
     columns: dict[str, Sequence[Any]]
-    figures: dict[str, Figure]
-    sections: list[sections.Section]
+    figures: 'dict[str, Figure]'
+    sections: 'list[Section]'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -434,6 +437,9 @@ def test(
     Returns:
       The content of results.json. With several processes, only the first writes and returns it; others return {}.
     """
+    # Imported here: matplotlib takes a third of a second, which would delay the first training step.
+    from covidjax.report import figures, sections
+
     start = time.perf_counter()
     config, data, unit = experiment.config, experiment.data, experiment.unit
     variables = restore_best(experiment.create_variables, checkpoints)

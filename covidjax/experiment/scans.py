@@ -26,9 +26,6 @@ from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
-from covidjax.report import figures
-from covidjax.report.leading import get_shown_map
-from covidjax.report.scans import build_scan_sections, score_slice_attention
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
 from covidjax.training.state import TrainState
@@ -323,6 +320,9 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         return [chosen['train'][i].scan for i in members]
 
     def examine(variables: dict[str, Any], predictions: dict[str, ScanPredictions], _: dict[str, Any]) -> Findings:
+        from covidjax.report.leading import get_shown_map  # see `common.test`
+        from covidjax.report.scans import build_scan_sections, score_slice_attention
+
         probabilities, attention = softmax(predictions['test'].logits), predictions['test'].attention
         slice_attention = score_slice_attention(chosen['test'], data, attention)
         called, shares = probabilities.argmax(1), predictions['test'].evidence
@@ -412,6 +412,8 @@ def _compare(
     probabilities_MxK: np.ndarray,
 ) -> Findings:
     """Returns the findings that need no attention map: votes on the same slices, baselines and predictions."""
+    from covidjax.report import figures  # see `common.test`
+
     chosen = {split: selection.scans for split, selection in selections.items()}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
     test, slice_probabilities = chosen['test'], predictions['test'].slice_probabilities

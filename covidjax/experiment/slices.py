@@ -29,7 +29,6 @@ from covidjax.experiment.sick import Judge, compare_verdicts
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
-from covidjax.report.slices import build_slice_sections, score_explanations
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.state import TrainState
@@ -166,6 +165,8 @@ def create_experiment(
         return [data.rows['train'][i].file for i in next(load_batches(step, (0, 1)))['index']]
 
     def examine(variables: dict[str, Any], predictions: dict[str, Predictions], rules: dict[str, Any]) -> Findings:
+        from covidjax.report.slices import build_slice_sections, score_explanations  # see `common.test`
+
         # Phantoms have other slices with lesions to choose the leading map on; a folder of lesions is divided.
         lesions, choosing = (read_lesions('test'), read_lesions('val')) if outlined is None else (outlined, [])
         explanations = score_explanations(model, variables, data, lesions, choosing, occlusion=occlusion)
