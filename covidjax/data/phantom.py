@@ -30,7 +30,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-import scipy.ndimage
+import scipy
 from PIL import Image
 
 from covidjax.data.lists import SPLITS, get_list_name
