@@ -5,10 +5,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+import joblib
 import numpy as np
 from PIL import Image
 
@@ -16,10 +20,12 @@ from covidjax.data import lists, phantom, preprocess
 from covidjax.data.masked_folder import LIST_NAME, list_phantoms, list_raw, list_table
 from covidjax.data.masked_nifti import ENDINGS, list_volumes
 from covidjax.data.masked_slices import CONSOLIDATION, LESION, LUNGS, Outlined, Unit
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import WORKER_KILLED, UserError, join_faults
 from covidjax.progress import track
 
 __all__ = ['CONSOLIDATION', 'LESION', 'LUNGS', 'MaskedData', 'MaskedRow', 'read_masked']
+
+_MIN_PARALLEL = 1000  # slices; workers start in 1 to 2 seconds, as long as about 200 slices take
 
 
 class MaskedRow(NamedTuple):
@@ -29,7 +35,7 @@ class MaskedRow(NamedTuple):
       name: unique over all folders: the folder, then the image, or the case and the number of the slice.
       patient: patient ID.
       source: name of the source.
-      volume: name of the scan that it belongs to; '' for a single slice.
+      volume: unique name of the scan that it belongs to, with the folder; '' for a single slice.
       slice_index: place in the volume, from head to feet where the volume tells.
       spacing_mm: distances of rows, columns and slices of the prepared [S, S] slice, or None.
       known: sum of the codes of the masks that exist.
@@ -47,7 +53,7 @@ class MaskedRow(NamedTuple):
 
 
 class MaskedSource:
-    """Random access to the slices of a split. They are kept in memory as PNG: about 20 kB each at 224 pixels.
+    """Random access to the slices of a split. They are kept in memory as PNG: about 30 kB each at 224 pixels.
 
     Args:
       pairs: PNG of the image and PNG of the mask codes of each slice.
@@ -94,7 +100,9 @@ class MaskedData(NamedTuple):
     fingerprint: str
 
 
-def read_masked(folders: Sequence[Path], size: int, sources: Sequence[str] = ()) -> MaskedData:
+def read_masked(
+    folders: Sequence[Path], size: int, sources: Sequence[str] = (), *, for_training: bool = True
+) -> MaskedData:
     """Reads slices with outlines.
 
     Slices are resized whole: images bicubically; a pixel of a mask is set if the mask covers at least half of it.
@@ -127,47 +135,49 @@ def read_masked(folders: Sequence[Path], size: int, sources: Sequence[str] = ())
       folders: to read.
       size: side S of the slices in pixels.
       sources: names of the sources to read; empty for all.
+      for_training: whether a model learns from train and is tested on test, so that they must share nothing.
 
     Raises:
       UserError: a folder is missing, empty or of no kind; a source that no folder has; an unreadable image; a mask of
-        another size, geometry or with other values; a patient in two splits; equal pixels in train or val and in test;
-        no lesion mask in train.
+        another size, geometry or with other values. With `for_training` also: a patient in two splits; equal pixels in
+        train or val and in test; no lesion mask in train.
     """
-    folders = tuple(Path(folder) for folder in folders)
+    folders = tuple(Path(folder).expanduser() for folder in folders)
     labels = _label_folders(folders)
     units = [(label, unit) for label, folder in zip(labels, folders, strict=True) for unit in _list_units(folder)]
     units = _choose_sources(units, [name for name in sources if name])
-    _check_patients(units)
+    if for_training:
+        _check_patients(units)
     rows: dict[str, list[MaskedRow]] = {split: [] for split in lists.SPLITS}
     pairs: dict[str, list[tuple[bytes, bytes]]] = {split: [] for split in lists.SPLITS}
-    digest, pixels, faults = hashlib.sha256(str(size).encode()), {}, []
-    for label, unit in track(units, 'reading outlined slices', len(units), 'image'):
-        try:
-            for outlined in unit.read():
-                row, image, masks = _prepare(outlined, unit, f'{label}/{outlined.name}', size)
-                rows[unit.split].append(row)
-                pairs[unit.split].append((preprocess.encode_png(image), preprocess.encode_png(masks)))
-                digest.update(json.dumps([unit.split, *row]).encode() + image.tobytes() + masks.tobytes())
-                fault = _find_copy(pixels, image, unit.split, row.name)
-                faults += [fault] if fault else []
-        except ValueError as error:
-            where = f'{unit.where}: ' if unit.where else ''
-            faults.append(f'{label}/{where}{error}')
+    fingerprint, faults = hashlib.sha256(str(size).encode()), []
+    first_seen: dict[bytes, tuple[str, str]] = {}
+    for (label, unit), (slices, fault) in zip(units, _prepare_units(units, size), strict=True):
+        if fault:
+            faults.append(f'{label}/{unit.where}{": " if unit.where else ""}{fault}')
+        for row, image, masks, digest in slices:
+            rows[unit.split].append(row)
+            pairs[unit.split].append((image, masks))
+            fingerprint.update(json.dumps([unit.split, *row]).encode() + digest + hashlib.sha256(masks).digest())
+            if digest and for_training:
+                other, split = first_seen.setdefault(digest, (row.name, unit.split))
+                if (split == 'test') != (unit.split == 'test'):
+                    faults.append(f'{row.name} in {unit.split} has the pixels of {other} in {split}: take one away')
     if faults:
         raise UserError(f'bad outlined slices, fix them and run again: {join_faults(faults)}')
-    if not any(row.known & LESION for row in rows['train']):
+    if for_training and not any(row.known & LESION for row in rows['train']):
         raise UserError(
             f'no slice for training has a lesion mask in {", ".join(map(str, folders))}: add outlined slices'
         )
     slices = {split: MaskedSource(pairs[split], [row.known for row in rows[split]]) for split in lists.SPLITS}
-    return MaskedData(rows, slices, folders, digest.hexdigest())
+    return MaskedData(rows, slices, folders, fingerprint.hexdigest())
 
 
 def _label_folders(folders: Sequence[Path]) -> list[str]:
     """Returns a name for each folder: its own, with as many parents as tell it from the others."""
     if not folders:
         raise UserError('no folder of outlined slices: name one')
-    resolved = [folder.expanduser().resolve() for folder in folders]
+    resolved = [folder.resolve() for folder in folders]
     for i, folder in enumerate(resolved):
         if folder in resolved[:i]:
             raise UserError(f'{folders[i]} is named twice: name it once')
@@ -181,7 +191,6 @@ def _label_folders(folders: Sequence[Path]) -> list[str]:
 
 
 def _list_units(folder: Path) -> list[Unit]:
-    folder = folder.expanduser()
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -215,6 +224,8 @@ def _check_patients(units: Sequence[tuple[str, Unit]]) -> None:
     first: dict[str, tuple[str, str]] = {}
     faults = {}
     for label, unit in units:
+        if not unit.patient:
+            continue
         other, split = first.setdefault(unit.patient, (label, unit.split))
         if split != unit.split:
             faults.setdefault(unit.patient, f'{unit.patient} ({split} of {other}, {unit.split} of {label})')
@@ -222,21 +233,48 @@ def _check_patients(units: Sequence[tuple[str, Unit]]) -> None:
         raise UserError(f'patients in two splits, move or rename them: {join_faults(list(faults.values()))}')
 
 
-def _find_copy(pixels: dict[bytes, tuple[str, str]], image: np.ndarray, split: str, name: str) -> str:
-    """Returns the fault if an image of test has the pixels of one of train or val; '' otherwise.
+class _Slice(NamedTuple):
+    """A prepared slice: its row, PNGs of image and mask codes, and the SHA-256 of the pixels.
 
-    Slices of a single grey, as beyond the ends of a volume, are equal by nature and do not count.
+    The SHA-256 is b'' for an image of a single grey. Such slices lie beyond the ends of volumes and are no copies.
     """
-    if image.min() == image.max():
-        return ''
-    other, other_split = pixels.setdefault(hashlib.sha256(image.tobytes()).digest(), (name, split))
-    if (split == 'test') == (other_split == 'test'):
-        return ''
-    return f'{name} in {split} has the pixels of {other} in {other_split}: take one of them away'
+
+    row: MaskedRow
+    image: bytes
+    masks: bytes
+    digest: bytes
 
 
-def _prepare(outlined: Outlined, unit: Unit, name: str, size: int) -> tuple[MaskedRow, np.ndarray, np.ndarray]:
-    """Returns the row of a slice, its image uint8 [S, S] and its mask codes uint8 [S, S]."""
+def _prepare_units(units: Sequence[tuple[str, Unit]], size: int) -> Iterator[tuple[list[_Slice], str]]:
+    """Yields (slices, '') or ([], reason) for each unit; many are read by worker processes on all cores."""
+    num_workers = (
+        1 if sum(unit.work for _, unit in units) < _MIN_PARALLEL else max(1, min(joblib.cpu_count(), len(units)))
+    )
+    # max_nbytes=None turns off memory mapping, which does not pay for paths.
+    results = joblib.Parallel(n_jobs=num_workers, return_as='generator', max_nbytes=None)(
+        joblib.delayed(_prepare_unit)(label, unit, size, os.getpid()) for label, unit in units
+    )
+    try:
+        yield from track(results, 'reading outlined slices', len(units), 'file')
+    except BrokenProcessPool as error:
+        raise UserError(f'cannot read outlined slices: {WORKER_KILLED}') from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # joblib warns of cancelled tasks; after an error that is intended
+            results.close()
+
+
+def _prepare_unit(label: str, unit: Unit, size: int, main_pid: int) -> tuple[list[_Slice], str]:
+    if os.getpid() != main_pid:
+        preprocess.exit_with_parent(main_pid)
+    try:
+        return [_prepare_slice(outlined, unit, label, size) for outlined in unit.read()], ''
+    except ValueError as error:
+        return [], str(error)
+
+
+def _prepare_slice(outlined: Outlined, unit: Unit, label: str, size: int) -> _Slice:
+    name = f'{label}/{outlined.name}'
     masks = np.zeros((size, size), np.uint8)
     for code, mask in outlined.masks.items():
         full = Image.fromarray(mask.astype(np.uint8) * 255)
@@ -247,12 +285,14 @@ def _prepare(outlined: Outlined, unit: Unit, name: str, size: int) -> tuple[Mask
         spacing_mm = spacing_mm[0] * height / size, spacing_mm[1] * width / size, spacing_mm[2]
     row = MaskedRow(
         name=name,
-        patient=unit.patient,
+        patient=unit.patient or name,
         source=unit.source,
-        volume=unit.volume,
+        volume=f'{label}/{unit.volume}' if unit.volume else '',
         slice_index=outlined.slice_index,
         spacing_mm=spacing_mm,
         known=sum(outlined.masks),
         has_lesion=bool((masks & LESION).any()),
     )
-    return row, preprocess.resize(outlined.grey, size), masks
+    image = preprocess.resize(outlined.grey, size)
+    digest = hashlib.sha256(image.tobytes()).digest() if np.ptp(image) else b''
+    return _Slice(row, preprocess.encode_png(image), preprocess.encode_png(masks), digest)

@@ -59,14 +59,13 @@ def list_table(folder: Path) -> list[Unit]:
     patients = [row.get('patient') or row['image'] for row in rows]
     sources = [row.get('source') or root.name for row in rows]
     splits = _choose_splits([row.get('split') for row in rows], patients, sources)
-    counts = Counter(row.get('patient') for row in rows)
-    units, indices = [], Counter()
+    counts, indices, units = Counter(row.get('patient') for row in rows), Counter(), []
     for i, row in enumerate(rows):
-        # Without a patient the slice is single, and its file name is unique in this folder only.
-        patient = row.get('patient') or f'{root.name}/{row["image"]}'
-        volume = row['patient'] if row.get('patient') and counts[row['patient']] > 1 else ''
-        read = functools.partial(_read_slice, row['image'], files[i], indices[patient])
+        patient = row.get('patient', '')
+        is_volume = bool(patient) and counts[patient] > 1
+        read = functools.partial(_read_slice, row['image'], files[i], indices[patient] if is_volume else 0)
         indices[patient] += 1
+        volume = patient if is_volume else ''
         units.append(Unit(f'{LIST_NAME}:{i + 2}', splits[i], patient, sources[i], volume, read))
     return units
 

@@ -61,6 +61,7 @@ def list_volumes(folder: Path) -> list[Unit]:
             source=source,
             volume=case,
             read=functools.partial(_read_volume, case, files[case], files.get(case + LUNGS), files.get(case + LESIONS)),
+            work=200,
         )
         for case, source, split in zip(cases, sources, splits, strict=True)
     ]

@@ -40,10 +40,11 @@ class Unit(NamedTuple):
     Attributes:
       where: for messages, in front of a fault.
       split: 'train', 'val' or 'test'.
-      patient: patient ID.
+      patient: patient ID; '' makes a patient of each slice.
       source: name of the source.
       volume: name of the scan; '' for a single slice.
       read: yields the slices; raises ValueError, with the reason on one line, for those that can't be used.
+      work: the number of slices that take about as long to read.
     """
 
     where: str
@@ -52,6 +53,7 @@ class Unit(NamedTuple):
     source: str
     volume: str
     read: Callable[[], Iterator[Outlined]]
+    work: int = 1
 
 
 def combine_masks(

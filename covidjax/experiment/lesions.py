@@ -294,7 +294,7 @@ def evaluate_outside(workdir: Path, folders: Sequence[Path], split: str) -> dict
     """
     lesions, config = load_lesions(str(workdir)), load_config(workdir)
     inside = load_data(config.data, workdir)
-    outside, num_left_out = exclude_seen(read_masked(folders, lesions.image_size), inside, split)
+    outside, num_left_out = exclude_seen(read_masked(folders, lesions.image_size, for_training=False), inside, split)
     name = '+'.join(folder.resolve().name for folder in folders)
     measures, shown = measure(lesions.model, lesions.variables, outside, 'test', config.train.batch_size)
     rows = outside.rows['test']

@@ -92,7 +92,7 @@ def test_list_by_hand(tmp_path):
     train = data.rows['train']
     assert [row.name for row in train] == ['own/a.png', 'own/b.png', 'own/c.png']
     assert [row.patient for row in train] == ['p', 'p', 'q']
-    assert [row.volume for row in train] == ['p', 'p', '']
+    assert [row.volume for row in train] == ['own/p', 'own/p', '']
     assert [row.slice_index for row in train] == [0, 1, 0]
     assert [row.source for row in [*train, *data.rows['val']]] == ['s', 's', 's', 'own']
     assert [row.known for row in [*train, *data.rows['val']]] == [7, 2, 7, 1]
@@ -243,6 +243,8 @@ def test_a_patient_in_two_folders(tmp_path):
     folders = [write_slices(tmp_path / split, [{'split': split, 'patient': 'p'}] * 2) for split in ('train', 'test')]
     with pytest.raises(UserError, match=r'p \(train of train, test of test\)'):
         masked.read_masked(folders, 8)
+    # A finished model is tested on all of it.
+    assert len(by_name(masked.read_masked(folders, 8, for_training=False))) == 4
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,7 @@ def test_training_needs_a_lesion_mask(tmp_path):
     folder = write_list(tmp_path, [{'image': 'a.png', 'lungs': 'lungs.png'}])
     with pytest.raises(UserError, match='no slice for training has a lesion mask'):
         masked.read_masked([folder], 8)
+    assert masked.read_masked([folder], 8, for_training=False).rows['train'][0].known == masked.LUNGS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,8 +320,8 @@ def test_raw_directory(tmp_path):
     folder = write_raw(tmp_path / 'raw', RAW_ROWS, 'patient id,source\nNormal_1,CNCB\nLIDC-IDRI-0001,LIDC\n')
     data = masked.read_masked([folder], 8)
     assert [(split, row) for split, rows in data.rows.items() for row in rows] == [
-        ('train', masked.MaskedRow('raw/Normal_1_1_0003.png', 'Normal_1', 'CNCB', 'Normal_1_1', 3, None, 6, False)),
-        ('train', masked.MaskedRow('raw/Normal_1_1_0004.png', 'Normal_1', 'CNCB', 'Normal_1_1', 4, None, 6, False)),
+        ('train', masked.MaskedRow('raw/Normal_1_1_0003.png', 'Normal_1', 'CNCB', 'raw/Normal_1_1', 3, None, 6, False)),
+        ('train', masked.MaskedRow('raw/Normal_1_1_0004.png', 'Normal_1', 'CNCB', 'raw/Normal_1_1', 4, None, 6, False)),
         ('val', masked.MaskedRow('raw/LIDC-IDRI-0001-7-0000.png', 'LIDC-IDRI-0001', 'LIDC', '', 0, None, 6, False)),
         ('test', masked.MaskedRow('raw/Normal_2_1_0000.png', 'Normal_2', 'raw', '', 0, None, 6, False)),
     ]
@@ -362,7 +365,7 @@ def test_phantoms(tmp_path):
         assert (lungs >= lesions).all()
         assert 0.1 < lungs.mean() < 0.6
     volumes = {row.volume for row in data.rows['train']}
-    assert volumes == {f'phantom1-0-{patient:04d}' for patient in range(3)}
+    assert volumes == {f'raw/phantom1-0-{patient:04d}' for patient in range(3)}
 
 
 def test_phantoms_without_lungs_are_refused(tmp_path):
@@ -430,7 +433,7 @@ def test_volumes(tmp_path):
     for case, hu in scans.items():
         for place in range(4):
             split, row = names[f'nifti/{case}_{place:04d}']
-            assert (row.patient, row.volume, row.source, row.slice_index) == (case, case, 'nifti', place)
+            assert (row.patient, row.volume, row.source, row.slice_index) == (case, f'nifti/{case}', 'nifti', place)
             # 8 x 16 pixels become 8 x 8: columns are twice as wide.
             assert row.spacing_mm == (2.0, 2.0, 5.0)
             assert row.has_lesion == (place == 1)
@@ -549,8 +552,10 @@ def test_shared_data(real_data):
     for rows in data.rows.values():
         for row in rows:
             known[row.source].add(row.known)
-    assert known == {'lesions': {6}, 'coronacases': {3, 7}, 'Radiopaedia': {3, 7}, 'MosMedData': {6}, 'LIDC-IDRI': {6}}
-    assert {row.volume for row in data.rows['test'] if row.source == 'coronacases'} == {'NCP_7008', 'NCP_7009'}
+    assert known == {'lesions': {6}, 'coronacases': {3}, 'Radiopaedia': {3, 7}, 'MosMedData': {6}, 'LIDC-IDRI': {6}}
+    assert {row.volume for row in data.rows['test'] if row.source == 'coronacases'} == {
+        f'hospitals/lesions/NCP_{number}' for number in (7004, 7005)
+    }
     # The first row of lesions/slices.csv says that .3552 of its pixels are lesion, .2744 consolidation.
     split, row = by_name(data)['data/lesions/slices/0_img.png']
     masks = data.sources[split][data.rows[split].index(row)]['masks']
