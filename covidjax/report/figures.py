@@ -141,6 +141,37 @@ def render_reliability(before: dict, after: dict) -> Figure:
         return figure
 
 
+def render_volume_errors(scores: Mapping[str, Any]) -> Figure:
+    """Draws Bland-Altman plots of lesion volumes, in ml and as a share of the lungs, with mean and limits of agreement.
+
+    Args:
+      scores: of `segmentation.score_slices`; at least one volume has a spacing or outlined lungs.
+    """
+    units = {'ml': 'ml', 'percent': '% of the lungs'}
+    shown = [unit for unit in units if scores[f'volume_error_{unit}']['n']]
+    with use_style():
+        figure = Figure(figsize=(3.75 * len(shown), 3.2), layout='constrained')
+        for axes, unit in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            error = scores[f'volume_error_{unit}']
+            pairs = np.array(
+                [
+                    (volume[f'outlined_{unit}'], volume[f'predicted_{unit}'])
+                    for volume in scores['volumes']
+                    if volume[f'outlined_{unit}'] is not None
+                ]
+            )
+            axes.scatter(pairs.mean(1), pairs[:, 1] - pairs[:, 0], 18, FIRST)
+            axes.axhline(error['mean'], color=SECOND, label=f'mean {error["mean"]:+.3g}')
+            for limit, label in zip(error['limits'] or (), ('limits of agreement', None), strict=False):
+                axes.axhline(limit, color=SECOND, linestyle='--', linewidth=1, label=label)
+            axes.axhline(0, color=GREY, linewidth=1)
+            axes.set(xlabel=f'Mean of outlined and predicted, {units[unit]}', title=f'Lesions, {units[unit]}')
+            axes.margins(y=0.25)
+            axes.legend(loc='upper left')
+        figure.axes[0].set_ylabel('Predicted less outlined')
+        return figure
+
+
 def render_risk_coverage(curve: dict[str, Any]) -> Figure:
     """Draws the error rate against coverage, the share of examples that is answered."""
     with use_style():
