@@ -108,7 +108,7 @@ def evaluate(values: flags.FlagValues) -> None:
 
 def predict(values: flags.FlagValues) -> None:
     """Predicts every --input, or every chest CT of --archive; exit status 1 if any is refused."""
-    workdir = _get_workdir(values, 'predict')
+    workdir = None if values.workdir is None else Path(values.workdir)
     if values.archive is not None:
         _predict_archive(values, workdir)
         return
@@ -122,13 +122,15 @@ def predict(values: flags.FlagValues) -> None:
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, masks=values.masks):
         sys.exit(1)
 
 
-def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
-    if values.input or values.series is not None:
-        raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
+def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
+    if values.input or values.series is not None or values.masks:
+        raise UserError(
+            '--archive takes no --input, --series or --masks: it finds every scan and series itself, and writes tables'
+        )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
     _start_jax(values)
@@ -247,16 +249,24 @@ COMMANDS = {
         evaluate,
     ),
     'predict': Command(
-        'Classify chest CTs and write a report on each.',
+        'Predict chest CTs and write a report on each; without --workdir, lungs and lesions only.',
         '--workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz',
         (
-            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag(
+                'workdir',
+                'DIR',
+                'Folder of a finished run; default: the lesion model of this package, which outlines lungs and lesions '
+                'and gives no verdict.',
+            ),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag(
                 'archive', 'PATH', 'A folder, or a text file of paths: predict every chest CT below it into one table.'
             ),
             Flag(
-                'output', 'DIR', 'Folder of the reports; default without --archive: <workdir>/predictions/<input name>.'
+                'output',
+                'DIR',
+                'Folder of the reports; default without --archive: <workdir>/predictions/<input name>, or '
+                'covidjax-predictions/<input name>.',
             ),
             Flag('pages', 'WHICH', 'Scans of an archive that get a page: all (default), positive or none.'),
             Flag('shard', 'K/N', 'Part K of N of an archive, for arrays of jobs that share --output.'),
@@ -266,6 +276,7 @@ COMMANDS = {
                 'NAME',
                 'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
             ),
+            Flag('masks', '', 'Write masks.nii.gz in the geometry of the scan, and slices with outlines, too.'),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
         ),
         predict,
@@ -291,7 +302,7 @@ COMMANDS = {
     ),
 }
 _HELP = ('--help', '-help', '-h')
-_SWITCHES, _REPEATED = ('occlusion', 'force'), ('input',)
+_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks'), ('input',)
 _NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 
 

@@ -74,7 +74,7 @@ def export_run(workdir: Path, output: Path) -> None:
 
 def write_lesion_safetensors(path: Path, lesions: LesionModel, results: dict[str, Any]) -> str:
     """Writes the weights of a lesion model in half precision (see `lesion_weights`); returns their number as text."""
-    facts = {'model': results['model'], 'data': results['data'], 'sources': results['dataset']['sources']}
+    facts = {'model': results['model'], 'sources': results['dataset']['sources']}
     return f'{write_lesion_weights(path, lesions, facts)} arrays in half precision'
 
 

@@ -245,7 +245,9 @@ def load_lesions(name: str) -> LesionModel:
     with open_checkpoints(path) as checkpoints:
         variables = jax.device_get(restore_best(config, checkpoints))
     model, size = create_model(config.model), config.data.image_size
-    return LesionModel(name, model, variables, size, rules['threshold'], results['notice'], rules['digest'])
+    return LesionModel(
+        name, model, variables, size, rules['threshold'], results['notice'], rules['digest'], results['data']
+    )
 
 
 def measure(
