@@ -101,9 +101,11 @@ def cut_all_to_lungs(volume: Volume) -> dict[int, tuple[np.ndarray, Box]]:
     Returns:
       Grey values uint8 [h, w] and their box by number of the slice (from 0).
     """
-    masks = volume.lungs
-    if masks is None:
+    if volume.lungs is None:
         masks = [find_lungs_in_slice(grey) for grey in volume.slices]
+    else:
+        steps, layers = volume.lungs.steps[0], list(map(volume.lungs.enlarge, volume.lungs.lungs_txhxw))
+        masks = [layers[place // steps] for place in range(len(volume.slices))]
     areas = np.array([0.0 if mask is None else mask.mean() for mask in masks])
     kept = np.flatnonzero((areas > 0) & (areas >= MIN_LUNGS_SHARE * areas.max(initial=0)))
     return {int(place): cut_to_lungs(volume.slices[place], masks[place]) for place in kept}
