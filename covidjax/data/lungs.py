@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.ndimage
+import scipy
 from PIL import Image
 
 from covidjax.data.preprocess import Box, compute_otsu_threshold
@@ -48,7 +48,7 @@ _AIRWAY_REACH = 0.15  # of the width of the body, from its middle
 _GREY_CLOSING = 0.08  # radius, of the width of the body
 
 _IN_PLANE = np.zeros((3, 3, 3), bool)
-_IN_PLANE[1] = scipy.ndimage.generate_binary_structure(2, 1)
+_IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
 
 def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:

@@ -6,7 +6,7 @@ A map without preference, flat or all zero, gets the chance level of every score
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import rankdata
+import scipy
 
 from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
 
@@ -33,7 +33,7 @@ def compute_rank_auc(scores: np.ndarray, target: np.ndarray) -> float | None:
     outside = target.size - inside
     if not inside or not outside:
         return None
-    ranks = rankdata(scores.ravel())[target.ravel()].sum()
+    ranks = scipy.stats.rankdata(scores.ravel())[target.ravel()].sum()
     return float((ranks - inside * (inside + 1) / 2) / (inside * outside))
 
 

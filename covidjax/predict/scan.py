@@ -17,17 +17,17 @@ from covidjax.data.scan.volume import Volume, format_counts, read_volume
 from covidjax.errors import UserError
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
-from covidjax.evaluation.novelty import compute_novelty
-from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
+from covidjax.evaluation.disagreement import compute_disagreement
+from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.evaluation.voting import compute_vote_logits
-from covidjax.experiment.runs import Run, load_run
+from covidjax.experiment.runs import Run, average_outputs, compute_mean_novelty, compute_member_outputs, load_run
 from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
 from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
-from covidjax.report.prediction import Prediction, is_unusual, write_prediction_page
+from covidjax.report.prediction import Prediction, do_members_disagree, is_unusual, write_prediction_page
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
     seconds['preparing'] = time.perf_counter() - start
 
     start = time.perf_counter()
-    outputs = compute_outputs(run.slice_model, run.slice_variables, prepared.images[..., np.newaxis])
-    prediction = conclude(run, prepared, outputs)
+    prediction = conclude(run, prepared, compute_member_outputs(run, prepared.images[..., np.newaxis]))
     seconds['model'] = time.perf_counter() - start
     rounded = {stage: round(s, 2) for stage, s in seconds.items()}
     return prediction._replace(summary=prediction.summary | {'seconds': rounded})
@@ -129,27 +128,30 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
 def create_recipe(run: Run) -> Recipe:
     """Returns how scans are prepared for a run."""
     data = run.config.data
-    return Recipe(data.image_size, data.region, run.min_slices, run.sequence is not None)
+    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run)
 
 
-def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Prediction:
-    """Returns the prediction for a scan from the outputs of the model for its slices."""
+def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ...]) -> Prediction:
+    """Returns the prediction for a scan from the outputs of every member of the run for its slices."""
     volume, used, boxes = prepared.volume, prepared.used, prepared.boxes
-    if run.sequence is None:
+    outputs = average_outputs(run, by_member)
+    if not run.is_scan_run:
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
-        attention, temperature = None, run.rules['temperature']
+        attention, temperature = None, run.temperature
         shares, bias = sum_evidence(run, outputs)
         scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
+        votes = [
+            compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
+            for member, of_member in zip(run.members, by_member, strict=True)
+        ]
     else:
         stored, rule, temperature = run.rules, None, 1.0
-        model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
-        scan_logits, attention, shares = apply_sequence(model, run.sequence, outputs.embedding)
-        bias = run.sequence['classifier']['bias']
+        scan_logits, attention, shares, bias, votes = _classify_sequence(run, by_member)
     # Slices of a slice run are calibrated; votes of them need a calibration of their own.
     probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
     of_slices = apply_temperature(outputs.logits, temperature)
-    novelty = None if run.novelty is None else compute_novelty(run.novelty, outputs.statistics)
+    novelty = compute_mean_novelty(run, by_member)
 
     called = int(probabilities[0].argmax())
     weight = of_slices[:, called] if attention is None else attention
@@ -171,6 +173,7 @@ def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Predict
         'class': CLASSES[called],
         'probabilities': dict(zip(CLASSES, probabilities[0].tolist(), strict=True)),
         **_describe_rules(stored, probabilities),
+        'members': _describe_members(votes, stored),
         'vote': rule and {'rule': rule, 'is_chosen_on_validation': stored is not None},
         'evidence': {
             'of': 'the logits of each slice' if attention is None else 'the logits of the scan',
@@ -213,12 +216,36 @@ def conclude(run: Run, prepared: PreparedScan, outputs: SliceOutputs) -> Predict
 def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarray]:
     """Returns the evidence of each slice in its own logits, summed over its pixels [N, K], and the bias [K].
 
-    With 'concat' their sum is the logit. With 'average' both are means over the modules.
+    With 'concat' their sum is the logit. With 'average' both are means over the modules. Of an ensemble they are means
+    over the members, each divided by its temperature.
     """
-    sums, params = sum(of_module.sum((1, 2)) for of_module in outputs.evidence), run.slice_variables['params']
-    if run.slice_model.combination == 'concat':
-        return sums, params['classifier']['bias']
-    return sums / 2, (params['classifier1']['bias'] + params['classifier2']['bias']) / 2
+    sums = sum(of_module.sum((1, 2)) for of_module in outputs.evidence)
+    is_one = run.slice_model.combination == 'concat'
+    names = ('classifier',) if is_one else ('classifier1', 'classifier2')
+    biases = [
+        sum(member.slice_variables['params'][name]['bias'] for name in names) / len(names) / member.temperature
+        for member in run.members
+    ]
+    return sums / len(names), np.mean(biases, axis=0)
+
+
+def _classify_sequence(
+    run: Run, by_member: tuple[SliceOutputs, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Returns logits [K], attention [T], evidence [T, K] and bias [K], means over members, and the logits of each."""
+    model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
+    temperatures = [np.float32(member.temperature) for member in run.members]
+    heads = [
+        apply_sequence(model, member.sequence, of_member.embedding)
+        for member, of_member in zip(run.members, by_member, strict=True)
+    ]
+    biases = [member.sequence['classifier']['bias'] for member in run.members]
+    votes, shares, biases = (
+        [value / t for value, t in zip(values, temperatures, strict=True)]
+        for values in ([head.logits for head in heads], [head.evidence for head in heads], biases)
+    )
+    attention = np.mean([head.attention for head in heads], axis=0)
+    return np.mean(votes, axis=0), attention, np.mean(shares, axis=0), np.mean(biases, axis=0), votes
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -263,11 +290,29 @@ def _describe_rules(rules: dict[str, Any] | None, probabilities_1xK: np.ndarray)
     }
 
 
+def _describe_members(votes: Sequence[np.ndarray], rules: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns what the members of an ensemble say of the scan, given their logits [K]; None for a single model."""
+    if len(votes) == 1:
+        return None
+    probabilities_MxK = apply_temperature(np.stack(votes), rules['temperature'] if rules else 1.0)
+    disagreement = float(compute_disagreement(probabilities_MxK[:, np.newaxis])[0])
+    limit = rules['disagreement']['limit'] if rules else None
+    return {
+        'probabilities': probabilities_MxK.tolist(),
+        'disagreement': disagreement,
+        'limit': limit,
+        'is_beyond': limit is not None and disagreement > limit,
+    }
+
+
 def _find_verdict(summary: dict[str, Any]) -> str:
-    """Returns the class that is called, or 'uncertain': another class can't be ruled out, or the scan is unusual."""
+    """Returns the class that is called, or 'uncertain'.
+
+    It is uncertain if another class can't be ruled out, the scan is unusual, or the members of the ensemble disagree.
+    """
     conformal = summary['conformal']
     is_open = conformal is not None and conformal['set'] != [summary['class']]
-    return 'uncertain' if is_open or is_unusual(summary) else summary['class']
+    return 'uncertain' if is_open or is_unusual(summary) or do_members_disagree(summary) else summary['class']
 
 
 def format_verdict(summary: dict[str, Any]) -> str:
@@ -278,6 +323,13 @@ def format_verdict(summary: dict[str, Any]) -> str:
         shown.append('not calibrated for scans, no conformal set')
     else:
         shown.append(f'{conformal["coverage"]:.0%} set: {" or ".join(conformal["set"]) or "none of the classes"}')
+    if summary['members'] is not None:
+        apart = (
+            'members disagree'
+            if do_members_disagree(summary)
+            else f'{len(summary["members"]["probabilities"])} members'
+        )
+        shown.append(f'{apart}, {summary["members"]["disagreement"]:.3f}')
     if is_unusual(summary):
         shown.append('unlike the training data')
     return f'{summary["verdict"]} ({"; ".join(shown)})'

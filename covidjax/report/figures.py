@@ -17,18 +17,19 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=150, bbox_inches='tight', facecolor='white')
 
 
-def render_training_curves(history: Sequence[dict], best_epoch: int) -> Figure:
-    """Draws training and validation loss and accuracy per epoch, and marks the best epoch.
+def render_training_curves(history: Sequence[dict], best_epoch: int, score: str = 'accuracy') -> Figure:
+    """Draws training and validation loss and score per epoch, and marks the best epoch.
 
     Args:
-      history: per epoch: 'epoch', 'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'.
+      history: per epoch: 'epoch', 'train_loss', 'val_loss', 'train_<score>', 'val_<score>'.
       best_epoch: the epoch whose parameters are tested.
+      score: name of the score.
     """
     with use_style():
         figure = Figure(figsize=(7.5, 3), layout='constrained')
         epochs = [entry['epoch'] for entry in history]
         for axes, name, label in zip(
-            figure.subplots(1, 2), ('loss', 'accuracy'), ('Weighted loss', 'Accuracy'), strict=True
+            figure.subplots(1, 2), ('loss', score), ('Weighted loss', score.capitalize()), strict=True
         ):
             for split, colour in (('train', GREY), ('val', FIRST)):
                 values = [entry[f'{split}_{name}'] for entry in history]

@@ -103,12 +103,19 @@ def is_unusual(summary: dict[str, Any]) -> bool:
     return summary['novelty'] is not None and summary['novelty']['median'] > 1
 
 
+def do_members_disagree(summary: dict[str, Any]) -> bool:
+    """Returns whether the members of an ensemble disagree beyond the limit; False for a single model."""
+    return summary['members'] is not None and summary['members']['is_beyond']
+
+
 def _build_headline(summary: dict[str, Any]) -> str:
     share = summary['probabilities'][summary['class']]
     conformal = summary['conformal']
     text = f'The most likely class is {summary["class"]}, with probability {share:.1%}.'
     if is_unusual(summary):
         return f'Uncertain: the scan is unlike the training data. {text}'
+    if do_members_disagree(summary):
+        return f'Uncertain: the members of the ensemble disagree. {text}'
     if conformal is None:
         return f'{text} The run has no calibration for scans, so there is no conformal set and no threshold.'
     held = ', '.join(conformal['set'])
@@ -126,11 +133,12 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         for name, share in summary['probabilities'].items()
     ]
     parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
+    basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
-        parts.append('The sequence model combines the slices. Its temperature was fitted on validation scans.')
+        parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
     elif vote['is_chosen_on_validation']:
         parts.append(
-            f'Slices vote by the rule {vote["rule"]!r}, the best on validation scans. The temperature of the votes was '
+            f'Slices vote by the rule {vote["rule"]!r}, the best on {basis} scans. The temperature of the votes was '
             'fitted on the same scans.'
         )
     else:
@@ -140,6 +148,8 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         )
     if conformal is not None:
         parts += conformal['notes']
+    if summary['members'] is not None:
+        parts += _describe_members(summary['members'])
     if screening is not None:
         answers = [
             (
@@ -152,12 +162,29 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         ]
         parts.append(
             Table(
-                'Screening at the thresholds chosen on validation',
+                f'Screening at the thresholds chosen on {basis} scans',
                 ('screened for', 'score', 'threshold', 'answer'),
                 answers,
             )
         )
     return Section('verdict', 'Verdict', parts)
+
+
+def _describe_members(members: dict[str, Any]) -> list[Any]:
+    """Returns a table of what every member says, and a paragraph on their disagreement."""
+    rows = [(f'fold {number}', *shares) for number, shares in enumerate(members['probabilities'], start=1)]
+    limit = members['limit']
+    beyond = 'so the verdict is uncertain' if members['is_beyond'] else 'so it does not change the verdict'
+    text = (
+        f'Disagreement of the members: {members["disagreement"]:.3f}, the mean over pairs of half the summed absolute '
+        'differences of their probabilities. '
+    )
+    text += (
+        'There were too few out-of-fold examples for a limit.'
+        if limit is None
+        else f'The limit chosen on out-of-fold examples is {limit:.3f}, {beyond}.'
+    )
+    return [Table('Probabilities by the members of the ensemble', ('member', *CLASSES), rows), text]
 
 
 def _build_course(prediction: Prediction) -> Section:

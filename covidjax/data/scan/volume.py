@@ -3,18 +3,13 @@
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
 
-import gzip
 import hashlib
 import io
-import logging
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
@@ -23,6 +18,7 @@ from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_win
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
 from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
+from covidjax.data.scan.nifti import open_nifti, report_damage
 from covidjax.data.scan.series import (
     Series,
     check_series,
@@ -34,7 +30,7 @@ from covidjax.data.scan.series import (
     group_series,
     refuse_undecodable,
 )
-from covidjax.data.scan.sources import MAX_BYTES, Entry, hash_contents, open_entries
+from covidjax.data.scan.sources import Entry, hash_contents, open_entries
 from covidjax.errors import UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
@@ -369,42 +365,18 @@ def _keeps_axes(affine: np.ndarray) -> bool:
 
 def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
     data = entry.read()
-    try:
-        if data[:2] == b'\x1f\x8b':
-            with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise UserError(f'unpacks to more than {MAX_BYTES / 1e9:.0f} GB, taken for a bomb')
-        logger = logging.getLogger('nibabel.global')
-        before, logger.disabled = logger.disabled, True
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                image = nibabel.Nifti1Image.from_bytes(data)
-                shape, affine = image.shape, image.affine
-                has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
-                if len(shape) == 4 and shape[3] == 1:
-                    shape = shape[:3]
-                if len(shape) != 3 or not 0 < np.prod(shape, dtype=float) <= dicom.MAX_VOXELS:
-                    raise UserError(
-                        f'a NIfTI of shape {shape}: it must be one scan of at most {dicom.MAX_VOXELS:,} voxels'
-                    )
-                grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
-                hu = np.empty(shape, np.int16) if with_lungs else None
-                for place in range(shape[2]):
-                    plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
-                    check.add(plane)
-                    grey[..., place] = apply_window(plane)
-                    if hu is not None:
-                        hu[..., place] = plane
-        finally:
-            logger.disabled = before
-    except UserError:
-        raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError('a damaged or truncated .nii.gz: copy it again') from error
-    except Exception as error:  # damaged headers can raise anything
-        raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
+    with report_damage():
+        image, shape = open_nifti(data)
+        affine = image.affine
+        has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
+        grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
+        hu = np.empty(shape, np.int16) if with_lungs else None
+        for place in range(shape[2]):
+            plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
+            check.add(plane)
+            grey[..., place] = apply_window(plane)
+            if hu is not None:
+                hu[..., place] = plane
     doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
     return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
 
