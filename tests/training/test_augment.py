@@ -164,7 +164,7 @@ def make_scanner(**changes):
         gain=(1, 1),
         offset=0,
         sharpness=0,
-        half_resolution=0,
+        half_resolution=0.0,
         noise=0,
     )
     return dataclasses.replace(still, **changes)
