@@ -3,6 +3,7 @@
 Shapes: B slices or scans, T slices of a scan, N slices, S side of a slice, E embedding, K classes.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,20 +19,23 @@ import covidjax
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
+from covidjax.experiment.preprocessing import NORMALISATION, describe_preprocessing
 from covidjax.experiment.runs import Run, load_run
 from covidjax.explain.evidence import combine_evidence
-from covidjax.files import replace_file
+from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.seq import HEADS
 from covidjax.models.torch_names import to_torch
 
-NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _AT_ONCE = 16  # slices per call of the extractor: bounds the memory for scans of any length
 
 
 def export_run(workdir: Path, output: Path) -> None:
     """Writes the best model of a finished run to one file, atomically, and prints what was written.
+
+    `<name>.preprocessing.json` beside it says how its inputs are prepared (see `preprocessing`), which of these steps
+    the file takes itself, and which file it belongs to.
 
     Args:
       workdir: workdir of the run.
@@ -46,7 +50,10 @@ def export_run(workdir: Path, output: Path) -> None:
     try:
         with replace_file(output) as temporary:
             what = WRITERS[output.suffix](temporary, run)
-            size = temporary.stat().st_size
+            size, digest = temporary.stat().st_size, hashlib.sha256(temporary.read_bytes()).hexdigest()
+        contract = describe_preprocessing(run.config, run.results['dataset']['fingerprint'])
+        contract['exported'] = {'file': output.name, 'sha256': digest, 'scales': output.suffix == '.stablehlo'}
+        write_json(output.with_suffix('.preprocessing.json'), contract)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'cannot write --output={output} ({error}): choose another file') from error
     print(f'{output}: {run.results["model"]}, {what}, {size / 1e6:.1f} MB')
