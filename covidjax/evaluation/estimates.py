@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
       value: None if it is undefined.
       interval: [low, high] by patient; None if there is none.
       resampled: the score of every resample of the patients [R], NaN where it is undefined.
-      is_fixed: all resamples agree, because a share is 0 or 1. The interval is then Wilson's.
+      is_fixed: all resamples agree, because a share or an area is 0 or 1. The interval is then Wilson's.
     """
 
     value: float | None
@@ -74,13 +74,22 @@ def estimate_mean(sample: Sample, values_N: np.ndarray, members_N: np.ndarray | 
 
 
 def estimate_auc(sample: Sample, scores_N: np.ndarray, positive_N: np.ndarray) -> Estimate:
-    """Estimates the area under the ROC curve; undefined without positives or without negatives."""
+    """Estimates the area under the ROC curve; undefined without positives or without negatives.
+
+    An area of 0 or 1 gets Wilson's interval with as many trials as there are pairs of one positive and one negative
+    patient, no patient in two. There is no interval if all positives, or all negatives, are of one patient.
+    """
     if positive_N.all() or not positive_N.any():
         return UNDEFINED
-    num_patients = sample.resamples.shape[1]
-    weights = np.concatenate([np.ones((1, num_patients), int), sample.resamples])
+    weights = np.concatenate([np.ones((1, sample.resamples.shape[1]), int), sample.resamples])
     values = compute_ranking_scores(scores_N, positive_N, sample.groups, weights)['auc']
-    return Estimate(float(values[0]), compute_interval(values[1:]) if num_patients > 1 else None, values[1:])
+    value = float(values[0])
+    num_pairs = min(len(set(sample.groups[members].tolist())) for members in (positive_N, ~positive_N))
+    if num_pairs == 1:
+        return Estimate(value, None, values[1:])
+    if value in (0, 1):
+        return Estimate(value, compute_wilson_interval(value * num_pairs, num_pairs), values[1:], is_fixed=True)
+    return Estimate(value, compute_interval(values[1:]), values[1:])
 
 
 def estimate_ece(sample: Sample, probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> Estimate:
@@ -105,7 +114,7 @@ def estimate_ece(sample: Sample, probabilities_NxK: np.ndarray, labels_N: np.nda
 def subtract(first: Estimate, second: Estimate) -> dict[str, Any]:
     """Returns {'difference', 'interval'} of first less second, whose patients were resampled independently.
 
-    The interval holds the percentiles of the differences of the resamples. Where all resamples of a share agree, it
+    The interval holds the percentiles of the differences of the resamples. Where all resamples of a side agree, it
     combines the intervals of both sides instead (Zou and Donner 2008, doi:10.1002/sim.3095, eq. 7; for two of Wilson's
     intervals that is Newcombe's). Either is None if a side has none.
     """

@@ -72,8 +72,8 @@ def compare_sides(inside: Side, outside: Side, rules: Mapping[str, Any], classes
     present = {name: set(np.unique(side.labels).tolist()) for name, side in sides.items()}
     common = sorted(present['inside'] & present['outside'])
     kept = {name: _keep(side, common) for name, side in sides.items()}
-    # Independent seeds: the patients differ.
-    found = {name: _estimate(side, rules, classes, seed=i) for i, (name, side) in enumerate(kept.items())}
+    # Independent seeds, as the patients differ. That of outside is the one of its other scores.
+    found = {name: _estimate(kept[name], rules, classes, seed=seed) for name, seed in (('inside', 1), ('outside', 0))}
     scores = {}
     for key in found['outside']:
         values = {name: found[name][key] for name in sides}
@@ -163,7 +163,7 @@ def _explain(
     return f'no {what} in the test list of the run' if what in classes else 'undefined'
 
 
-def refit(side: Side, temperature: float, *, seed: int = 1) -> dict[str, Any]:
+def refit(side: Side, temperature: float, *, seed: int = 0) -> dict[str, Any]:
     """Compares the calibration of a list at the run's temperature and at one fitted to this list itself.
 
     Returns:
@@ -180,7 +180,7 @@ def refit(side: Side, temperature: float, *, seed: int = 1) -> dict[str, Any]:
     return {'temperature': temperature, 'fitted_temperature': fitted, **found}
 
 
-def correct_to_own_shares(side: Side, temperature: float, classes: Sequence[str], *, seed: int = 1) -> dict[str, Any]:
+def correct_to_own_shares(side: Side, temperature: float, classes: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
     """Corrects probabilities to the class shares of the list itself (see `calibration.correct_prior`).
 
     The shares are (count + 1) / (N + K), so that an absent class keeps a small share. They are those of the labels: a

@@ -40,7 +40,7 @@ from covidjax.models.seq import HEADS
 from covidjax.predict.prepare import prepare_scan
 from covidjax.predict.scan import apply_sequence, create_recipe
 from covidjax.predict.tasks import describe_error
-from covidjax.progress import track
+from covidjax.progress import open_progress, track
 
 log = logging.getLogger(__name__)
 
@@ -186,12 +186,13 @@ def score_lists(run: Run, workdir: Path, inside: Inside, path: Path, split: str,
 def _score_slices(run: Run, source: _Joined) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns logits [N, K] of all records, and which are unusual."""
     logits, unusual = [], []
-    starts = range(0, len(source), _AT_ONCE)
-    for start in track(starts, 'testing', len(starts), 'batch'):
-        images = np.stack([source[i]['image'] for i in range(start, min(start + _AT_ONCE, len(source)))])
-        outputs = compute_outputs(run.slice_model, run.slice_variables, images)
-        logits.append(outputs.logits)
-        unusual.append(find_unusual(run, outputs))
+    with open_progress('testing', len(source), 'slice') as progress:
+        for start in range(0, len(source), _AT_ONCE):
+            images = np.stack([source[i]['image'] for i in range(start, min(start + _AT_ONCE, len(source)))])
+            outputs = compute_outputs(run.slice_model, run.slice_variables, images)
+            logits.append(outputs.logits)
+            unusual.append(find_unusual(run, outputs))
+            progress.update(len(images))
     return np.concatenate(logits), None if run.novelty is None else np.concatenate(unusual)
 
 

@@ -30,7 +30,7 @@ SCORES = {
     'set_size': 'mean size of the conformal sets',
     'unusual': 'share of slices unlike the training data',
 }
-_LOWER_IS_BETTER = ('ece', 'brier', 'nll', 'set_size', 'unusual')
+_LOWER_IS_BETTER = ('ece', 'brier', 'nll', 'unusual')
 _SHARES = ('accuracy', 'recall', 'auc', 'sensitivity', 'specificity', 'coverage', 'unusual')
 _MAX_LISTED = 100
 
@@ -42,12 +42,17 @@ def list_scores(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str
 
 
 def judge(key: str, score: dict[str, Any]) -> str:
-    """Returns 'worse' or 'better' outside if the interval of the difference excludes 0, else 'no clear difference'."""
+    """Returns 'worse' or 'better' outside if the interval of the difference excludes 0, else 'no clear difference'.
+
+    The size of conformal sets is 'smaller' or 'larger'; without an interval there is no verdict, ''.
+    """
     interval = score['interval']
     if interval is None:
         return ''
     if interval[0] <= 0 <= interval[1]:
         return 'no clear difference'
+    if key == 'set_size':
+        return 'larger' if interval[0] > 0 else 'smaller'
     return 'worse' if (interval[1] < 0) != (key in _LOWER_IS_BETTER) else 'better'
 
 
@@ -150,8 +155,8 @@ def _build_comparison(results: dict[str, Any]) -> Section:
             f'outside are these data ({examples["outside"]:,} of {patients["outside"]:,}), both only with the classes '
             f'that both have: {", ".join(comparison["classes"]) or "none"}. Intervals are 95 % intervals that resample '
             'patients, of the differences on both sides.',
-            f'Worse outside: {", ".join(worse) or "nothing clearly"}. Better outside: '
-            f'{", ".join(better) or "nothing clearly"}.',
+            f'Worse outside: {"; ".join(worse) or "nothing clearly"}. Better outside: '
+            f'{"; ".join(better) or "nothing clearly"}.',
             *(
                 [create_picture(figures.render_sides(shown), 'Scores inside and outside with intervals')]
                 if shown

@@ -74,6 +74,15 @@ def test_a_share_of_one_keeps_an_interval():
     assert subtract(first, second)['interval'] == pytest.approx([-width, width])
 
 
+def test_a_perfect_ranking_keeps_an_interval_unless_a_class_is_one_patient():
+    labels = np.array([True] * 8 + [False] * 6)
+    patients = [f'p{i // 2}' for i in range(14)]  # four positive and three negative patients
+    auc = estimate_auc(draw_sample(patients, seed=0), labels.astype(float), labels)
+    assert (auc.value, auc.interval, auc.is_fixed) == (1, compute_wilson_interval(3, 3), True)
+    one = estimate_auc(draw_sample(['p0'] * 8 + patients[8:], seed=0), labels.astype(float), labels)
+    assert (one.value, one.interval) == (1, None)
+
+
 def test_undefined_stays_undefined():
     sample = draw_sample(['a', 'b'], seed=0)
     assert estimate_mean(sample, np.ones(2, bool), np.zeros(2, bool)) is UNDEFINED
