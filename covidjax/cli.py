@@ -4,13 +4,16 @@ A command defines only its own flags, and imports its modules after it has parse
 audit does not load jax.
 """
 
+import contextlib
 import logging
+import os
+import select
 import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -55,15 +58,24 @@ class Command(NamedTuple):
 
 def train(values: flags.FlagValues) -> None:
     """Runs or resumes the experiment of --config."""
-    config = values.config
-    if config is None:
-        raise UserError(f'train needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
-    _start_jax(values)
+    config = _get_config(values, 'train')
     from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import list_folds
 
-    if config.name not in EXPERIMENTS:
-        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
-    EXPERIMENTS[config.name].train(config, Path(values.workdir or f'runs/{config.name}'))
+    workdir = Path(values.workdir or f'runs/{config.name}')
+    if list_folds(workdir):
+        raise UserError(f'{workdir} holds a cross-validation: run crossvalidate, or choose another --workdir')
+    EXPERIMENTS[config.name].train(config, workdir)
+
+
+def crossvalidate(values: flags.FlagValues) -> None:
+    """Trains the folds of --config and tests them together."""
+    config = _get_config(values, 'crossvalidate')
+    from covidjax.experiment.crossvalidate import crossvalidate
+
+    workdir = Path(values.workdir or f'runs/{config.name}-folds')
+    num_folds = 5 if values.folds is None else values.folds
+    crossvalidate(config, workdir, num_folds=num_folds, fold=values.fold)
 
 
 def evaluate(values: flags.FlagValues) -> None:
@@ -77,9 +89,20 @@ def evaluate(values: flags.FlagValues) -> None:
     _start_jax(values)
     from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import list_folds
 
     config = load_config(workdir)
-    if 'extractor' not in config:
+    if config.name == 'lesions':
+        if values.lesions is not None or values.occlusion:
+            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
+        EXPERIMENTS[config.name].evaluate(workdir)
+    elif list_folds(workdir):
+        if values.lesions is not None or values.occlusion:
+            raise UserError(f'--lesions and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
+        from covidjax.experiment import crossvalidate
+
+        crossvalidate.evaluate(workdir)
+    elif 'extractor' not in config:
         lesions_dir = None if values.lesions is None else Path(values.lesions)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
     elif values.lesions is not None or values.occlusion:
@@ -100,7 +123,7 @@ def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
 
 def predict(values: flags.FlagValues) -> None:
     """Predicts every --input, or every chest CT of --archive; exit status 1 if any is refused."""
-    workdir = _get_workdir(values, 'predict')
+    workdir = None if values.workdir is None else Path(values.workdir)
     if values.archive is not None:
         _predict_archive(values, workdir)
         return
@@ -114,13 +137,15 @@ def predict(values: flags.FlagValues) -> None:
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, masks=values.masks):
         sys.exit(1)
 
 
-def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
-    if values.input or values.series is not None:
-        raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
+def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
+    if values.input or values.series is not None or values.masks:
+        raise UserError(
+            '--archive takes no --input, --series or --masks: it finds every scan and series itself, and writes tables'
+        )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
     _start_jax(values)
@@ -145,7 +170,8 @@ def audit(values: flags.FlagValues) -> None:
 
     if len(values.input) != 1:
         raise UserError('audit needs one --input=<raw COVIDx-CT directory>')
-    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'))['verdict'] == 'broken':
+    predictions = None if values.predictions is None else Path(values.predictions)
+    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'), predictions)['verdict'] == 'broken':
         sys.exit(1)
 
 
@@ -157,6 +183,19 @@ def export(values: flags.FlagValues) -> None:
     from covidjax.experiment.export import export_run
 
     export_run(workdir, Path(values.output))
+
+
+def _get_config(values: flags.FlagValues, command: str) -> Any:
+    """Returns --config and starts jax."""
+    config = values.config
+    if config is None:
+        raise UserError(f'{command} needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
+    _start_jax(values)
+    from covidjax.experiment.runs import EXPERIMENTS
+
+    if config.name not in EXPERIMENTS:
+        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
+    return config
 
 
 def _get_workdir(values: flags.FlagValues, command: str) -> Path:
@@ -193,13 +232,25 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory (default: phantoms). '
+                'A shipped config (att2, lite, seq, lesions) or a file, and the raw COVIDx-CT directory, or of lesions '
+                'the folders with masks, separated by commas (default: phantoms). '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),
             *_HOSTS,
         ),
         train,
+    ),
+    'crossvalidate': Command(
+        'Train folds by patient, test them together, and join them into an ensemble.',
+        '--config=lite:/data/my-ct --folds=5 --workdir=/tmp/folds',
+        (
+            Flag('config', 'NAME[:DIR]', 'As for train. The test list stays held out from all folds.'),
+            Flag('workdir', 'DIR', 'Folder of the folds and the ensemble; default: runs/<name of the config>-folds.'),
+            Flag('folds', 'N', 'Number of folds, at least 2; default: 5.'),
+            Flag('fold', 'K', 'Train only fold K, so that several jobs can share the folds; without it, join them.'),
+        ),
+        crossvalidate,
     ),
     'evaluate': Command(
         'Test the best model of a run again, or on other data.',
@@ -220,16 +271,24 @@ COMMANDS = {
         evaluate,
     ),
     'predict': Command(
-        'Classify chest CTs and write a report on each.',
+        'Predict chest CTs and write a report on each; without --workdir, lungs and lesions only.',
         '--workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz',
         (
-            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag(
+                'workdir',
+                'DIR',
+                'Folder of a finished run; default: the lesion model of this package, which outlines lungs and lesions '
+                'and gives no verdict.',
+            ),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag(
                 'archive', 'PATH', 'A folder, or a text file of paths: predict every chest CT below it into one table.'
             ),
             Flag(
-                'output', 'DIR', 'Folder of the reports; default without --archive: <workdir>/predictions/<input name>.'
+                'output',
+                'DIR',
+                'Folder of the reports; default without --archive: <workdir>/predictions/<input name>, or '
+                'covidjax-predictions/<input name>.',
             ),
             Flag('pages', 'WHICH', 'Scans of an archive that get a page: all (default), positive or none.'),
             Flag('shard', 'K/N', 'Part K of N of an archive, for arrays of jobs that share --output.'),
@@ -239,6 +298,7 @@ COMMANDS = {
                 'NAME',
                 'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
             ),
+            Flag('masks', '', 'Write masks.nii.gz in the geometry of the scan, and slices with outlines, too.'),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
         ),
         predict,
@@ -249,6 +309,7 @@ COMMANDS = {
         (
             Flag('input', 'DIR', 'A raw COVIDx-CT directory, or one of lists only.'),
             Flag('workdir', 'DIR', 'Folder of the report; default: runs/audit.'),
+            Flag('predictions', 'FILE', 'predictions.csv of a cross-validation: lists labels that it contradicts.'),
         ),
         audit,
     ),
@@ -262,25 +323,56 @@ COMMANDS = {
         export,
     ),
 }
-_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force'), ('num_processes', 'process_id'), ('input',)
+_HELP = ('--help', '-help', '-h')
+_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks'), ('input',)
+_NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` names (default: `sys.argv`); entry point of `covidjax`."""
     program, *arguments = sys.argv if argv is None else argv
-    if not arguments or arguments[0] in ('help', '--help', '-h', '-help'):
-        print(format_help())
-        sys.exit(0 if arguments else 1)
-    name, *arguments = arguments
-    if name == '--version':
-        print(covidjax.__version__)
-        return
-    if name not in COMMANDS:
-        sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
-    if any(argument.lstrip('-') in ('help', 'h') for argument in arguments if argument.startswith('-')):
-        print(format_command_help(name))
-        return
-    run_command(name, program, arguments)
+    with allow_closed_output():
+        if arguments[:1] == ['help']:
+            arguments = [*arguments[1:], '--help']
+        name, *rest = [argument for argument in arguments if argument not in _HELP] or ['']
+        if not name:
+            print(format_help())
+            sys.exit(0 if arguments else 1)
+        if name == '--version':
+            print(covidjax.__version__)
+            return
+        if name not in COMMANDS:
+            sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
+        if len(rest) < len(arguments) - 1:
+            print(format_command_help(name))
+        else:
+            run_command(name, program, rest)
+
+
+@contextlib.contextmanager
+def allow_closed_output() -> Iterator[None]:
+    """Ends the process without a traceback if its output is a pipe that nobody reads any more (`... | head -1`).
+
+    The exit status is that of a finished command, and 1 otherwise.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a short output is written only here
+    except BrokenPipeError as error:
+        if not _is_unread(1):  # another pipe is broken, a worker's for example
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends
+        ended = error.__context__
+        sys.exit(ended.code if isinstance(ended, SystemExit) else 1)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Returns whether the descriptor is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
@@ -416,11 +508,11 @@ def format_help() -> str:
     """Returns the list of commands."""
     lines = ['Models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.', '', 'Commands:']
     for name, command in COMMANDS.items():
-        lines += [f'  {name:<10}{command.summary}', f'{"":<12}covidjax {name} {command.example}']
+        lines += [f'  {name:<14}{command.summary}', f'{"":<16}covidjax {name} {command.example}']
     lines += [
         '',
         'covidjax train --config=att2 runs on generated phantoms and needs no data.',
-        'covidjax COMMAND --help lists the flags of a command.',
+        'covidjax help COMMAND lists the flags of a command.',
         '',
         'Research use only: not a medical device.',
     ]

@@ -196,6 +196,7 @@ class Prepared(NamedTuple):
       rows: list rows of each split, in record order, without dropped rows.
       sources: records of each split.
       dropped: (file, reason) of each listed image that was missing or unreadable.
+      fold: name of the fold that was selected (see `folds.select_fold`), '' for the lists as they are.
     """
 
     raw_dir: Path
@@ -205,6 +206,7 @@ class Prepared(NamedTuple):
     rows: dict[str, list[lists.Row]]
     sources: dict[str, SliceSource]
     dropped: list[tuple[str, str]]
+    fold: str = ''
 
 
 def prepare(

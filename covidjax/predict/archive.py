@@ -120,7 +120,7 @@ def compute_version(run: Run) -> str:
     """Returns 12 digits that name a run: the SHA-256 of its config, its rules and its weights."""
     digest = hashlib.sha256(run.config.to_json(sort_keys=True).encode())
     digest.update(repr(run.rules).encode())
-    for leaf in jax.tree.leaves((run.variables, run.novelty)):
+    for leaf in jax.tree.leaves([(member.variables, member.novelty) for member in run.members]):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:12]
 
@@ -152,7 +152,7 @@ class _Job:
             raise UserError(f'{output} holds predictions of another run or version ({of}): choose another --output')
         self._known = frozenset((row['path'], row['id']) for row in known)
         self._refused: list[tasks.Refusal] = []
-        self._queue = OutputQueue(run.slice_model, run.slice_variables)
+        self._queue = OutputQueue([(member.slice_model, member.slice_variables) for member in run.members])
         self._keys = itertools.count()
         self._waiting: dict[int, tasks.Prepared] = {}  # for the model, by key
         self._open: dict[str, set[int]] = {}  # keys of the scans of a unit that are not written, by its name

@@ -102,14 +102,14 @@ def prepare_unit(unit: Unit, recipe: Recipe, known: Known, *, force: bool, main_
 def predict_unit(unit: Unit, workdir: str, known: Known, *, force: bool, pages: str) -> UnitResult:
     """Reads, prepares and predicts the scans of a unit with the run in `workdir`, which each process loads once."""
     result = prepare_unit(unit, _load_recipe(workdir), known, force=force, main_pid=None)
-    from covidjax.evaluation.outputs import compute_outputs
+    from covidjax.experiment.runs import compute_member_outputs
     from covidjax.predict.scan import conclude
 
     run = _load_run(workdir)
     finished = []
     for one in result.scans:
         start = time.perf_counter()
-        outputs = compute_outputs(run.slice_model, run.slice_variables, one.scan.images[..., None])
+        outputs = compute_member_outputs(run, one.scan.images[..., None])
         prediction = conclude(run, one.scan, outputs)
         seconds = one.seconds | {'model': time.perf_counter() - start}
         finished.append(finish_scan(one._replace(seconds=seconds), prediction, run.results, pages))
@@ -204,7 +204,7 @@ def _prepare_group(
     name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, result: UnitResult
 ) -> UnitResult:
     start = time.perf_counter()
-    scans = find_scans(entries, Path(name).name, with_lungs=recipe.region == 'lungs')
+    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs)
     finding = time.perf_counter() - start
     num_known = result.num_known
     for scan in scans:
