@@ -115,10 +115,20 @@ def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
     for name in ('lesions', 'occlusion', 'coordinator'):
         if values[name].value:
             raise UserError(f'--{name} is not for --data')
+    split = values.split or 'test'
+    if split not in ('test', 'all'):
+        raise UserError(f'--split={split} must be test or all')
     _start_jax(values)
+    from covidjax.experiment.config import load_config
+
+    if load_config(workdir).name == 'lesions':
+        from covidjax.experiment.lesions import evaluate_outside
+
+        evaluate_outside(workdir, [Path(name).expanduser() for name in values.data.split(',') if name], split)
+        return
     from covidjax.predict.external import evaluate_external
 
-    evaluate_external(workdir, Path(values.data).expanduser(), values.split or 'test')
+    evaluate_external(workdir, Path(values.data).expanduser(), split)
 
 
 def predict(values: flags.FlagValues) -> None:
@@ -260,8 +270,8 @@ COMMANDS = {
             Flag(
                 'data',
                 'DIR',
-                'Other data to test on: a raw directory with any of the three lists, or scans with labels.csv. The '
-                'results go to <workdir>/external/<name>/.',
+                'Other data to test on: a raw directory with any of the three lists, or scans with labels.csv; for a '
+                'lesion run, folders with masks, separated by commas. The results go to <workdir>/external/<name>/.',
             ),
             Flag('split', 'WHICH', 'Lists of --data to test on: test (default), or all that there are.'),
             Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),

@@ -22,15 +22,15 @@ from covidjax.evaluation import baselines
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.external import Side, compare_sides, correct_to_own_shares, refit
 from covidjax.evaluation.metrics import compute_metrics
-from covidjax.evaluation.novelty import MAX_EXAMPLES, compute_novelty
-from covidjax.evaluation.outputs import compute_outputs
+from covidjax.evaluation.novelty import MAX_EXAMPLES
 from covidjax.evaluation.predictions import softmax, write_predictions
 from covidjax.evaluation.subgroups import compute_subgroups
 from covidjax.evaluation.summary import summarise
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment import common
 from covidjax.experiment.config import flatten_config
-from covidjax.experiment.runs import Run
+from covidjax.experiment.runs import Run, compute_mean_novelty, compute_member_outputs
+from covidjax.experiment.workdir import list_folds
 from covidjax.files import report_write_errors, write_json
 from covidjax.report.checklist import write_checklist
 from covidjax.report.external import format_comparison, write_external_report
@@ -95,7 +95,7 @@ def load_inside(config: ConfigDict, workdir: Path) -> Inside:
 def refuse_shared_patients(inside: Inside, workdir: Path, patients: Sequence[str], path: Path) -> None:
     """Raises UserError if patients of the run (without its data: of its test list) are in `patients`."""
     if inside.data is None:
-        known = {row['patient'] for row in _read_rows(workdir)}
+        known = {row['patient'] for row in _read_rows(_find_predictions(workdir))}
     else:
         known = {row.patient for rows in inside.data.rows.values() for row in rows}
     shared = sorted(known.intersection(patients))
@@ -142,15 +142,19 @@ def get_rules(run: Run, unit: str) -> dict[str, Any]:
     Raises:
       UserError: a run of an earlier version has no rules for votes.
     """
-    if run.sequence is not None or unit == 'slices':
+    if run.is_scan_run or unit == 'slices':
         return run.rules
     if 'scans' not in run.rules:
         raise UserError('the run has no rules for scans, it is of an earlier version: --mode=evaluate writes them')
     return run.rules['scans']
 
 
-def _read_rows(workdir: Path) -> list[dict[str, str]]:
-    path = workdir / 'predictions.csv'
+def _find_predictions(workdir: Path) -> Path:
+    """Returns the table of the run's own test list."""
+    return workdir / ('test_predictions.csv' if list_folds(workdir) else 'predictions.csv')
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline='') as file:
             return list(csv.DictReader(file))
@@ -159,38 +163,43 @@ def _read_rows(workdir: Path) -> list[dict[str, str]]:
 
 
 def read_inside_side(run: Run, workdir: Path, unit: str) -> Side:
-    """Returns what a run said of its own test list, from predictions.csv.
+    """Returns what a run said of its own test list, from its table of predictions.
+
+    There are no examples for votes of a run with a lesion model: they need more than the table holds.
 
     Raises:
       UserError: the file is missing or damaged.
     """
-    rows = _read_rows(workdir)
+    path = _find_predictions(workdir)
+    rows = _read_rows(path)
+    if run.lesions is not None and not run.is_scan_run and unit == 'scans':
+        return Side(np.zeros(0, int), np.zeros((0, len(CLASSES))), [], None, [])
     try:
         labels = np.array([int(row['label']) for row in rows])
         patients = [row['patient'] for row in rows]
         p = np.array([[float(row[f'p_{name}']) for name in CLASSES] for row in rows])
-        logits = np.log(np.maximum(p, _SMALLEST))
-        if run.sequence is not None or unit == 'slices':
+        # The table of an ensemble is calibrated, that of a single run is not.
+        logits = np.log(np.maximum(p, _SMALLEST)) * (run.temperature if len(run.members) > 1 else 1)
+        if run.is_scan_run or unit == 'slices':
             return Side(labels, logits, patients, None, [])
         members: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
             members.setdefault((row['scan'], labels[i]), []).append(i)
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f'{workdir / "predictions.csv"} is damaged: --mode=evaluate writes it again') from error
-    rule, temperature = get_rules(run, unit)['rule'], run.rules['temperature']
+        raise UserError(f'{path} is damaged: --mode=evaluate writes it again') from error
+    rule, temperature = get_rules(run, unit)['rule'], run.temperature
     votes = np.stack([compute_vote_logits(logits[of_scan], temperature, rule) for of_scan in members.values()])
     return Side(np.array([label for _, label in members]), votes, [patients[m[0]] for m in members.values()], None, [])
 
 
 def add_unusual(side: Side, run: Run, inside: Inside) -> Side:
     """Adds which slices of the test list are unusual, of at most `MAX_EXAMPLES`, spread evenly over the list."""
-    if inside.data is None or run.novelty is None:
+    if inside.data is None or all(member.novelty is None for member in run.members):
         return side
     rows, source = inside.data.rows['test'], inside.data.sources['test']
     chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
     images = np.stack([source[i]['image'] for i in chosen])
-    statistics = compute_outputs(run.slice_model, run.slice_variables, images).statistics
-    unusual = compute_novelty(run.novelty, statistics) > 1
+    unusual = compute_mean_novelty(run, compute_member_outputs(run, images)) > 1
     return side._replace(unusual=unusual, slice_patients=[rows[i].patient for i in chosen])
 
 
@@ -213,8 +222,10 @@ def score_baselines(run: Run, inside: Inside, outside: Outside) -> dict[str, np.
 
 def _count_training(run: Run, inside: Inside, unit: str) -> np.ndarray:
     """Returns the number of training examples of each class [K]."""
-    if run.sequence is not None:
-        counts = run.results['scans']['taking_part']['train']
+    if run.is_scan_run:
+        # An ensemble counts the scans that it was calibrated on, which are those of training and validation.
+        taking_part = run.results.get('scans', {}).get('taking_part')
+        counts = taking_part['train'] if taking_part else run.rules['class_counts']
     elif unit == 'slices':
         counts = run.results['dataset']['slices']['train']
     elif inside.data is not None:

@@ -15,10 +15,12 @@ from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU
 from covidjax.data.scan import body
 from covidjax.data.sequences import NUM_SLICES
+from covidjax.models.lesions import PLANES
 
 NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
 _EXAMPLE_SHAPE, _EXAMPLE_BOX = (50, 60), (5, 4, 55, 47)
 _CROPS = {
+    'whole': {'rule': 'none: slices are taken whole', 'sources': (preprocess,)},
     'body': {
         'rule': 'cut out the box xmin, ymin, xmax, ymax: half-open, clipped to the image; pixels outside it are lost',
         'box_of_lists': 'the last four numbers of a line',
@@ -40,14 +42,14 @@ def describe_preprocessing(config: ConfigDict, fingerprint: str) -> dict[str, An
     """Returns the content of preprocessing.json.
 
     Args:
-      config: config of the run.
+      config: config of the run; a run of lesions takes whole slices, and its outputs are planes, not classes.
       fingerprint: of the prepared slices that the run was trained on.
 
     Returns:
       A JSON-able dict, whose fields docs/external.md explains. 'hashes' has the SHA-256 of the source files that define
       the rules, and of an example: a picture given by a formula, and the bytes that it must become.
     """
-    size, region = config.data.image_size, config.data.region
+    size, region = config.data.image_size, config.data.get('region', 'whole')
     crop = dict(_CROPS[region])
     sources = crop.pop('sources')
     low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
@@ -83,7 +85,7 @@ def describe_preprocessing(config: ConfigDict, fingerprint: str) -> dict[str, An
             'keeps_aspect': False,
         },
         'scaling': {**NORMALISATION, 'dtype': 'float32', 'rule': 'grey / std - mean / std, the same in every channel'},
-        'classes': list(CLASSES),
+        'classes': list(PLANES if config.name == 'lesions' else CLASSES),
         'slices_of_a_scan': _describe_slices(config),
         'hashes': {
             'prepared_data': fingerprint,

@@ -18,10 +18,10 @@ from covidjax.data.scan.volume import Volume, read_volume
 from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.baselines import compute_thumbnails
 from covidjax.evaluation.external import Side
-from covidjax.evaluation.novelty import compute_novelty
-from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
+from covidjax.evaluation.outputs import SliceOutputs
+from covidjax.evaluation.predictions import softmax
+from covidjax.evaluation.sick import SickRule, join
 from covidjax.evaluation.subgroups import COLUMNS, name_group, name_slices, name_thickness, read_columns
-from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.external import (
     Inside,
     Outside,
@@ -33,19 +33,18 @@ from covidjax.experiment.external import (
     refuse_shared_pictures,
     write_external,
 )
-from covidjax.experiment.runs import Run, load_run
+from covidjax.experiment.runs import Run, average_outputs, compute_mean_novelty, compute_member_outputs, load_run
+from covidjax.experiment.sick import compute_slice_sick, measure_split
 from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk
-from covidjax.models.seq import HEADS
 from covidjax.predict.prepare import prepare_scan
-from covidjax.predict.scan import apply_sequence, create_recipe
+from covidjax.predict.scan import classify_sequence, conclude, create_recipe
 from covidjax.predict.tasks import describe_error
 from covidjax.progress import open_progress, track
 
 log = logging.getLogger(__name__)
 
 LABELS = 'labels.csv'
-TESTED = ('test', 'all')
 _AT_ONCE = 256  # slices read before the model runs
 _SPELT = {**{name: i for i, name in enumerate(CLASSES)}, **{str(i): i for i in range(len(CLASSES))}, 'covid-19': 2}
 
@@ -65,8 +64,6 @@ def evaluate_external(workdir: Path, path: Path, split: str) -> dict[str, Any]:
     Raises:
       UserError: the run or the data are no good, or they share patients or pictures.
     """
-    if split not in TESTED:
-        raise UserError(f'--split={split} must be one of {", ".join(TESTED)}')
     labels = _find_labels(path)
     run = load_run(workdir)
     with lock_workdir(workdir), report_full_disk(workdir):
@@ -148,8 +145,11 @@ def score_lists(run: Run, workdir: Path, inside: Inside, path: Path, split: str,
     left_out = [{'name': file, 'reason': reason} for file, reason in data.dropped]
     whole = sequences.group_scans(rows)
     thumbnails = compute_thumbnails(source, name=path.name)
-    if run.sequence is None:
+    if not run.is_scan_run:
         logits, unusual = _score_slices(run, source)
+        if run.lesions is not None:
+            sick = np.concatenate([_compute_sick(run, data, one) for one in data.rows])
+            logits = np.log(join(sick, softmax(logits)))
         side = Side(np.array([row.label for row in rows]), logits, [row.patient for row in rows], unusual, [])
         side = side._replace(slice_patients=side.patients)
         scan_of = {record: scan for scan in whole for record in scan.records}
@@ -172,7 +172,7 @@ def score_lists(run: Run, workdir: Path, inside: Inside, path: Path, split: str,
         name=choose_name(workdir, path, split),
         path=path.resolve(),
         split=split,
-        unit='slices' if run.sequence is None else 'scans',
+        unit='scans' if run.is_scan_run else 'slices',
         side=side,
         names=names,
         groups=read_columns(path, examples, rows),
@@ -189,39 +189,39 @@ def _score_slices(run: Run, source: _Joined) -> tuple[np.ndarray, np.ndarray | N
     with open_progress('testing', len(source), 'slice') as progress:
         for start in range(0, len(source), _AT_ONCE):
             images = np.stack([source[i]['image'] for i in range(start, min(start + _AT_ONCE, len(source)))])
-            outputs = compute_outputs(run.slice_model, run.slice_variables, images)
-            logits.append(outputs.logits)
-            unusual.append(find_unusual(run, outputs))
+            outputs = compute_member_outputs(run, images)
+            logits.append(average_outputs(run, outputs).logits)
+            unusual.append(_find_unusual(run, outputs))
             progress.update(len(images))
-    return np.concatenate(logits), None if run.novelty is None else np.concatenate(unusual)
+    return np.concatenate(logits), _join_flags(unusual)
+
+
+def _compute_sick(run: Run, data: covidx_ct.Prepared, split: str) -> np.ndarray:
+    """Returns the probability of sick of the slices of a list by their lesions, [N]."""
+    rule = SickRule(*(run.rules['sick'][name] for name in SickRule._fields))
+    return compute_slice_sick(rule, measure_split(run.lesions, data, split))
 
 
 def _score_listed_scans(run: Run, source: _Joined, scans: Sequence[sequences.Scan]) -> Side:
     logits, unusual, patients = [], [], []
     for scan in track(scans, 'testing', len(scans), 'scan'):
         images = np.stack([source[i]['image'] for i in scan.records])
-        outputs = compute_outputs(run.slice_model, run.slice_variables, images)
-        logits.append(score_scan(run, outputs))
-        unusual.append(find_unusual(run, outputs))
+        outputs = compute_member_outputs(run, images)
+        logits.append(classify_sequence(run, outputs)[0])
+        unusual.append(_find_unusual(run, outputs))
         patients += [scan.patient] * len(scan.records)
     labels = np.array([scan.label for scan in scans])
-    flags = None if run.novelty is None else np.concatenate(unusual)
-    return Side(labels, np.stack(logits), [scan.patient for scan in scans], flags, patients)
+    return Side(labels, np.stack(logits), [scan.patient for scan in scans], _join_flags(unusual), patients)
 
 
-def find_unusual(run: Run, outputs: SliceOutputs) -> np.ndarray:
-    """Returns which slices are unlike the validation slices, bool [N]; all False if the run can't tell."""
-    if run.novelty is None:
-        return np.zeros(len(outputs.logits), bool)
-    return compute_novelty(run.novelty, outputs.statistics) > 1
+def _find_unusual(run: Run, outputs: tuple[SliceOutputs, ...]) -> np.ndarray | None:
+    """Returns which slices are unlike the validation slices, bool [N]; None if the run can't tell."""
+    novelty = compute_mean_novelty(run, outputs)
+    return None if novelty is None else novelty > 1
 
 
-def score_scan(run: Run, outputs: SliceOutputs) -> np.ndarray:
-    """Returns the logits of a scan [K]: of its slices' votes, or of the sequence model."""
-    if run.sequence is None:
-        return compute_vote_logits(outputs.logits, run.rules['temperature'], get_rules(run, 'scans')['rule'])
-    model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
-    return apply_sequence(model, run.sequence, outputs.embedding).logits
+def _join_flags(flags: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    return None if flags[0] is None else np.concatenate(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,13 +295,13 @@ def score_scans(run: Run, workdir: Path, inside: Inside, path: Path, entries: Se
     Raises:
       UserError: no scan can be read, or the run's data have the same patients or pictures.
     """
-    get_rules(run, 'scans')  # fail before the long work
+    rules = get_rules(run, 'scans')
     refuse_shared_patients(inside, workdir, [entry.patient for entry in entries], path)
     recipe, kept, left_out = create_recipe(run), [], []
-    logits, unusual, slice_patients, thumbnails, measured, groups = [], [], [], [], [], []
+    probabilities, verdicts, unusual, slice_patients, thumbnails, measured, groups = [], [], [], [], [], [], []
     for entry in track(entries, 'testing', len(entries), 'scan'):
         try:
-            volume = read_volume(entry.file, with_lungs=recipe.region == 'lungs')
+            volume = read_volume(entry.file, with_lungs=recipe.with_lungs)
             prepared = prepare_scan(volume, recipe, force=False)
         except UserError as error:
             left_out.append({'name': entry.path, 'reason': str(error).removeprefix(f'{entry.file}: ')})
@@ -309,10 +309,11 @@ def score_scans(run: Run, workdir: Path, inside: Inside, path: Path, entries: Se
         except Exception as error:  # a damaged file must not end the test
             left_out.append({'name': entry.path, 'reason': describe_error(error)})
             continue
-        outputs = compute_outputs(run.slice_model, run.slice_variables, prepared.images[..., np.newaxis])
+        prediction = conclude(run, prepared, compute_member_outputs(run, prepared.images[..., np.newaxis]))
         kept.append(entry)
-        logits.append(score_scan(run, outputs))
-        unusual.append(find_unusual(run, outputs))
+        probabilities.append(list(prediction.summary['probabilities'].values()))
+        verdicts.append(prediction.summary['verdict'])
+        unusual.append(None if prediction.novelty is None else prediction.novelty > 1)
         slice_patients += [entry.patient] * len(prepared.images)
         names = [f'{entry.path} slice {place + 1}' for place in prepared.used.tolist()]
         measured.append(measure_prepared(zip(names, prepared.images, strict=True)))
@@ -330,14 +331,15 @@ def score_scans(run: Run, workdir: Path, inside: Inside, path: Path, entries: Se
     refuse_shared_pictures(inside, workdir, pictures, path, prepared=True)
     labels = np.array([entry.label for entry in kept])
     patients = [entry.patient for entry in kept]
-    flags = None if run.novelty is None else np.concatenate(unusual)
+    # `conclude` calibrates; the rules expect what it calibrated.
+    logits = np.log(np.maximum(probabilities, np.finfo(float).tiny)) * rules['temperature']
     return Outside(
         name=choose_name(workdir, path, 'scans'),
         path=path.resolve(),
         split='scans',
         unit='scans',
-        side=Side(labels, np.stack(logits), patients, flags, slice_patients),
-        names={'path': [entry.path for entry in kept]},
+        side=Side(labels, logits, patients, _join_flags(unusual), slice_patients),
+        names={'path': [entry.path for entry in kept], 'verdict': verdicts},
         groups={name: [of_scan[name] for of_scan in groups] for name in groups[0]},
         thumbnails=np.stack(thumbnails).astype(np.float32),
         scans=None,

@@ -105,14 +105,22 @@ def _describe_start(run: Run) -> str:
     return f'Pretrained weights: {run.results["training"]["pretrained"]}; seed {run.config["seed"]}.'
 
 
+def _describe_folds(run: Run) -> str | None:
+    number = run.results['training'].get('num_folds')
+    return number and f'{number} models, one per fold by patient; their logits are averaged. Section "Ensemble".'
+
+
 def _describe_training(run: Run) -> str:
     names = ('batch_size', 'learning_rate', 'schedule', 'weight_decay', 'num_epochs', 'patience', 'augment')
     shown = ', '.join(f'{name} {run.config[f"train.{name}"]}' for name in names if f'train.{name}' in run.config)
-    return f'{shown}; {run.results["training"]["num_steps"]:,} steps. config.json has every setting.'
+    steps = run.results['training'].get('num_steps')
+    return f'{shown}{f"; {steps:,} steps" if steps else ""}. config.json has every setting.'
 
 
 def _describe_selection(run: Run) -> str:
     training = run.results['training']
+    if 'best_epoch' not in training:
+        return 'Of every fold the epoch of the lowest loss on its validation patients; all folds are used.'
     return f'Epoch {training["best_epoch"]} of {training["num_epochs"]}, the lowest loss on validation.'
 
 
@@ -324,7 +332,7 @@ CLAIM: tuple[tuple[str, str, Answer], ...] = (
     ('24', 'Initial parameters', _describe_start),
     ('25', 'Training', _describe_training),
     ('26', 'Selection of the final model', _describe_selection),
-    ('27', 'Ensembling', None),
+    ('27', 'Ensembling', _describe_folds),
     ('28', 'Measures of performance', _list_measures),
     ('29', 'Significance and uncertainty', _describe_uncertainty),
     ('30', 'Robustness or sensitivity', _describe_robustness),

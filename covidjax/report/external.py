@@ -33,6 +33,7 @@ SCORES = {
 _LOWER_IS_BETTER = ('ece', 'brier', 'nll', 'unusual')
 _SHARES = ('accuracy', 'recall', 'auc', 'sensitivity', 'specificity', 'coverage', 'unusual')
 _MAX_LISTED = 100
+_MIN_PATIENTS = 5  # of each side, for a verdict
 
 
 def list_scores(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -41,14 +42,17 @@ def list_scores(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str
         yield key, title, comparison['scores'][key]
 
 
-def judge(key: str, score: dict[str, Any]) -> str:
+def judge(key: str, comparison: dict[str, Any]) -> str:
     """Returns 'worse' or 'better' outside if the interval of the difference excludes 0, else 'no clear difference'.
 
-    The size of conformal sets is 'smaller' or 'larger'; without an interval there is no verdict, ''.
+    The size of conformal sets is 'smaller' or 'larger'; without an interval there is no verdict, ''. Resampling fewer
+    than `_MIN_PATIENTS` patients misleads.
     """
-    interval = score['interval']
+    interval = comparison['scores'][key]['interval']
     if interval is None:
         return ''
+    if min(comparison['num_patients'].values()) < _MIN_PATIENTS:
+        return 'too few patients'
     if interval[0] <= 0 <= interval[1]:
         return 'no clear difference'
     if key == 'set_size':
@@ -75,7 +79,7 @@ def format_comparison(results: dict[str, Any], folder: Path) -> str:
         low_high = score['interval']
         shown = f' [{low_high[0]:+.3f}, {low_high[1]:+.3f}]' if low_high else ' [-]'
         lines.append(
-            f'{title:<46}{inside:<24}{outside:<24}{score["difference"]:+.3f}{shown} {judge(key, score)}'.rstrip()
+            f'{title:<46}{inside:<24}{outside:<24}{score["difference"]:+.3f}{shown} {judge(key, comparison)}'.rstrip()
         )
     lines += [
         f'{name:<46}{format_score(metrics["accuracy"], metrics["intervals"]["accuracy"])} accuracy outside'
@@ -137,7 +141,7 @@ def _build_comparison(results: dict[str, Any]) -> Section:
             missing.append((title, score['note']))
             continue
         values = [score[side][part] for side in ('inside', 'outside') for part in ('value', 'interval')]
-        rows.append((title, *values, score['difference'], score['interval'], judge(key, score)))
+        rows.append((title, *values, score['difference'], score['interval'], judge(key, comparison)))
     verdicts = {row[0]: row[-1] for row in rows}
     worse, better = ([title for title, verdict in verdicts.items() if verdict == v] for v in ('worse', 'better'))
     shown = {

@@ -13,6 +13,7 @@ from covidjax.configs import att2, seq
 from covidjax.data import covidx_ct
 from covidjax.data.lists import CLASSES
 from covidjax.data.phantom import PhantomOptions, write_phantoms
+from covidjax.data.scan.volume import read_volume
 from covidjax.data.sequences import group_scans
 from covidjax.errors import UserError
 from covidjax.evaluation.novelty import fit_novelty
@@ -23,9 +24,10 @@ from covidjax.evaluation.summary import summarise
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common, scans, slices
 from covidjax.experiment.config import save_config
-from covidjax.experiment.runs import Run
+from covidjax.experiment.runs import Member, Run, compute_member_outputs
 from covidjax.files import write_json
 from covidjax.predict import external
+from covidjax.predict.scan import classify_sequence, predict_scan
 from tests.scan_files import make_chest, write_series
 from tests.variables import draw_variables
 
@@ -87,7 +89,7 @@ def slice_run(folders, tmp_path_factory):
     names = {'file': [r.file for r in rows], 'scan': [r.scan for r in rows], 'patient': patients['test']}
     write_test(workdir, names, labels['test'], outputs['test'].logits)
     novelty = fit_novelty(outputs['val'].statistics, patients['val'])
-    return Run(config, results, rules, novelty, model, variables, None), workdir
+    return Run(config, results, rules, (Member(model, variables, None, novelty),)), workdir
 
 
 def write_run(workdir, config, data, rules, logits, labels, patients):
@@ -130,14 +132,14 @@ def scan_run(folders, slice_run, tmp_path_factory):
     workdir.mkdir()
     model = scans.create_model(config)
     drawn = draw_variables(model, jnp.zeros((1, SIZE, SIZE, 1)), jnp.ones(1, jnp.int32), seed=1)
-    run = of_slices._replace(config=config, sequence=drawn['params']['sequence'])
+    member = of_slices.members[0]._replace(sequence=drawn['params']['sequence'])
+    run = of_slices._replace(config=config, members=(member,))
     data = covidx_ct.prepare(str(folders[0]), image_size=SIZE, prepared_dir=str(folders[2]))
     logits, labels, patients, names = {}, {}, {}, {}
     for split in ('val', 'test'):
         chosen = group_scans(data.rows[split])
         images = [np.stack([data.sources[split][i]['image'] for i in scan.records]) for scan in chosen]
-        outputs = [compute_outputs(run.slice_model, run.slice_variables, x) for x in images]
-        logits[split] = np.stack([external.score_scan(run, x) for x in outputs])
+        logits[split] = np.stack([classify_sequence(run, compute_member_outputs(run, x))[0] for x in images])
         labels[split] = np.array([scan.label for scan in chosen])
         patients[split] = [scan.patient for scan in chosen]
         names[split] = {'scan': [scan.scan for scan in chosen], 'patient': patients[split]}
@@ -326,9 +328,6 @@ def test_scans_by_csv(name, scan_folder, evaluate, request):
 
 
 def test_scans_are_scored_as_predict_does(slice_run, scan_folder, evaluate):
-    from covidjax.data.scan.volume import read_volume
-    from covidjax.predict.scan import predict_scan
-
     run, _ = slice_run
     _, folder = evaluate(slice_run, scan_folder)
     path = scan_folder / 'scan1'
@@ -358,11 +357,28 @@ def test_bad_labels_are_one_line(text, words, slice_run, scan_folder, evaluate):
     assert '\n' not in str(caught.value)
 
 
-def test_wrong_folders_are_one_line(slice_run, evaluate, tmp_path, folders):
-    for path, split, words in (
-        (tmp_path / 'none', 'test', 'no such folder'),
-        (tmp_path, 'test', 'neither lists'),
-        (folders[1], 'train', '--split=train must be one of test, all'),
-    ):
+def test_wrong_folders_are_one_line(slice_run, evaluate, tmp_path):
+    for path, words in ((tmp_path / 'none', 'no such folder'), (tmp_path, 'neither lists')):
         with pytest.raises(UserError, match=words):
-            evaluate(slice_run, path, split)
+            evaluate(slice_run, path)
+
+
+def test_an_ensemble_of_one_model_twice_is_that_model(slice_run, folders, evaluate, tmp_path):
+    run, workdir = slice_run
+    twice = run._replace(members=run.members * 2)
+    copy = shutil.copytree(workdir, tmp_path / 'twice')
+    rows = read_csv(copy / 'predictions.csv')
+    logits = np.log([[float(row[f'p_{name}']) for name in CLASSES] for row in rows])
+    calibrated = softmax(logits / run.rules['temperature'])
+    columns = {name: [row[name] for row in rows] for name in ('file', 'scan', 'patient', 'label')}
+    columns |= {f'p_{name}': p for name, p in zip(CLASSES, calibrated.T, strict=True)}
+    write_predictions(copy / 'test_predictions.csv', columns)
+    (copy / 'predictions.csv').unlink()
+    (copy / 'folds.json').write_text(json.dumps({'folds': [1, 2]}))
+    ours, _ = evaluate((twice, copy), folders[1])
+    shutil.rmtree(tmp_path / 'run')
+    evaluate.seen.clear()
+    theirs, _ = evaluate(slice_run, folders[1])
+    for key, score in ours['comparison']['scores'].items():
+        for side in ('inside', 'outside'):
+            assert score[side]['value'] == pytest.approx(theirs['comparison']['scores'][key][side]['value'], abs=1e-5)
