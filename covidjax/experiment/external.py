@@ -277,7 +277,7 @@ def write_external(run: Run, workdir: Path, inside: Inside, outside: Outside) ->
         'model': run.results['model'],
         'trained_on': {key: run.results['dataset'][key] for key in ('raw_dir', 'fingerprint')},
         'notice': run.results['notice'],
-        'warnings': _collect_warnings(run, inside, comparison),
+        'warnings': _collect_warnings(run, inside, comparison, len(outside.left_out)),
         'dataset': outside.dataset,
         'num_left_out': len(outside.left_out),
         'left_out': outside.left_out,
@@ -331,7 +331,7 @@ def _list_tests(workdir: Path) -> list[Path]:
     return sorted((workdir / FOLDER).glob('*/results.json'))
 
 
-def _collect_warnings(run: Run, inside: Inside, comparison: dict[str, Any]) -> list[str]:
+def _collect_warnings(run: Run, inside: Inside, comparison: dict[str, Any], num_left_out: int) -> list[str]:
     warnings = list(run.results.get('warnings', ()))
     if inside.data is None:
         warnings.append(
@@ -339,6 +339,8 @@ def _collect_warnings(run: Run, inside: Inside, comparison: dict[str, Any]) -> l
             'training patients or pictures with them'
         )
     warnings += [f'no {name} in these data' for name in comparison['absent']]
+    if num_left_out:
+        warnings.append(f'{num_left_out:,} could not be tested; results.json lists them with their reasons')
     unusual = comparison['scores']['unusual']['outside']['value']
     if unusual is not None and unusual > 0.5:
         warnings.append(f'{unusual:.0%} of the slices are unlike the training data')

@@ -81,7 +81,7 @@ def _describe_missing(run: Run) -> str:
 def _describe_partitions(run: Run) -> str:
     return (
         'Three lists, given beforehand: training fits the weights; validation stops training and chooses temperature, '
-        f'thresholds and conformal sets; test is used once. How patients were assigned to the lists: {AUTHORS}.'
+        f'thresholds and conformal sets; test only measures. How patients were assigned to the lists: {AUTHORS}.'
     )
 
 

@@ -86,8 +86,6 @@ def format_comparison(results: dict[str, Any], folder: Path) -> str:
         for name, metrics in results['baselines'].items()
     ]
     lines += [f'Warning: {warning}.' for warning in results['warnings']]
-    if results['num_left_out']:
-        lines.append(f'Left out: {results["num_left_out"]:,}, listed with their reasons in results.json.')
     return '\n'.join([*lines, f'Report: {folder / "report.html"}'])
 
 

@@ -42,7 +42,6 @@ def test_summary_has_a_line_per_score(tmp_path, labels):
         'comparison': comparison,
         'baselines': {},
         'warnings': ['no pneumonia in these data'] if 1 not in labels else [],
-        'num_left_out': 0,
     }
     text = format_comparison(results, tmp_path)
     for key, title, score in list_scores(comparison):
