@@ -6,6 +6,7 @@ Shapes: N examples, K classes.
 import itertools
 import logging
 import os
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,8 +99,6 @@ def compute_subgroups(
     patients: Sequence[str],
     classes: Sequence[str],
     thresholds: Mapping[str, float | None],
-    *,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Scores every group of every column.
 
@@ -110,7 +109,6 @@ def compute_subgroups(
       patients: patient of each example.
       classes: K names.
       thresholds: of the run, by target of `screening.TARGETS`; None if there is none.
-      seed: of the resampling.
 
     Returns:
       A JSON-able dict: 'min_patients', and 'columns'.<name>.{groups, gaps}. A group is {group, num_patients,
@@ -126,13 +124,13 @@ def compute_subgroups(
         if names in ([], [UNKNOWN]):
             continue
         listed, estimates = [], {}
-        for number, name in enumerate(names):
+        for name in names:
             members = groups == name
             num_patients = len(set(patients[members].tolist()))
             scores = None
             if num_patients >= MIN_PATIENTS:
                 of_group = labels_N[members], probabilities_NxK[members], patients[members]
-                scores = _score(*of_group, classes, thresholds, seed=seed + number)
+                scores = _score(*of_group, classes, thresholds)
                 if name != UNKNOWN:
                     estimates[name] = scores
             listed.append(
@@ -153,10 +151,9 @@ def _score(
     patients: np.ndarray,
     classes: Sequence[str],
     thresholds: Mapping[str, float | None],
-    *,
-    seed: int,
 ) -> dict[str, Estimate]:
-    sample = draw_sample(patients, seed=seed)
+    # The seed depends on the patients: groups are resampled independently, and the same group twice is the same.
+    sample = draw_sample(patients, seed=zlib.crc32('\n'.join(sorted(set(patients.tolist()))).encode()))
     found = {'accuracy': estimate_mean(sample, probabilities_NxK.argmax(1) == labels_N)}
     for target in TARGETS:
         scores = compute_target_scores(probabilities_NxK, classes, target)

@@ -23,6 +23,7 @@ from covidjax.evaluation.screening import fit_rules
 from covidjax.evaluation.summary import summarise
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common, scans, slices
+from covidjax.experiment import external as writing
 from covidjax.experiment.config import save_config
 from covidjax.experiment.runs import Member, Run, compute_member_outputs
 from covidjax.files import write_json
@@ -153,10 +154,16 @@ def scan_run(folders, slice_run, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path):
-    """Tests a run on other data, in a copy of its workdir; returns results.json and the folder."""
+    """Tests a run on other data, in a copy of its workdir; returns results.json and the folder.
 
-    def call(run_and_workdir, path, split='test'):
+    Unless `whole`, what takes seconds is left out: the page, and the baselines fitted outside.
+    """
+
+    def call(run_and_workdir, path, split='test', *, whole=False):
         run, workdir = run_and_workdir
+        if not whole:
+            monkeypatch.setattr(writing, 'write_external_report', lambda *_: None)
+            monkeypatch.setattr(writing, 'score_own_baselines', lambda _: {})
         copy = tmp_path / 'run'
         if not copy.exists():
             shutil.copytree(workdir, copy)
@@ -176,7 +183,7 @@ def read_csv(path):
 
 
 def test_lists_of_another_seed(slice_run, folders, evaluate, capsys):
-    results, folder = evaluate(slice_run, folders[1])
+    results, folder = evaluate(slice_run, folders[1], whole=True)
     rows = read_csv(folder / 'predictions.csv')
     assert folder.name == 'outside'
     assert results['num_examples'] == len(rows) == len(get_list(folders[1]).read_text().splitlines())
@@ -222,7 +229,7 @@ def test_a_class_is_absent_and_an_image_unreadable(slice_run, folders, evaluate,
     keep(raw, 'test', lambda _, label: label != '1')
     file = get_list(raw).read_text().split()[0]
     (raw / '2A_images' / file).write_bytes(b'no image')
-    results, folder = evaluate(slice_run, raw)
+    results, folder = evaluate(slice_run, raw, whole=True)
     assert results['left_out'] == [{'name': file, 'reason': 'not an image'}]
     assert results['comparison']['absent'] == ['pneumonia']
     assert 'no pneumonia in these data' in results['warnings']
