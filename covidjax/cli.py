@@ -79,8 +79,13 @@ def crossvalidate(values: flags.FlagValues) -> None:
 
 
 def evaluate(values: flags.FlagValues) -> None:
-    """Tests the best model of --workdir again."""
+    """Tests the best model of --workdir again, or, with --data, on other data."""
     workdir = _get_workdir(values, 'evaluate')
+    if values.data is not None:
+        _evaluate_external(values, workdir)
+        return
+    if values.split is not None:
+        raise UserError('--split is for --data: a run itself is tested on its own test list')
     _start_jax(values)
     from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
@@ -104,6 +109,26 @@ def evaluate(values: flags.FlagValues) -> None:
         raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a scan run')
     else:
         EXPERIMENTS[config.name].evaluate(workdir)
+
+
+def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
+    for name in ('lesions', 'occlusion', 'coordinator'):
+        if values[name].value:
+            raise UserError(f'--{name} is not for --data')
+    split = values.split or 'test'
+    if split not in ('test', 'all'):
+        raise UserError(f'--split={split} must be test or all')
+    _start_jax(values)
+    from covidjax.experiment.config import load_config
+
+    if load_config(workdir).name == 'lesions':
+        from covidjax.experiment.lesions import evaluate_outside
+
+        evaluate_outside(workdir, [Path(name).expanduser() for name in values.data.split(',') if name], split)
+        return
+    from covidjax.predict.external import evaluate_external
+
+    evaluate_external(workdir, Path(values.data).expanduser(), split)
 
 
 def predict(values: flags.FlagValues) -> None:
@@ -238,10 +263,17 @@ COMMANDS = {
         crossvalidate,
     ),
     'evaluate': Command(
-        'Test the best model of a run again.',
-        '--workdir=/tmp/run',
+        'Test the best model of a run again, or on other data.',
+        '--workdir=/tmp/run --data=/data/other-hospital',
         (
             Flag('workdir', 'DIR', 'Folder of the run.'),
+            Flag(
+                'data',
+                'DIR',
+                'Other data to test on: a raw directory with any of the three lists, or scans with labels.csv; for a '
+                'lesion run, folders with masks, separated by commas. The results go to <workdir>/external/<name>/.',
+            ),
+            Flag('split', 'WHICH', 'Lists of --data to test on: test (default), or all that there are.'),
             Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
             Flag('occlusion', '', 'Score occlusion maps too, which is slow (slice runs only).'),
             *_HOSTS,

@@ -33,14 +33,17 @@ from covidjax.evaluation.over_seeds import Estimate, subtract
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import write_predictions
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.evaluation.subgroups import compute_subgroups, read_columns
 from covidjax.evaluation.voting import compute_vote_logits, fit_vote_rules
 from covidjax.experiment import ablation, common, scans, slices
 from covidjax.experiment.common import Classification, Example
-from covidjax.experiment.config import check_config, check_workdir, load_config, save_config
+from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.experiment.runs import EXPERIMENTS
 from covidjax.experiment.workdir import FOLDS, list_folds
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.report import folds as report
+from covidjax.report.checklist import write_checklist
 from covidjax.training.checkpoints import open_checkpoints
 
 log = logging.getLogger(__name__)
@@ -243,6 +246,7 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     baselines = whole.compute_baselines()
     of_folds = [common.load_output(folder, 'results.json') for folder in folders]
     title, unit = whole.title.split(' (')[0], whole.unit
+    thresholds = {target: chosen['threshold'] for target, chosen in rules['thresholds'].items()}
     results = {
         **common.describe_data(config.data, data),
         'model': f'{title} ensemble of {len(folds)} ({unit})',
@@ -257,12 +261,28 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
             CLASSES,
             train_shares_K=np.bincount(labels, minlength=len(CLASSES)) / len(labels),
         ),
+        'subgroups': compute_subgroups(
+            read_columns(data.raw_dir, test, data.rows['test']),
+            test_labels,
+            probabilities,
+            test_patients,
+            CLASSES,
+            thresholds,
+        ),
         'explanations': {'leading_map': _choose_lead(of_folds)},
         'out_of_fold': {
             'by': 'patient',
             **_score(out_of_fold, labels, patients, opinions.baselines),
             'curves': compute_curves(labels, out_of_fold, patients, CLASSES),
             'calibration': compute_calibration(apply_temperature(opinions.logits, 1.0), labels),
+            'subgroups': compute_subgroups(
+                read_columns(data.raw_dir, opinions.examples, get_pool(data)),
+                labels,
+                out_of_fold,
+                patients,
+                CLASSES,
+                thresholds,
+            ),
             **_compare_folds(opinions, out_of_fold, folds, of_folds),
         },
         'ensemble': _compare_members(of_test_MxNxK, test, probabilities, rules),
@@ -276,6 +296,8 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     }
     _write_tables(workdir, opinions, out_of_fold, test, probabilities, of_test_MxNxK, rules)
     write_json(workdir / 'calibration.json', rules)
+    write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
+    write_checklist(workdir / 'checklist.html', results, flatten_config(config), [])
     report.write_folds_report(
         workdir / 'report.html', results, rules, unit=unit, load_image=_create_image_loader(data, opinions)
     )

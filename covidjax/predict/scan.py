@@ -225,7 +225,7 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         ]
     else:
         stored, rule, temperature = run.rules, None, 1.0
-        scan_logits, attention, shares, bias, votes = _classify_sequence(run, by_member)
+        scan_logits, attention, shares, bias, votes = classify_sequence(run, by_member)
     joined = {}
     if outlined:
         sick = compute_sick(SickRule(*(run.rules['sick'][name] for name in SickRule._fields)), outlined.features[None])
@@ -311,7 +311,7 @@ def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarra
     return sums / len(names), np.mean(biases, axis=0)
 
 
-def _classify_sequence(
+def classify_sequence(
     run: Run, by_member: tuple[SliceOutputs, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """Returns logits [K], attention [T], evidence [T, K] and bias [K], means over members, and the logits of each."""

@@ -191,7 +191,7 @@ def _prepare_unit(unit: Unit, recipe: Recipe, known: Known, force: bool) -> Unit
     except UserError as error:
         result.refusals.append(Refusal(unit.name, '', _shorten(error, unit)))
     except Exception as error:  # one scan must not end the archive
-        result.refusals.append(Refusal(unit.name, '', _describe(error)))
+        result.refusals.append(Refusal(unit.name, '', describe_error(error)))
     return result
 
 
@@ -222,7 +222,7 @@ def _prepare_group(
         except UserError as error:
             result.refusals.append(Refusal(name, scan.series, str(error)))
         except Exception as error:
-            result.refusals.append(Refusal(name, scan.series, _describe(error)))
+            result.refusals.append(Refusal(name, scan.series, describe_error(error)))
         else:
             result.scans.append(Prepared(name, scan.series, prepared, seconds))
     return result._replace(num_known=num_known)
@@ -232,7 +232,7 @@ def _shorten(error: UserError, unit: Unit) -> str:
     return str(error).removeprefix(f'{unit.path}: ')
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Returns where an unexpected error arose. Its message may quote a header, and is left out."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f'unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}'

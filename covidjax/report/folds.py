@@ -13,6 +13,7 @@ from covidjax.report.charts import create_picture
 from covidjax.report.label_errors import build_label_errors
 from covidjax.report.page import Table, write_page
 from covidjax.report.sections import Section, describe_interval
+from covidjax.report.subgroups import build_subgroups
 
 SCORES = {
     'accuracy': 'accuracy',
@@ -51,6 +52,10 @@ def write_folds_report(
         sections=[
             _build_out_of_fold(out, unit),
             _build_folds(out, unit),
+            *[
+                section._replace(title='Subgroups, out of fold')
+                for section in build_subgroups(out['subgroups'], unit=unit)
+            ],
             _build_ensemble(results, unit),
             *sections.build_scores(results, None, table='Table III', unit=unit, others={}),
             *sections.build_statistics(results, rules, unit=unit),

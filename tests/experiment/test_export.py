@@ -1,3 +1,4 @@
+import hashlib
 import json
 import types
 
@@ -24,7 +25,12 @@ from covidjax.models.pretrained import load_pretrained
 from covidjax.models.torch_names import from_torch
 from tests.variables import draw_variables
 
-RESULTS = {'model': 'ResNet50-ATT2 (slices)', 'data': 'phantoms', 'notice': 'not patients'}
+RESULTS = {
+    'model': 'ResNet50-ATT2 (slices)',
+    'data': 'phantoms',
+    'notice': 'not patients',
+    'dataset': {'fingerprint': 'abc'},
+}
 
 
 @pytest.fixture
@@ -56,6 +62,13 @@ def test_there_and_back_is_exact(tmp_path, name, capsys, make_run):
     variables = make_run(tmp_path / 'run', name)
     path = tmp_path / 'model.safetensors'
     export_run(tmp_path / 'run', path)
+    contract = json.loads((tmp_path / 'model.preprocessing.json').read_text())
+    assert contract['exported'] == {
+        'file': 'model.safetensors',
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+        'scales': False,
+    }
+    assert contract['hashes']['prepared_data'] == 'abc'
     back = from_torch(safetensors.numpy.load_file(path), variables)
     assert jax.tree.structure(back) == jax.tree.structure(variables)
     for before, after in zip(jax.tree.leaves(variables), jax.tree.leaves(back), strict=True):
