@@ -93,26 +93,26 @@ def evaluate(values: flags.FlagValues) -> None:
 
     config = load_config(workdir)
     if config.name == 'lesions':
-        if values.lesions is not None or values.occlusion:
-            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a lesion run')
         EXPERIMENTS[config.name].evaluate(workdir)
     elif list_folds(workdir):
-        if values.lesions is not None or values.occlusion:
-            raise UserError(f'--lesions and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
         from covidjax.experiment import crossvalidate
 
         crossvalidate.evaluate(workdir)
     elif 'extractor' not in config:
-        lesions_dir = None if values.lesions is None else Path(values.lesions)
+        lesions_dir = None if values.outlines is None else Path(values.outlines)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
-    elif values.lesions is not None or values.occlusion:
-        raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a scan run')
+    elif values.outlines is not None or values.occlusion:
+        raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a scan run')
     else:
         EXPERIMENTS[config.name].evaluate(workdir)
 
 
 def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
-    for name in ('lesions', 'occlusion', 'coordinator'):
+    for name in ('outlines', 'occlusion', 'coordinator'):
         if values[name].value:
             raise UserError(f'--{name} is not for --data')
     split = values.split or 'test'
@@ -274,7 +274,7 @@ COMMANDS = {
                 'lesion run, folders with masks, separated by commas. The results go to <workdir>/external/<name>/.',
             ),
             Flag('split', 'WHICH', 'Lists of --data to test on: test (default), or all that there are.'),
-            Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
+            Flag('outlines', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
             Flag('occlusion', '', 'Score occlusion maps too, which is slow (slice runs only).'),
             *_HOSTS,
         ),

@@ -152,7 +152,7 @@ def test_evaluation_gives_the_same_numbers_again_and_scores_other_lesions(slice_
         shutil.copy(raw_dir / '2A_images' / mask.name, lesions)
     lines = [f'{mask.name},mask-{mask.name},covid19' for mask in masks]
     (lesions / 'slices.csv').write_text('\n'.join(['image,lesion,class', *lines]) + '\n')
-    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}', f'--lesions={lesions}', '--occlusion')
+    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}', f'--outlines={lesions}', '--occlusion')
     assert result.returncode == 0, result.stderr
     after = json.loads((workdir.with_name('copy') / 'results.json').read_text())
     scored = [results['explanations'].pop('localisation') for results in (before, after)]
@@ -337,7 +337,7 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         (('--mode=dance', att2), ('dance',)),
         (('--mode=evaluate', f'--workdir={empty}'), (empty, 'not the workdir')),
         (('--mode=evaluate',), ('--workdir',)),
-        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--lesions={empty}'), (empty, 'slices.csv', '--lesions')),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--outlines={empty}'), (empty, 'slices.csv', '--outlines')),
         (('--mode=evaluate', f'--workdir={slice_run[0]}', '--split=all'), ('--split is for --data',)),
         (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--data={empty}', '--occlusion'), ('--occlusion is not',)),
         (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--data={empty}', '--split=val'), ('test or all',)),
@@ -426,7 +426,7 @@ def test_help_names_every_mode_and_flag(call_freshly):
             '--workdir',
             '--input',
             '--output',
-            '--lesions',
+            '--outlines',
             '--coordinator',
         ),
         *('configs/att2.py', 'configs/seq.py'),
