@@ -20,14 +20,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data import covidx_ct
-from covidjax.data.folds import FOLD, POOL, Fold, divide_patients, get_pool, parse_fold, select_fold, write_fold
+from covidjax.data.folds import (
+    FOLD,
+    POOL,
+    Fold,
+    divide_patients,
+    divide_sources,
+    get_pool,
+    parse_fold,
+    read_sources,
+    select_fold,
+    write_fold,
+)
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import group_scans
 from covidjax.errors import UserError
+from covidjax.evaluation.baselines import compute_shape_scores
 from covidjax.evaluation.calibration import apply_temperature, compute_calibration
 from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.disagreement import compute_disagreement, fit_limit
 from covidjax.evaluation.label_errors import describe_label_errors
+from covidjax.evaluation.left_out import describe_score, score_sick, subtract_scores
 from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, format_table
 from covidjax.evaluation.over_seeds import Estimate, subtract
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
@@ -48,15 +61,29 @@ log = logging.getLogger(__name__)
 SCORES = ('accuracy', 'auc', 'auc_covid19_pneumonia')  # of `ablation.estimate`
 
 
+class Division(NamedTuple):
+    """How patients are divided.
+
+    Attributes:
+      by: 'patient', or 'source' to leave out each source or group of sources once.
+      num_folds: by patient, see `folds.divide_patients`.
+      groups: by source, see `folds.divide_sources`.
+    """
+
+    by: str = 'patient'
+    num_folds: int = 5
+    groups: Sequence[tuple[str, ...]] = ()
+
+
 def crossvalidate(
-    config: ConfigDict, workdir: Path, *, num_folds: int = 5, fold: int | None = None
+    config: ConfigDict, workdir: Path, *, division: Division, fold: int | None = None
 ) -> dict[str, Any] | None:
     """Trains the folds that are not finished, one after the other, then tests and reports all of them together.
 
     Args:
       config: config of every fold.
       workdir: of the cross-validation; created if absent.
-      num_folds: see `folds.divide_patients`; the shuffling takes `config.seed`.
+      division: into which folds; the shuffling takes `config.seed`.
       fold: trains this fold only, from 1, and does not join; so several processes can share the folds.
 
     Returns:
@@ -67,7 +94,7 @@ def crossvalidate(
     """
     _check(config, workdir)
     with report_full_disk(workdir):
-        data, folds = _plan(config, workdir, num_folds)
+        data, folds = _plan(config, workdir, division)
         if fold is not None and not 1 <= fold <= len(folds):
             raise UserError(f'--fold={fold}: it must be from 1 to {len(folds)}')
         if fold is None and (workdir / 'results.json').exists():
@@ -110,7 +137,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f'{workdir} holds a single run, not a cross-validation: choose another --workdir')
 
 
-def _plan(config: ConfigDict, workdir: Path, num_folds: int) -> tuple[covidx_ct.Prepared, list[Fold]]:
+def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx_ct.Prepared, list[Fold]]:
     """Loads the data and writes folds.json and the workdirs of the folds, or checks that they are the same."""
     with report_write_errors(workdir, '--workdir'):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -118,17 +145,19 @@ def _plan(config: ConfigDict, workdir: Path, num_folds: int) -> tuple[covidx_ct.
     with lock:  # commands for single folds may start at once: they wait for the first one
         check_workdir(workdir, config)
         data = common.load_data(config.data, workdir)
-        folds = divide_patients(get_pool(data), num_folds, config.seed)
+        if division.by == 'source':
+            folds = divide_sources(get_pool(data), read_sources(data), division.groups, config.seed)
+        else:
+            folds = divide_patients(get_pool(data), division.num_folds, config.seed)
         if (workdir / FOLDS).exists():
             before = _read_folds(workdir)
             if before != folds:
-                number = (
-                    f'{len(before)} folds, now {len(folds)}' if len(before) != len(folds) else 'folds of other lists'
-                )
-                raise UserError(f'{workdir} holds {number}: pass --folds={len(before)}, or choose another --workdir')
+                names = [f'{f[0].name} to {f[-1].name}' for f in (before, folds)]
+                what = f'{names[0]}, not {names[1]}' if names[0] != names[1] else 'the same folds of other lists'
+                raise UserError(f'{workdir} holds {what}: pass the same flags again, or choose another --workdir')
         else:
             save_config(workdir, config)
-            write_json(workdir / FOLDS, {'by': 'patient', 'folds': [fold._asdict() for fold in folds]})
+            write_json(workdir / FOLDS, {'by': division.by, 'folds': [fold._asdict() for fold in folds]})
         for fold, folder in zip(folds, list_folds(workdir), strict=True):
             _create_folder(config, folder, fold)
     return data, folds
@@ -145,9 +174,13 @@ def _create_folder(config: ConfigDict, folder: Path, fold: Fold) -> None:
         phantoms.symlink_to(Path('..', 'phantoms'))  # the folds share them
 
 
+def _read_division(workdir: Path) -> dict[str, Any]:
+    return json.loads((workdir / FOLDS).read_text())
+
+
 def _read_folds(workdir: Path) -> list[Fold]:
     try:
-        return [parse_fold(fold) for fold in json.loads((workdir / FOLDS).read_text())['folds']]
+        return [parse_fold(fold) for fold in _read_division(workdir)['folds']]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{workdir / FOLDS} is unreadable ({error}): choose another --workdir') from error
 
@@ -186,6 +219,7 @@ def _collect(
       [M, N, K].
     """
     examples, numbers, logits, of_test, seconds, scores = [], [], [], [], {}, []
+    by_source = _read_division(workdir)['by'] == 'source'
     for number, (fold, folder) in enumerate(zip(folds, list_folds(workdir), strict=True)):
         log.info('testing %s', fold.name)
         temperature = np.float32(common.load_output(folder, 'calibration.json')['temperature'])
@@ -200,6 +234,9 @@ def _collect(
         numbers += [number] * len(held_out)
         logits.append(held_out)
         scores.append(experiment.compute_baselines())
+        if by_source and whole.unit == 'slices':
+            split_labels = {split: experiment.get_labels(split) for split in experiment.examples}
+            scores[-1] |= compute_shape_scores(experiment.data.sources, split_labels)
     none = np.full(len(CLASSES), np.nan, np.float32)
     opinions = Opinions(
         examples,
@@ -242,7 +279,7 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     out_of_fold = apply_temperature(opinions.logits, rules['temperature'])
     baselines = whole.compute_baselines()
     of_folds = [common.load_output(folder, 'results.json') for folder in folders]
-    title, unit = whole.title.split(' (')[0], whole.unit
+    title, unit, by = whole.title.split(' (')[0], whole.unit, _read_division(workdir)['by']
     results = {
         **common.describe_data(config.data, data),
         'model': f'{title} ensemble of {len(folds)} ({unit})',
@@ -259,12 +296,17 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
         ),
         'explanations': {'leading_map': _choose_lead(of_folds)},
         'out_of_fold': {
-            'by': 'patient',
+            'by': by,
             **_score(out_of_fold, labels, patients, opinions.baselines),
             'curves': compute_curves(labels, out_of_fold, patients, CLASSES),
             'calibration': compute_calibration(apply_temperature(opinions.logits, 1.0), labels),
             **_compare_folds(opinions, out_of_fold, folds, of_folds),
         },
+        **(
+            {}
+            if by == 'patient'
+            else {'left_out': _compare_sources(workdir, data, folds, opinions, test, of_test_MxNxK)}
+        ),
         'ensemble': _compare_members(of_test_MxNxK, test, probabilities, rules),
         'label_errors': _find_label_errors(opinions, out_of_fold, labels, patients, unit),
         'training': {
@@ -393,6 +435,74 @@ def _compare_members(
             'test_accuracy_within': float(right[~beyond].mean()) if not beyond.all() else None,
         },
     }
+
+
+def _compare_sources(
+    workdir: Path,
+    data: covidx_ct.Prepared,
+    folds: Sequence[Fold],
+    opinions: Opinions,
+    test: Sequence[Example],
+    of_test_MxNxK: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Scores every group of sources by the member that left it out and by the members that trained with it.
+
+    Sick against normal, by each member's own temperature and screening threshold. Inside and left out are compared on
+    the group's examples of the test list, which no member used. A class that the member's training lacks is not scored.
+    """
+    sources = read_sources(data)
+    normal = CLASSES.index('normal')
+    thresholds = [
+        common.load_output(folder, 'calibration.json')['thresholds']['disease']['threshold']
+        for folder in list_folds(workdir)
+    ]
+
+    def score(logits_MxNxK: np.ndarray, members: Sequence[int], examples: Sequence[Example], chosen: np.ndarray) -> Any:
+        p_MxNxK = np.stack([apply_temperature(logits, 1.0) for logits in logits_MxNxK[:, chosen]])
+        scores = 1 - p_MxNxK[..., normal]
+        called = [
+            p.argmax(1) != normal if thresholds[m] is None else s >= thresholds[m]
+            for m, s, p in zip(members, scores, p_MxNxK, strict=True)
+        ]
+        labels, patients = _get_labels(examples)[chosen], np.array([e.patient for e in examples])[chosen]
+        return score_sick(scores, np.stack(called), labels != normal, patients)
+
+    rows = []
+    for number, fold in enumerate(folds):
+        trained = {row.label for row in select_fold(data, fold).rows['train']}
+        labels = _get_labels(opinions.examples)
+        scored = (opinions.folds == number) & np.isin(labels, list(trained))
+        patients = np.array([example.patient for example in opinions.examples])[scored]
+        group = {sources[patient] for patient in fold.held_out}
+        on_test = np.array([sources[e.patient] in group for e in test]) & np.isin(_get_labels(test), list(trained))
+        others = [m for m in range(len(folds)) if m != number]
+        left = score(of_test_MxNxK[[number]], [number], test, on_test)
+        inside = score(of_test_MxNxK[others], others, test, on_test) if others else None
+        rows.append(
+            {
+                'sources': sorted(group),
+                'num_patients': len(set(patients.tolist())),
+                'classes': common.count_classes(labels[scored]),
+                'not_scored': [CLASSES[label] for label in sorted(set(range(len(CLASSES))) - trained)],
+                'left_out': describe_score(score(opinions.logits[np.newaxis], [number], opinions.examples, scored)),
+                'num_test_patients': len({e.patient for e, is_chosen in zip(test, on_test, strict=True) if is_chosen}),
+                'inside_on_test': describe_score(inside),
+                'left_out_on_test': describe_score(left),
+                'difference': subtract_scores(left, inside) if left and inside else None,
+                'baselines': {
+                    name: describe_score(
+                        score_sick(
+                            -values[np.newaxis, scored, normal],
+                            values[np.newaxis, scored].argmax(-1) != normal,
+                            labels[scored] != normal,
+                            patients,
+                        )
+                    )
+                    for name, values in opinions.baselines.items()
+                },
+            }
+        )
+    return rows
 
 
 def _choose_lead(of_folds: Sequence[dict]) -> dict[str, Any] | None:
