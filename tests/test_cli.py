@@ -398,7 +398,7 @@ def test_help_names_every_mode_and_flag(call_freshly):
     for word in (
         *(
             '--mode',
-            'train|evaluate|predict|audit|export',
+            'train|crossvalidate|evaluate|predict|audit|export',
             '--workdir',
             '--input',
             '--output',

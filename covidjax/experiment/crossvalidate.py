@@ -41,7 +41,7 @@ from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.disagreement import compute_disagreement, fit_limit
 from covidjax.evaluation.label_errors import describe_label_errors
 from covidjax.evaluation.left_out import describe_score, score_sick, subtract_scores
-from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, format_table
+from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, format_score, format_table
 from covidjax.evaluation.over_seeds import Estimate, subtract
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import write_predictions
@@ -193,6 +193,7 @@ class Opinions(NamedTuple):
       folds: number of the fold that holds out the example, from 0, int [N].
       logits: of the member that holds it out, over the member's temperature [N, K].
       second: of the member that validates on it; NaN without one [N, K].
+      is_known: whether the training of the member that holds it out had its class, bool [N].
       baselines: name -> scores [N, K].
     """
 
@@ -200,7 +201,15 @@ class Opinions(NamedTuple):
     folds: np.ndarray
     logits: np.ndarray
     second: np.ndarray
+    is_known: np.ndarray
     baselines: dict[str, np.ndarray]
+
+    def take(self, chosen_N: np.ndarray) -> 'Opinions':
+        """Returns the examples of a bool mask."""
+        examples = [example for example, is_chosen in zip(self.examples, chosen_N, strict=True) if is_chosen]
+        arrays = (self.folds, self.logits, self.second, self.is_known)
+        baselines = {name: scores[chosen_N] for name, scores in self.baselines.items()}
+        return Opinions(examples, *(values[chosen_N] for values in arrays), baselines)
 
 
 def _create_experiment(config: ConfigDict, data: covidx_ct.Prepared, folder: Path) -> Experiment:
@@ -218,7 +227,7 @@ def _collect(
       The experiment on the whole lists, the opinions, and the calibrated logits of the members on its test split
       [M, N, K].
     """
-    examples, numbers, logits, of_test, seconds, scores = [], [], [], [], {}, []
+    examples, numbers, logits, of_test, seconds, known, scores = [], [], [], [], {}, [], []
     by_source = _read_division(workdir)['by'] == 'source'
     for number, (fold, folder) in enumerate(zip(folds, list_folds(workdir), strict=True)):
         log.info('testing %s', fold.name)
@@ -232,6 +241,7 @@ def _collect(
         seconds |= {_get_key(e): x for e, x in zip(experiment.examples['val'], validation, strict=True)}
         examples += experiment.examples['test']
         numbers += [number] * len(held_out)
+        known.append(np.isin(experiment.get_labels('test'), experiment.get_labels('train')))
         logits.append(held_out)
         scores.append(experiment.compute_baselines())
         if by_source and whole.unit == 'slices':
@@ -243,6 +253,7 @@ def _collect(
         np.array(numbers),
         np.concatenate(logits),
         np.stack([seconds.get(_get_key(e), none) for e in examples]),
+        np.concatenate(known),
         {name: np.concatenate([of_fold[name] for of_fold in scores]) for name in scores[0]},
     )
     return whole, opinions, np.stack(of_test)
@@ -273,7 +284,8 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     test, test_labels, test_patients = whole.examples['test'], whole.get_labels('test'), whole.get_patients('test')
     log.info('computing statistics of %d out-of-fold and %d test %s', len(labels), len(test), whole.unit)
 
-    rules = _fit_rules(opinions, labels, patients, whole.unit)
+    known = opinions.take(opinions.is_known)  # a model cannot tell a class that its training lacks
+    rules = _fit_rules(known, whole.unit)
     ensemble_logits = of_test_MxNxK.mean(0)
     probabilities = apply_temperature(ensemble_logits, rules['temperature'])
     out_of_fold = apply_temperature(opinions.logits, rules['temperature'])
@@ -308,7 +320,7 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
             else {'left_out': _compare_sources(workdir, data, folds, opinions, test, of_test_MxNxK)}
         ),
         'ensemble': _compare_members(of_test_MxNxK, test, probabilities, rules),
-        'label_errors': _find_label_errors(opinions, out_of_fold, labels, patients, unit),
+        'label_errors': _find_label_errors(known, out_of_fold[opinions.is_known], unit),
         'training': {
             'pretrained': of_folds[0]['training']['pretrained'],
             'num_folds': len(folds),
@@ -319,7 +331,7 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     _write_tables(workdir, opinions, out_of_fold, test, probabilities, of_test_MxNxK, rules)
     write_json(workdir / 'calibration.json', rules)
     report.write_folds_report(
-        workdir / 'report.html', results, rules, unit=unit, load_image=_create_image_loader(data, opinions)
+        workdir / 'report.html', results, rules, unit=unit, load_image=_create_image_loader(data, known)
     )
     write_json(workdir / 'results.json', results)
     return results
@@ -329,9 +341,10 @@ def _get_labels(examples: Sequence[Example]) -> np.ndarray:
     return np.array([example.label for example in examples])
 
 
-def _fit_rules(opinions: Opinions, labels: np.ndarray, patients: Sequence[str], unit: str) -> dict[str, Any]:
+def _fit_rules(opinions: Opinions, unit: str) -> dict[str, Any]:
     """Returns the content of calibration.json, fitted on out-of-fold examples."""
-    rules = fit_rules(opinions.logits, labels, patients, CLASSES)
+    patients = [example.patient for example in opinions.examples]
+    rules = fit_rules(opinions.logits, _get_labels(opinions.examples), patients, CLASSES)
     twice = ~np.isnan(opinions.second[:, 0])
     pair = np.stack([opinions.logits[twice], opinions.second[twice]])
     of_pair = np.stack([apply_temperature(one, rules['temperature']) for one in pair])
@@ -515,9 +528,8 @@ def _choose_lead(of_folds: Sequence[dict]) -> dict[str, Any] | None:
     return next(lead for lead in leads if lead['name'] == name)
 
 
-def _find_label_errors(
-    opinions: Opinions, probabilities: np.ndarray, labels: np.ndarray, patients: Sequence[str], unit: str
-) -> dict[str, Any]:
+def _find_label_errors(opinions: Opinions, probabilities: np.ndarray, unit: str) -> dict[str, Any]:
+    labels, patients = _get_labels(opinions.examples), [example.patient for example in opinions.examples]
     scan_names = [example.scan for example in opinions.examples]
     if unit == 'scans':
         return describe_label_errors(probabilities, labels, scan_names, patients, None)
@@ -586,6 +598,8 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
             f'{report.SCORES[name]}: mean {shown}, {of_score["lowest"]:.3f} to {of_score["highest"]:.3f} '
             f'in {of_score["num_folds"]} folds'
         )
+    for row in results.get('left_out', ()):
+        lines.append(f'Without {", ".join(row["sources"])}: {_describe_left_out(row)}')
     lines += [
         '',
         f'Ensemble on the test list, {results["num_examples"]:,} {unit} of {results["num_patients"]} patients',
@@ -610,6 +624,18 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
             f'Results, predictions and the folds: {workdir}',
         ]
     )
+
+
+def _describe_left_out(row: dict[str, Any]) -> str:
+    """Returns the scores of a group of sources as text."""
+    if row['left_out'] is None:
+        return 'no class that training has, not scored'
+    text = f'{row["left_out"]["kind"]} {format_score(row["left_out"]["value"], row["left_out"]["interval"])} of '
+    text += f'{row["num_patients"]} patients'
+    if row['difference'] is not None:
+        inside, left = row['inside_on_test'], row['left_out_on_test']
+        text += f'; on the test list {left["kind"]} {left["value"]:.3f}, inside {inside["value"]:.3f}'
+    return text + (f'; without {" and ".join(row["not_scored"])} in training' if row['not_scored'] else '')
 
 
 def _get_unit(results: dict[str, Any]) -> str:

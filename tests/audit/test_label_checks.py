@@ -5,7 +5,7 @@ import pytest
 
 from covidjax.audit import run
 from covidjax.audit.label_checks import read_predictions
-from covidjax.data.lists import CLASSES
+from covidjax.data.lists import CLASSES, parse_scan
 from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.errors import UserError
 
@@ -39,8 +39,9 @@ def predict_lists(raw_dir):
 
 def test_a_contradicted_scan_is_listed_with_its_picture(raw_dir, tmp_path):
     shares = predict_lists(raw_dir)
-    scan = next(iter(shares)).rsplit('_', 1)[0]
-    wrong = [file for file in shares if file.startswith(scan)]
+    scan = parse_scan(next(iter(shares)))[0]
+    wrong = [file for file in shares if parse_scan(file)[0] == scan]
+    assert len(wrong) > 3
     label = int(np.argmax(shares[wrong[0]]))
     for file in wrong:
         shares[file] = (0.9 * np.eye(3)[(label + 1) % 3] + 0.1 / 3).tolist()

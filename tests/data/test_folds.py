@@ -5,7 +5,18 @@ import numpy as np
 import pytest
 
 from covidjax.data.covidx_ct import Prepared
-from covidjax.data.folds import Fold, Subset, divide_patients, list_patients, read_fold, select_fold, write_fold
+from covidjax.data.folds import (
+    Fold,
+    Subset,
+    divide_patients,
+    divide_sources,
+    list_patients,
+    parse_groups,
+    read_fold,
+    read_sources,
+    select_fold,
+    write_fold,
+)
 from covidjax.data.lists import Row
 from covidjax.errors import UserError
 
@@ -81,6 +92,51 @@ def test_a_fold_takes_rows_and_records_from_both_lists_and_none_from_test():
     with pytest.raises(IndexError):
         found.sources['val'][6]
     assert len(Subset([])) == 0
+
+
+SOURCES = {f'{label}x{p}': 'AB'[p % 2] if label < 2 else 'C' for label in range(3) for p in range(12)}
+
+
+def test_every_source_or_group_is_held_out_once():
+    rows = make_rows((12, 4, 10))
+    folds = divide_sources(rows, SOURCES, (), 0)
+    assert [fold.name for fold in folds] == ['without A', 'without B', 'without C']
+    for name, fold in zip('ABC', folds, strict=True):
+        assert set(fold.held_out) == {p for p in {row.patient for row in rows} if SOURCES[p] == name}
+        assert not set(fold.held_out) & set(fold.validation)
+        assert not any(SOURCES[patient] == name for patient in fold.validation)
+    # One in five of each stratum validates, and one of two.
+    counts = [(p[0], SOURCES[p]) for p in folds[0].validation]
+    assert {key: counts.count(key) for key in set(counts)} == {('0', 'B'): 1, ('1', 'B'): 1, ('2', 'C'): 2}
+    groups = parse_groups('A, C ; B;')
+    assert groups == [('A', 'C'), ('B',)]
+    first, second = divide_sources(rows, SOURCES, groups[:1], 0)[0], folds[0]
+    assert set(first.held_out) > set(second.held_out)
+    assert divide_sources(rows, SOURCES, (), 0) == folds
+    assert divide_sources(rows, SOURCES, (), 1) != folds
+
+
+def test_groups_that_are_none():
+    rows = make_rows((12, 4, 10))
+    for text, words in (('A;D', "'D' is no source of train and val; sources are A, B, C"), ('A;A,B', 'in two groups')):
+        with pytest.raises(UserError, match=words):
+            divide_sources(rows, SOURCES, parse_groups(text), 0)
+    with pytest.raises(UserError, match='without A, B fewer than two classes are left'):
+        divide_sources(rows, SOURCES, [('A', 'B')], 0)
+
+
+def test_sources_are_read_for_every_patient(tmp_path):
+    rows = make_rows((1, 1, 1))
+    data = make_data()._replace(raw_dir=tmp_path, rows={'train': rows, 'val': [], 'test': []})
+    lines = ['patient id,source', '0x0,A', '1x0, B ', '2x0,A', 'other,C']
+    (tmp_path / 'metadata.csv').write_text('\n'.join(lines))
+    assert read_sources(data) == {'0x0': 'A', '1x0': 'B', '2x0': 'A'}
+    (tmp_path / 'metadata.csv').write_text('\n'.join([*lines[:2], '1x0,']))
+    with pytest.raises(UserError, match='gives no source for 2 patients of the lists, 1x0 first'):
+        read_sources(data)
+    (tmp_path / 'metadata.csv').unlink()
+    with pytest.raises(UserError, match='cannot be read'):
+        read_sources(data)
 
 
 def test_lists_that_changed_and_empty_splits():

@@ -46,15 +46,16 @@ def test_flipped_labels_are_found():
     labels = np.where(flipped, (true + 1) % 3, true)
     places = find_suspects(p, labels).places
     hits = flipped[places].sum()
-    assert hits / flipped.sum() > 0.9
-    assert hits / len(places) > 0.9
-    assert flipped[places[:10]].all()  # the most suspicious come first
-    clean = find_suspects(p, true).places
-    assert len(clean) < 5
+    assert hits / len(places) == 1  # every clean example has its own class on top
+    assert hits / flipped.sum() > 0.5  # the other suggested classes do not reach their threshold
+    assert find_suspects(p, true).places.tolist() == []
+    noisy = 0.4 * np.eye(3)[true] + 0.6 * rng.dirichlet(np.ones(3), 2000)
+    places = find_suspects(noisy, labels).places
+    assert flipped[places[:10]].mean() > 0.8  # the most suspicious come first
 
 
 def test_scans_have_the_mean_of_their_slices_and_are_shown_by_their_clearest():
-    p = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.05, 0.95, 0], [0.1, 0.9, 0], [0.8, 0.2, 0], [0, 0, 1.0]])
+    p = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.05, 0.95, 0], [0.3, 0.7, 0], [0.8, 0.2, 0], [0, 0, 1.0]])
     labels = np.array([0, 0, 0, 1, 0, 2])
     scans = ['a', 'b', 'b', 'c', 'd', 'e']
     found = describe_label_errors(p, labels, list('uvwxyz'), list('PQQRST'), scans)

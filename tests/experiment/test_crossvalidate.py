@@ -9,6 +9,7 @@ import jax.export
 import numpy as np
 import pytest
 import safetensors.numpy
+from matplotlib.figure import Figure
 
 from covidjax.configs import att2, seq
 from covidjax.data.lists import CLASSES
@@ -22,6 +23,7 @@ from covidjax.experiment.runs import compute_member_outputs, load_run
 from covidjax.experiment.workdir import list_folds
 from covidjax.models.torch_names import from_torch
 from covidjax.predict import scan
+from covidjax.training.devices import compile_step
 from tests.scan_files import make_chest, write_series
 
 
@@ -48,17 +50,29 @@ def config(raw_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def skip_explanations():
-    """Scores no maps, which would take most of the time."""
+def be_quick():
+    """Leaves out what takes most of the time: maps, figures, and compiling a step for every fold."""
+    shared = []
+
+    def compile_once(*arguments):
+        if not shared:
+            shared.append(compile_step(*arguments))
+        return shared[0]
+
+    def save(figure, target, format=None, **_):
+        target.write('<svg/>') if format == 'svg' else target.write_bytes(b'')
+
     patch = pytest.MonkeyPatch()
     patch.setattr(slices, 'score_explanations', lambda *_, **__: {'leading_map': None})
     patch.setattr(slices, 'build_slice_sections', lambda *_: [])
+    patch.setattr(common, 'compile_step', compile_once)
+    patch.setattr(Figure, 'savefig', save)
     yield
     patch.undo()
 
 
 @pytest.fixture(scope='module')
-def workdir(config, tmp_path_factory, skip_explanations):
+def workdir(config, tmp_path_factory, be_quick):
     folder = tmp_path_factory.mktemp('runs') / 'folds'
     assert crossvalidate.crossvalidate(config, folder, division=Division(num_folds=3), fold=2) is None
     assert not (folder / 'results.json').exists()
@@ -101,9 +115,7 @@ def test_every_slice_of_the_pool_is_predicted_once_by_the_fold_that_held_it_out(
     right = get_probabilities(rows).argmax(1) == labels
     assert out['accuracy'] == pytest.approx(right.mean())
     assert out['num_patients'] == 15
-    assert [fold['num_patients'] for fold in out['by_fold']] == [5, 5, 5] or sum(
-        fold['num_patients'] for fold in out['by_fold']
-    ) == 15
+    assert sum(fold['num_patients'] for fold in out['by_fold']) == 15
     by_fold = [right[[row['fold'] == str(k) for row in rows]].mean() for k in (1, 2, 3)]
     assert [fold['accuracy'] for fold in out['by_fold']] == pytest.approx(by_fold)
     assert out['spread']['accuracy']['mean'] == pytest.approx(np.mean(by_fold))
@@ -158,7 +170,7 @@ def test_evaluation_gives_the_same_again(workdir, tmp_path):
         assert (copy / name).read_bytes() == (workdir / name).read_bytes()
 
 
-def test_a_fold_is_a_workdir_of_its_own(workdir, skip_explanations):
+def test_a_fold_is_a_workdir_of_its_own(workdir):
     folder = workdir / 'fold_1'
     before = json.loads((folder / 'results.json').read_text())
     assert before['data'] == 'COVIDx CT-2A layout, fold 1 of 3'
@@ -225,7 +237,7 @@ def test_exports_hold_every_member(workdir, tmp_path):
     logits = np.stack([o.logits / m.temperature for o, m in zip(of_members, run.members, strict=True)])
     np.testing.assert_allclose(outputs['logits'], logits.mean(0), atol=1e-5)
     np.testing.assert_allclose(outputs['probabilities'], apply_temperature(logits.mean(0), run.temperature), atol=1e-5)
-    p = apply_temperature(logits, run.temperature)
+    p = [apply_temperature(x, run.temperature) for x in logits]
     pairs = [np.abs(p[i] - p[j]).sum(-1) / 2 for i, j in ((0, 1), (0, 2), (1, 2))]
     np.testing.assert_allclose(outputs['disagreement'], np.mean(pairs, axis=0), atol=1e-5)
 
