@@ -45,7 +45,8 @@ def main() -> None:
     """Runs the command that --mode names."""
     mode, arguments = read_mode(sys.argv[1:])
     if any(argument in ('--help', '-help', '-h') for argument in arguments):
-        print(f'{__doc__}\n{cli.format_all_flags()}')
+        with cli.allow_closed_output():
+            print(f'{__doc__}\n{cli.format_all_flags()}')
     else:
         cli.main([sys.argv[0], mode, *arguments])
 

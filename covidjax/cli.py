@@ -4,13 +4,16 @@ A command defines only its own flags, and imports its modules after it has parse
 audit does not load jax.
 """
 
+import contextlib
 import logging
+import os
+import select
 import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -91,7 +94,11 @@ def evaluate(values: flags.FlagValues) -> None:
     from covidjax.experiment.workdir import list_folds
 
     config = load_config(workdir)
-    if list_folds(workdir):
+    if config.name == 'lesions':
+        if values.lesions is not None or values.occlusion:
+            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
+        EXPERIMENTS[config.name].evaluate(workdir)
+    elif list_folds(workdir):
         if values.lesions is not None or values.occlusion:
             raise UserError(f'--lesions and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
         from covidjax.experiment import crossvalidate
@@ -108,7 +115,7 @@ def evaluate(values: flags.FlagValues) -> None:
 
 def predict(values: flags.FlagValues) -> None:
     """Predicts every --input, or every chest CT of --archive; exit status 1 if any is refused."""
-    workdir = _get_workdir(values, 'predict')
+    workdir = None if values.workdir is None else Path(values.workdir)
     if values.archive is not None:
         _predict_archive(values, workdir)
         return
@@ -122,13 +129,15 @@ def predict(values: flags.FlagValues) -> None:
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, masks=values.masks):
         sys.exit(1)
 
 
-def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
-    if values.input or values.series is not None:
-        raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
+def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
+    if values.input or values.series is not None or values.masks:
+        raise UserError(
+            '--archive takes no --input, --series or --masks: it finds every scan and series itself, and writes tables'
+        )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
     _start_jax(values)
@@ -215,7 +224,8 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory (default: phantoms). '
+                'A shipped config (att2, lite, seq, lesions) or a file, and the raw COVIDx-CT directory, or of lesions '
+                'the folders with masks, separated by commas (default: phantoms). '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),
@@ -248,16 +258,24 @@ COMMANDS = {
         evaluate,
     ),
     'predict': Command(
-        'Classify chest CTs and write a report on each.',
+        'Predict chest CTs and write a report on each; without --workdir, lungs and lesions only.',
         '--workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz',
         (
-            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag(
+                'workdir',
+                'DIR',
+                'Folder of a finished run; default: the lesion model of this package, which outlines lungs and lesions '
+                'and gives no verdict.',
+            ),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag(
                 'archive', 'PATH', 'A folder, or a text file of paths: predict every chest CT below it into one table.'
             ),
             Flag(
-                'output', 'DIR', 'Folder of the reports; default without --archive: <workdir>/predictions/<input name>.'
+                'output',
+                'DIR',
+                'Folder of the reports; default without --archive: <workdir>/predictions/<input name>, or '
+                'covidjax-predictions/<input name>.',
             ),
             Flag('pages', 'WHICH', 'Scans of an archive that get a page: all (default), positive or none.'),
             Flag('shard', 'K/N', 'Part K of N of an archive, for arrays of jobs that share --output.'),
@@ -267,6 +285,7 @@ COMMANDS = {
                 'NAME',
                 'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
             ),
+            Flag('masks', '', 'Write masks.nii.gz in the geometry of the scan, and slices with outlines, too.'),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
         ),
         predict,
@@ -291,26 +310,56 @@ COMMANDS = {
         export,
     ),
 }
-_SWITCHES, _REPEATED = ('occlusion', 'force'), ('input',)
+_HELP = ('--help', '-help', '-h')
+_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks'), ('input',)
 _NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` names (default: `sys.argv`); entry point of `covidjax`."""
     program, *arguments = sys.argv if argv is None else argv
-    if not arguments or arguments[0] in ('help', '--help', '-h', '-help'):
-        print(format_help())
-        sys.exit(0 if arguments else 1)
-    name, *arguments = arguments
-    if name == '--version':
-        print(covidjax.__version__)
-        return
-    if name not in COMMANDS:
-        sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
-    if any(argument.lstrip('-') in ('help', 'h') for argument in arguments if argument.startswith('-')):
-        print(format_command_help(name))
-        return
-    run_command(name, program, arguments)
+    with allow_closed_output():
+        if arguments[:1] == ['help']:
+            arguments = [*arguments[1:], '--help']
+        name, *rest = [argument for argument in arguments if argument not in _HELP] or ['']
+        if not name:
+            print(format_help())
+            sys.exit(0 if arguments else 1)
+        if name == '--version':
+            print(covidjax.__version__)
+            return
+        if name not in COMMANDS:
+            sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
+        if len(rest) < len(arguments) - 1:
+            print(format_command_help(name))
+        else:
+            run_command(name, program, rest)
+
+
+@contextlib.contextmanager
+def allow_closed_output() -> Iterator[None]:
+    """Ends the process without a traceback if its output is a pipe that nobody reads any more (`... | head -1`).
+
+    The exit status is that of a finished command, and 1 otherwise.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a short output is written only here
+    except BrokenPipeError as error:
+        if not _is_unread(1):  # another pipe is broken, a worker's for example
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends
+        ended = error.__context__
+        sys.exit(ended.code if isinstance(ended, SystemExit) else 1)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Returns whether the descriptor is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
@@ -450,7 +499,7 @@ def format_help() -> str:
     lines += [
         '',
         'covidjax train --config=att2 runs on generated phantoms and needs no data.',
-        'covidjax COMMAND --help lists the flags of a command.',
+        'covidjax help COMMAND lists the flags of a command.',
         '',
         'Research use only: not a medical device.',
     ]

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from covidjax import cli
 from covidjax.data.lists import CLASSES
 from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.data.preprocess import apply_window, load_slice
@@ -408,3 +409,34 @@ def test_help_names_every_mode_and_flag(call_freshly):
         *('configs/att2.py', 'configs/seq.py'),
     ):
         assert word in result.stdout
+
+
+@pytest.mark.parametrize('arguments', [['help', 'audit'], ['audit', '--help'], ['--help', 'audit'], ['audit', '-h']])
+def test_help_of_a_command(arguments, capsys):
+    cli.main(['covidjax', *arguments])
+    shown = capsys.readouterr().out
+    assert shown.startswith('Check whether a dataset can be trusted')
+    assert '--input=DIR' in shown
+
+
+def test_help_of_an_unknown_command():
+    with pytest.raises(SystemExit, match="error: unknown command 'dance'"):
+        cli.main(['covidjax', 'help', 'dance'])
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_that_nobody_reads_ends_quietly(environment, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, 'main.py', '--help']
+    environment = {**environment, 'PYTHONUNBUFFERED': unbuffered}
+    try:
+        result = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (1, b'')
+
+
+def test_another_broken_pipe_is_not_hidden():
+    with pytest.raises(BrokenPipeError), cli.allow_closed_output():
+        raise BrokenPipeError

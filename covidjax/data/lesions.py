@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.ndimage
+import scipy
 from PIL import Image
 
 from covidjax.data import phantom, preprocess

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 import joblib
 import numpy as np
 from PIL import Image
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import RidgeClassifier
 
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import Scan
@@ -39,6 +37,8 @@ def compute_thumbnail_scores(
       Scores [N, K] of the test split and the penalty. The scores are not probabilities; the largest is the prediction.
       A class without training examples scores below all others.
     """
+    from sklearn.linear_model import RidgeClassifier  # slow to import
+
     thumbnails = {split: compute_thumbnails(source, name=split) for split, source in sources.items()}
     models = [RidgeClassifier(alpha=alpha).fit(thumbnails['train'], labels['train']) for alpha in RIDGE_ALPHAS]
     best = max(models, key=lambda model: model.score(thumbnails['val'], labels['val']))
@@ -112,6 +112,8 @@ def fit_file_names(
     Returns:
       Features -> probabilities [M, K]; 0 for classes that are not among the labels.
     """
+    from sklearn.ensemble import RandomForestClassifier  # slow to import
+
     forest = RandomForestClassifier(100, min_samples_leaf=3, random_state=0)
     forest.fit(features_MxD, labels_M, weights_M)
 

@@ -48,7 +48,7 @@ from covidjax.evaluation.predictions import write_predictions
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.evaluation.voting import compute_vote_logits, fit_vote_rules
 from covidjax.experiment import ablation, common, scans, slices
-from covidjax.experiment.common import Example, Experiment
+from covidjax.experiment.common import Classification, Example
 from covidjax.experiment.config import check_config, check_workdir, load_config, save_config
 from covidjax.experiment.runs import EXPERIMENTS
 from covidjax.experiment.workdir import FOLDS, list_folds
@@ -212,7 +212,7 @@ class Opinions(NamedTuple):
         return Opinions(examples, *(values[chosen_N] for values in arrays), baselines)
 
 
-def _create_experiment(config: ConfigDict, data: covidx_ct.Prepared, folder: Path) -> Experiment:
+def _create_experiment(config: ConfigDict, data: covidx_ct.Prepared, folder: Path) -> Classification:
     if 'extractor' in config:
         return scans.create_experiment(config, data, folder / 'extractor')
     return slices.create_experiment(config, data)
@@ -220,7 +220,7 @@ def _create_experiment(config: ConfigDict, data: covidx_ct.Prepared, folder: Pat
 
 def _collect(
     config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Sequence[Fold]
-) -> tuple[Experiment, Opinions, np.ndarray]:
+) -> tuple[Classification, Opinions, np.ndarray]:
     """Runs every member on its held-out and validation examples and on the test list.
 
     Returns:

@@ -3,10 +3,12 @@
 Shapes: B slices or scans, T slices of a scan, N slices, S side of a slice, E embedding, K classes.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.export
@@ -19,10 +21,15 @@ import covidjax
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
+from covidjax.experiment.common import load_output
+from covidjax.experiment.config import load_config
+from covidjax.experiment.lesions import load_lesions
 from covidjax.experiment.runs import Member, Run, load_run
 from covidjax.explain.evidence import combine_evidence
 from covidjax.files import replace_file
 from covidjax.models.att2 import normalise
+from covidjax.models.lesion_weights import LesionModel, write_lesion_weights
+from covidjax.models.lesions import PLANES
 from covidjax.models.seq import HEADS
 from covidjax.models.torch_names import to_torch
 
@@ -43,18 +50,55 @@ def export_run(workdir: Path, output: Path) -> None:
     """
     if output.suffix not in WRITERS:
         raise UserError(f'--output={output} must end in {" or ".join(WRITERS)}')
-    run = load_run(workdir)
+    if load_config(workdir).name == 'lesions':
+        model, results = load_lesions(str(workdir)), load_output(workdir, 'results.json')
+        write = {
+            '.safetensors': lambda path: write_lesion_safetensors(path, model, results),
+            '.stablehlo': lambda path: write_lesion_stablehlo(path, model),
+        }[output.suffix]
+    else:
+        run = load_run(workdir)
+        results, write = run.results, functools.partial(WRITERS[output.suffix], run=run)
     try:
         with replace_file(output) as temporary:
-            what = WRITERS[output.suffix](temporary, run)
+            what = write(temporary)
             size = temporary.stat().st_size
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'cannot write --output={output} ({error}): choose another file') from error
-    print(f'{output}: {run.results["model"]}, {what}, {size / 1e6:.1f} MB')
-    if run.results['notice']:
-        print(f'Trained on {run.results["notice"]}.')
-    for warning in run.results.get('warnings', ()):
+    print(f'{output}: {results["model"]}, {what}, {size / 1e6:.1f} MB')
+    if results['notice']:
+        print(f'Trained on {results["notice"]}.')
+    for warning in results.get('warnings', ()):
         print(f'Warning: {warning}.')
+
+
+def write_lesion_safetensors(path: Path, lesions: LesionModel, results: dict[str, Any]) -> str:
+    """Writes the weights of a lesion model in half precision (see `lesion_weights`); returns their number as text."""
+    facts = {'model': results['model'], 'sources': results['dataset']['sources']}
+    return f'{write_lesion_weights(path, lesions, facts)} arrays in half precision'
+
+
+def write_lesion_stablehlo(path: Path, lesions: LesionModel) -> str:
+    """Writes a lesion model as a program for all of `PLATFORMS`; returns its signature as text.
+
+    The input is uint8 [B, S, S], whole grey slices. The outputs are 'lungs', 'lesion' and 'consolidation' [B, S / 4,
+    S / 4], probabilities; the last is given that the position is lesion.
+    """
+
+    def outline(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
+        logits = lesions.model.apply(lesions.variables, normalise(images_BxSxS)[..., None], train=False)
+        return dict(zip(PLANES, jnp.moveaxis(jax.nn.sigmoid(logits), -1, 0), strict=True))
+
+    outline.__name__ = '_'.join(['lesions', *(['trained_on_phantoms'] if lesions.notice else [])])
+    shape = jax.export.symbolic_shape(f'b, {lesions.image_size}, {lesions.image_size}')
+    return _write_program(path, outline, jax.ShapeDtypeStruct(shape, jnp.uint8))
+
+
+def _write_program(path: Path, function: Callable[..., dict], *inputs: jax.ShapeDtypeStruct) -> str:
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
+    path.write_bytes(exported.serialize())
+    shown = ', '.join(aval.str_short() for aval in exported.in_avals)
+    return f'{exported.fun_name}({shown}) for {", ".join(exported.platforms)}'
 
 
 def write_safetensors(path: Path, run: Run) -> str:
@@ -126,10 +170,7 @@ def write_stablehlo(path: Path, run: Run) -> str:
         *(['trained_on_phantoms'] if run.results['notice'] else []),
     ]
     function.__name__ = '_'.join(words).replace('-', '_')
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
-    path.write_bytes(exported.serialize())
-    shown = ', '.join(aval.str_short() for aval in exported.in_avals)
-    return f'{exported.fun_name}({shown}) for {", ".join(exported.platforms)}'
+    return _write_program(path, function, *inputs)
 
 
 def average_functions(functions: Sequence[Callable[..., dict]], temperature: float) -> Callable[..., dict]:

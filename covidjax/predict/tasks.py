@@ -204,7 +204,7 @@ def _prepare_group(
     name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, result: UnitResult
 ) -> UnitResult:
     start = time.perf_counter()
-    scans = find_scans(entries, Path(name).name, with_lungs=recipe.region == 'lungs')
+    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs)
     finding = time.perf_counter() - start
     num_known = result.num_known
     for scan in scans:

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from covidjax.models.att2 import COMBINATIONS, Att2, is_dead, normalise
 from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
+from covidjax.training.losses import create_cross_entropy
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
@@ -180,7 +181,11 @@ def test_dead_tail_is_not_trained(compatibility):
         'mask': np.ones(2, np.float32),
     }
     step = functools.partial(
-        train_step, forward=forward, optimizer=optimizer, class_weights=(1.0, 1.0, 1.0), augmentation=None
+        train_step,
+        forward=forward,
+        optimizer=optimizer,
+        objective=create_cross_entropy((1.0, 1.0, 1.0)),
+        augmentation=None,
     )
     new, _ = jax.jit(step)(state, batch)
     for before, after in ((variables['params'], new.params), (variables['batch_stats'], new.batch_stats)):

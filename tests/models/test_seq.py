@@ -10,6 +10,7 @@ from covidjax.data.sequences import pad_length
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import HEADS, GatedClassifier, Seq, SequenceClassifier, is_extractor, masked_softmax
 from covidjax.training.augment import AugmentOptions
+from covidjax.training.losses import create_cross_entropy
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
@@ -185,7 +186,7 @@ def test_training_with_decay_leaves_the_extractor_bit_identical(scan_model):
             train_step,
             forward=forward,
             optimizer=optimizer,
-            class_weights=(1.0, 1.0, 1.0),
+            objective=create_cross_entropy((1.0, 1.0, 1.0)),
             augmentation=AugmentOptions(),
         )
     )
