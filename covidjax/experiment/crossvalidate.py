@@ -128,6 +128,12 @@ def evaluate(workdir: Path) -> dict[str, Any]:
 
 def _check(config: ConfigDict, workdir: Path) -> None:
     check_config(config)
+    if config.name == 'lesions':
+        raise UserError('crossvalidate is for models of classes: --config=lesions outlines lungs and lesions')
+    if config.get('lesions'):
+        raise UserError(
+            f'config.lesions={config.lesions} may have been trained on patients that the folds hold out: leave it out'
+        )
     if config.get('extractor'):
         raise UserError(
             f'config.extractor={config.extractor} was trained on patients that the folds hold out: leave it out, so '

@@ -259,6 +259,10 @@ def test_mistakes(workdir, config, tmp_path, raw_dir):
     of_scans.extractor = str(workdir / 'fold_1')
     with pytest.raises(UserError, match='trained on patients that the folds hold out'):
         crossvalidate.crossvalidate(of_scans.lock(), tmp_path / 'scans', division=Division(num_folds=3))
+    joined = config.copy_and_resolve_references().unlock()
+    joined.lesions = 'box'
+    with pytest.raises(UserError, match='may have been trained on patients that the folds hold out'):
+        crossvalidate.crossvalidate(joined.lock(), tmp_path / 'joined', division=Division(num_folds=3))
     copy = tmp_path / 'copy'
     shutil.copytree(workdir, copy)
     (copy / 'fold_2' / 'results.json').unlink()
