@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
 
 from covidjax.configs import att2, seq
 from covidjax.data.lists import CLASSES
@@ -168,6 +169,37 @@ def test_evaluation_gives_the_same_again(workdir, tmp_path):
     crossvalidate.evaluate(copy)
     for name in ('results.json', 'predictions.csv', 'test_predictions.csv', 'calibration.json'):
         assert (copy / name).read_bytes() == (workdir / name).read_bytes()
+
+
+def test_sources_left_out(workdir, tmp_path, monkeypatch, capsys):
+    # Take every fold for a source: then the same folds leave out each source once.
+    copy = tmp_path / 'copy'
+    shutil.copytree(workdir, copy)
+    record = json.loads((copy / 'folds.json').read_text())
+    (copy / 'folds.json').write_text(json.dumps({**record, 'by': 'source'}))
+    sources = {patient: f'S{k}' for k, fold in enumerate(record['folds']) for patient in fold['held_out']}
+    rows = read(workdir / 'test_predictions.csv')
+    sources |= {row['patient']: 'S0' for row in rows}
+    monkeypatch.setattr(crossvalidate, 'read_sources', lambda data: sources)
+    results = crossvalidate.evaluate(copy)
+    first, *others = results['left_out']
+    assert first['sources'] == ['S0']
+    assert first['left_out']['kind'] == 'AUC'
+    assert first['not_scored'] == []
+    assert list(first['baselines'])[-2:] == ['silhouette ridge', 'mean grey']
+    assert first['baselines']['majority class']['value'] == 0.5
+    pool = [row for row in read(workdir / 'predictions.csv') if sources[row['patient']] == 'S0']
+    is_sick = np.array([row['label'] != '0' for row in pool])
+    assert first['left_out']['value'] == pytest.approx(
+        roc_auc_score(is_sick, 1 - get_probabilities(pool)[:, 0]), abs=0.02
+    )
+    assert first['num_test_patients'] == 3
+    inside, left, difference = (first[k]['value'] for k in ('inside_on_test', 'left_out_on_test', 'difference'))
+    assert difference == pytest.approx(left - inside)
+    assert [row['num_test_patients'] for row in others] == [0, 0]
+    assert all(row['difference'] is None for row in others)
+    assert 'Sources left out' in (copy / 'report.html').read_text()
+    assert 'Without S0: AUC' in capsys.readouterr().out
 
 
 def test_a_fold_is_a_workdir_of_its_own(workdir):
