@@ -71,11 +71,18 @@ def train(values: flags.FlagValues) -> None:
 def crossvalidate(values: flags.FlagValues) -> None:
     """Trains the folds of --config and tests them together."""
     config = _get_config(values, 'crossvalidate')
-    from covidjax.experiment.crossvalidate import crossvalidate
+    from covidjax.data.folds import parse_groups
+    from covidjax.experiment.crossvalidate import Division, crossvalidate
 
-    workdir = Path(values.workdir or f'runs/{config.name}-folds')
-    num_folds = 5 if values.folds is None else values.folds
-    crossvalidate(config, workdir, num_folds=num_folds, fold=values.fold)
+    if values.by not in (None, 'patient', 'source'):
+        raise UserError(f'--by={values.by}: it must be patient or source')
+    by = values.by or 'patient'
+    if values.groups is not None and by == 'patient':
+        raise UserError('--groups is for --by=source')
+    if values.folds is not None and by == 'source':
+        raise UserError('--folds is for --by=patient; --by=source makes a fold of every source or group')
+    division = Division(by, 5 if values.folds is None else values.folds, parse_groups(values.groups or ''))
+    crossvalidate(config, Path(values.workdir or f'runs/{config.name}-folds'), division=division, fold=values.fold)
 
 
 def evaluate(values: flags.FlagValues) -> None:
@@ -258,6 +265,8 @@ COMMANDS = {
             Flag('config', 'NAME[:DIR]', 'As for train. The test list stays held out from all folds.'),
             Flag('workdir', 'DIR', 'Folder of the folds and the ensemble; default: runs/<name of the config>-folds.'),
             Flag('folds', 'N', 'Number of folds, at least 2; default: 5.'),
+            Flag('by', 'WHAT', 'patient (default), or source: leave out each source of metadata.csv once.'),
+            Flag('groups', 'A;B,C', 'With --by=source: leave out A, then B and C together; default: each source.'),
             Flag('fold', 'K', 'Train only fold K, so that several jobs can share the folds; without it, join them.'),
         ),
         crossvalidate,

@@ -347,6 +347,12 @@ def test_user_mistakes_are_one_line_each(call, raw_dir, slice_run, tmp_path):
         (('--mode=audit', f'--input={tmp_path}/none', workdir), (f'{tmp_path}/none',)),
         (('--mode=audit', f'--input={empty}', workdir), (empty, 'train_COVIDx_CT-2A.txt')),
         (('--mode=audit', f'--input={raw_dir}', f'--workdir={blocked}'), (blocked, '--workdir')),
+        (('--mode=audit', f'--input={raw_dir}', workdir, f'--predictions={empty}'), (empty, '--predictions')),
+        (('--mode=crossvalidate',), ('--config',)),
+        (('--mode=crossvalidate', att2, '--by=hospital'), ('--by=hospital', 'patient or source')),
+        (('--mode=crossvalidate', att2, '--groups=A'), ('--groups', '--by=source')),
+        (('--mode=crossvalidate', att2, '--by=source', '--folds=3'), ('--folds', '--by=patient')),
+        (('--mode=crossvalidate', att2, f'--workdir={slice_run[0]}'), (slice_run[0], 'holds a single run')),
         (('--mode=export', f'--workdir={slice_run[0]}'), ('--output',)),
         (('--mode=export', '--output=a.safetensors'), ('--workdir',)),
         (('--mode=export', f'--workdir={slice_run[0]}', f'--output={blocked}'), (blocked, '.safetensors')),
@@ -422,7 +428,7 @@ def test_help_names_every_mode_and_flag(call_freshly):
     for word in (
         *(
             '--mode',
-            'train|evaluate|predict|audit|export',
+            'train|crossvalidate|evaluate|predict|audit|export',
             '--workdir',
             '--input',
             '--output',

@@ -62,6 +62,40 @@ def compute_thumbnail_scores(
     return predict(compute_thumbnails(sources['test'], name='test')), alpha
 
 
+class _Mapped:
+    """Records whose image is replaced by a function of it."""
+
+    def __init__(self, source: Sequence[dict], change: Callable[[np.ndarray], np.ndarray]):
+        self._source, self._change = source, change
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._source[index]
+        return {**record, 'image': self._change(record['image'])}
+
+
+def compute_shape_scores(sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores test slices by their silhouette, and by their mean grey, as `compute_thumbnail_scores` does by thumbnails.
+
+    The silhouette is what is not black: of slices that are cut to the lungs, the lungs without their greys. The mean
+    grey is that of the silhouette.
+    """
+
+    def draw_silhouette(image: np.ndarray) -> np.ndarray:
+        return np.where(image > 0, 255, 0).astype(np.uint8)
+
+    def average(image: np.ndarray) -> np.ndarray:
+        inside = image[image > 0]
+        return np.full_like(image, inside.mean() if len(inside) else 0)
+
+    return {
+        name: compute_thumbnail_scores({split: _Mapped(s, change) for split, s in sources.items()}, labels)[0]
+        for name, change in (('silhouette ridge', draw_silhouette), ('mean grey', average))
+    }
+
+
 def compute_majority_scores(train_labels: np.ndarray, num_examples: int, num_classes: int) -> np.ndarray:
     """Returns the class shares of the training labels, one row per example: [N, K]."""
     return np.tile(np.bincount(train_labels, minlength=num_classes) / len(train_labels), (num_examples, 1))

@@ -17,7 +17,7 @@ from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import scans, slices
 from covidjax.experiment.config import save_config
 from covidjax.experiment.export import export_run, write_stablehlo
-from covidjax.experiment.runs import Run
+from covidjax.experiment.runs import Member, Run
 from covidjax.explain.evidence import combine_evidence
 from covidjax.files import write_json
 from covidjax.models.att2 import normalise
@@ -108,7 +108,7 @@ def test_program_of_a_slice_model_takes_any_number_of_slices(tmp_path):
     shrink(config, config.model)
     model = slices.create_model(config.model)
     variables = draw_variables(model, np.zeros((1, 32, 32, 1), np.float32), train=False, full=True)
-    run = Run(config, RESULTS, {'temperature': 2.0}, None, model, variables, None)
+    run = Run(config, RESULTS, {'temperature': 2.0}, (Member(model, variables, None, None),))
     write_stablehlo(tmp_path / 'a.stablehlo', run)
     program = load_program(tmp_path / 'a.stablehlo')
     assert program.fun_name == 'ResNet50_ATT2_normal_pneumonia_covid19_trained_on_phantoms'
@@ -134,7 +134,7 @@ def test_program_of_a_scan_model_ignores_what_the_mask_leaves_out(tmp_path):
     model = scans.create_model(config)
     variables = draw_variables(model, np.zeros((1, 32, 32, 1), np.float32), np.ones(1, np.int32))
     of_slices, sequence = scans.get_extractor(variables), variables['params']['sequence']
-    run = Run(config, RESULTS, {'temperature': 2.0}, None, model.extractor, of_slices, sequence)
+    run = Run(config, RESULTS, {'temperature': 2.0}, (Member(model.extractor, of_slices, sequence, None),))
     write_stablehlo(tmp_path / 's.stablehlo', run)
     images = np.random.default_rng(0).integers(0, 256, (2, 19, 32, 32), dtype=np.uint8)
     mask = np.ones((2, 19), bool)
