@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covidjax.configs import att2, lite, seq
+from covidjax.configs import att2, lesions, lite, seq
 from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import load_slice
 from covidjax.experiment.preprocessing import describe_preprocessing
@@ -63,6 +63,13 @@ def test_the_example_in_the_file_checks_window_crop_and_resize():
     assert hashlib.sha256(prepared.tobytes()).hexdigest() == example['sha256']
     shifted = prepare(contract, window(contract, hu + 10), example['box'])
     assert hashlib.sha256(shifted.tobytes()).hexdigest() != example['sha256']
+
+
+def test_a_lesion_run_takes_whole_slices_and_gives_planes():
+    contract = describe(lesions)
+    assert contract['region'] == 'whole'
+    assert contract['crop'] == {'rule': 'none: slices are taken whole'}
+    assert contract['classes'] == ['lungs', 'lesion', 'consolidation']
 
 
 def test_lungs_and_scans_are_stated():
