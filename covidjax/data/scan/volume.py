@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from covidjax.data.lungs import LungsFinder, find_lungs_in_scan
+from covidjax.data.lungs import LungsFinder, LungsGrid
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_window, convert_grey, open_image
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
@@ -52,11 +52,14 @@ class Volume(NamedTuple):
       kind: 'DICOM', 'NIfTI', 'MetaImage', 'NRRD' or 'images'.
       slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
       depths_mm: [T] depth of each slice below the first, None for images.
-      lungs: bool [T, H, W], found in 3-D from Hounsfield units; None for images, or if not asked for.
+      lungs: found in 3-D from Hounsfield units; None for images, or if not asked for.
+      affine: [4, 4] from voxels of the source, as NIfTI has them (of DICOM: column, row, slice), to mm, RAS; None for
+        images.
       facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
       left_out: how many files or slices were left out, by reason.
+      thickness_mm: of a slice, from the header; None if it is not there.
     """
 
     name: str
@@ -64,11 +67,13 @@ class Volume(NamedTuple):
     kind: str
     slices: list[np.ndarray]
     depths_mm: np.ndarray | None
-    lungs: np.ndarray | None
+    lungs: LungsGrid | None
+    affine: np.ndarray | None
     facts: list[tuple[str, str]]
     notes: list[str]
     doubts: list[str]
     left_out: dict[str, int]
+    thickness_mm: float | None = None
 
 
 def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
@@ -295,7 +300,19 @@ def _read_series(
         ('extent', f'{depths[-1]:.1f} mm'),
         *_WINDOWED,
     ]
-    return Volume(*identity, 'DICOM', slices, depths, lungs, facts, notes + geometry, doubts, dict(counts))
+    return Volume(
+        *identity,
+        'DICOM',
+        slices,
+        depths,
+        lungs,
+        _swap_axes(affine),
+        facts,
+        notes + geometry,
+        doubts,
+        dict(counts),
+        kept[0].thickness,
+    )
 
 
 def _is_other(reason: dicom.LeftOut) -> bool:
@@ -341,6 +358,16 @@ def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
     right, front, feet = (float(lengths[axes.tolist().index(world)]) for world in range(3))
     return feet, front, right
+
+
+def _swap_axes(affine: np.ndarray) -> np.ndarray:
+    """Returns an affine from (slice, row, column) as one from (column, row, slice)."""
+    return affine[:, [2, 1, 0, 3]]
+
+
+def restore_axes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Turns an array of slices in the order of `Volume.slices` back to the axes of the source: see `Volume.affine`."""
+    return apply_orientation(slices_TxHxW, ornt_transform(_ORDER, io_orientation(affine)))
 
 
 def _keeps_axes(affine: np.ndarray) -> bool:
@@ -411,7 +438,11 @@ def _turn_voxels(
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
     lungs = None
     if hu is not None:
-        lungs = find_lungs_in_scan(apply_orientation(hu, ornt_transform(turn, _ORDER)), _orient_spacing(affine))
+        hu = apply_orientation(hu, ornt_transform(turn, _ORDER))
+        finder = LungsFinder(hu.shape, _orient_spacing(affine))
+        for plane in hu:
+            finder.add(plane)
+        lungs = finder.find()
     facts = [
         ('voxels', ' x '.join(map(str, grey.shape))),
         *([('left out', format_counts(left_out))] if left_out else []),
@@ -420,7 +451,8 @@ def _turn_voxels(
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    return Volume(*identity, kind, list(slices), depths, lungs, facts, [], doubts, dict(left_out))
+    source = affine if kind == 'NIfTI' else _swap_axes(affine)
+    return Volume(*identity, kind, list(slices), depths, lungs, source, facts, [], doubts, dict(left_out))
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:
@@ -444,6 +476,7 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: 
         *identity,
         'images',
         slices,
+        None,
         None,
         None,
         [
