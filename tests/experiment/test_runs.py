@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-SLOW = ('matplotlib', 'sklearn', 'scipy.stats', 'scipy.optimize', 'jinja2', 'dask')
+SLOW = ('matplotlib', 'sklearn', 'scipy.stats', 'scipy.optimize', 'jinja2', 'nibabel', 'pydicom')
 PROGRAM = f"""
 import sys
 import covidjax.experiment.runs
