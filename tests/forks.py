@@ -11,7 +11,7 @@ import runpy
 import signal
 import sys
 
-import scipy.optimize  # noqa: F401
+import scipy.optimize
 import scipy.stats  # noqa: F401
 import sklearn.ensemble
 import sklearn.linear_model
