@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.model_selection import StratifiedKFold
 
 from covidjax.data.covidx_ct import Prepared
 from covidjax.data.lists import CLASSES, Row, read_metadata
@@ -54,6 +53,8 @@ def divide_patients(rows: Sequence[Row], num_folds: int, seed: int) -> list[Fold
     Raises:
       UserError: there are fewer than two folds, or a class has too few patients for as many.
     """
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
     if num_folds < 2:
         raise UserError(f'--folds={num_folds}: it must be at least 2')
     num_parts = 4 if num_folds == 2 else num_folds

@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -135,8 +136,10 @@ def test_draws_are_those_of_their_keys(extractor):
     for number in (2**32 - 1, draw, scan):
         key = jax.random.fold_in(key, number)
     images = np.concatenate([source[record]['image'] for record in chosen[scan].records], axis=-1)
-    augmented = augment(key, np.float32(images) / 255, options=AugmentOptions()).transpose(2, 0, 1)[..., None]
-    expected = model.apply(variables, normalise(255 * augmented), train=False).embedding
+    augment_scan = jax.jit(functools.partial(augment, options=AugmentOptions()))
+    augmented = augment_scan(key, np.float32(images) / 255).transpose(2, 0, 1)[..., None]
+    embed = jax.jit(functools.partial(model.apply, train=False))
+    expected = embed(variables, normalise(255 * augmented)).embedding
     place = locate_slices(chosen)[scan]
     np.testing.assert_allclose(embeddings[draw, place], expected, atol=1e-5)
 
