@@ -148,8 +148,6 @@ def _check(config: ConfigDict, workdir: Path) -> None:
 
 def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx_ct.Prepared, list[Fold]]:
     """Loads the data and writes folds.json and the workdirs of the folds, or checks that they are the same."""
-    if config.get('lesions') or config.name == 'lesions':
-        raise UserError('crossvalidate takes no lesion model yet: it tests classifiers, without --config.lesions')
     with report_write_errors(workdir, '--workdir'):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(workdir / '.lock')
