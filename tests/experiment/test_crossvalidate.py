@@ -24,6 +24,7 @@ from covidjax.experiment.runs import compute_member_outputs, load_run
 from covidjax.experiment.workdir import list_folds
 from covidjax.models.torch_names import from_torch
 from covidjax.predict import scan
+from covidjax.report import slices as report_slices
 from covidjax.training.devices import compile_step
 from tests.scan_files import make_chest, write_series
 
@@ -64,8 +65,8 @@ def be_quick():
         target.write('<svg/>') if format == 'svg' else target.write_bytes(b'')
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(slices, 'score_explanations', lambda *_, **__: {'leading_map': None})
-    patch.setattr(slices, 'build_slice_sections', lambda *_: [])
+    patch.setattr(report_slices, 'score_explanations', lambda *_, **__: {'leading_map': None})
+    patch.setattr(report_slices, 'build_slice_sections', lambda *_: [])
     patch.setattr(common, 'compile_step', compile_once)
     patch.setattr(Figure, 'savefig', save)
     yield

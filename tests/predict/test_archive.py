@@ -316,7 +316,9 @@ def test_flags_of_the_command_line(tmp_path):
     from covidjax import cli
 
     defaults = dict.fromkeys(('series', 'pages', 'shard', 'scheduler', 'output', 'archive'))
-    values = functools.partial(types.SimpleNamespace, **defaults | {'workdir': str(tmp_path), 'force': False})
+    values = functools.partial(
+        types.SimpleNamespace, **defaults | {'workdir': str(tmp_path), 'force': False, 'masks': False}
+    )
     with pytest.raises(UserError, match='needs --output'):
         cli._predict_archive(_set(values(), archive='x', input=[]), tmp_path)
     with pytest.raises(UserError, match='takes no --input'):
