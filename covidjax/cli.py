@@ -71,16 +71,28 @@ def train(values: flags.FlagValues) -> None:
 def crossvalidate(values: flags.FlagValues) -> None:
     """Trains the folds of --config and tests them together."""
     config = _get_config(values, 'crossvalidate')
-    from covidjax.experiment.crossvalidate import crossvalidate
+    from covidjax.data.folds import parse_groups
+    from covidjax.experiment.crossvalidate import Division, crossvalidate
 
-    workdir = Path(values.workdir or f'runs/{config.name}-folds')
-    num_folds = 5 if values.folds is None else values.folds
-    crossvalidate(config, workdir, num_folds=num_folds, fold=values.fold)
+    if values.by not in (None, 'patient', 'source'):
+        raise UserError(f'--by={values.by}: it must be patient or source')
+    by = values.by or 'patient'
+    if values.groups is not None and by == 'patient':
+        raise UserError('--groups is for --by=source')
+    if values.folds is not None and by == 'source':
+        raise UserError('--folds is for --by=patient; --by=source makes a fold of every source or group')
+    division = Division(by, 5 if values.folds is None else values.folds, parse_groups(values.groups or ''))
+    crossvalidate(config, Path(values.workdir or f'runs/{config.name}-folds'), division=division, fold=values.fold)
 
 
 def evaluate(values: flags.FlagValues) -> None:
-    """Tests the best model of --workdir again."""
+    """Tests the best model of --workdir again, or, with --data, on other data."""
     workdir = _get_workdir(values, 'evaluate')
+    if values.data is not None:
+        _evaluate_external(values, workdir)
+        return
+    if values.split is not None:
+        raise UserError('--split is for --data: a run itself is tested on its own test list')
     _start_jax(values)
     from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
@@ -88,22 +100,42 @@ def evaluate(values: flags.FlagValues) -> None:
 
     config = load_config(workdir)
     if config.name == 'lesions':
-        if values.lesions is not None or values.occlusion:
-            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a lesion run')
         EXPERIMENTS[config.name].evaluate(workdir)
     elif list_folds(workdir):
-        if values.lesions is not None or values.occlusion:
-            raise UserError(f'--lesions and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
         from covidjax.experiment import crossvalidate
 
         crossvalidate.evaluate(workdir)
     elif 'extractor' not in config:
-        lesions_dir = None if values.lesions is None else Path(values.lesions)
+        lesions_dir = None if values.outlines is None else Path(values.outlines)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
-    elif values.lesions is not None or values.occlusion:
-        raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a scan run')
+    elif values.outlines is not None or values.occlusion:
+        raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a scan run')
     else:
         EXPERIMENTS[config.name].evaluate(workdir)
+
+
+def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
+    for name in ('outlines', 'occlusion', 'coordinator'):
+        if values[name].value:
+            raise UserError(f'--{name} is not for --data')
+    split = values.split or 'test'
+    if split not in ('test', 'all'):
+        raise UserError(f'--split={split} must be test or all')
+    _start_jax(values)
+    from covidjax.experiment.config import load_config
+
+    if load_config(workdir).name == 'lesions':
+        from covidjax.experiment.lesions import evaluate_outside
+
+        evaluate_outside(workdir, [Path(name).expanduser() for name in values.data.split(',') if name], split)
+        return
+    from covidjax.predict.external import evaluate_external
+
+    evaluate_external(workdir, Path(values.data).expanduser(), split)
 
 
 def predict(values: flags.FlagValues) -> None:
@@ -233,16 +265,25 @@ COMMANDS = {
             Flag('config', 'NAME[:DIR]', 'As for train. The test list stays held out from all folds.'),
             Flag('workdir', 'DIR', 'Folder of the folds and the ensemble; default: runs/<name of the config>-folds.'),
             Flag('folds', 'N', 'Number of folds, at least 2; default: 5.'),
+            Flag('by', 'WHAT', 'patient (default), or source: leave out each source of metadata.csv once.'),
+            Flag('groups', 'A;B,C', 'With --by=source: leave out A, then B and C together; default: each source.'),
             Flag('fold', 'K', 'Train only fold K, so that several jobs can share the folds; without it, join them.'),
         ),
         crossvalidate,
     ),
     'evaluate': Command(
-        'Test the best model of a run again.',
-        '--workdir=/tmp/run',
+        'Test the best model of a run again, or on other data.',
+        '--workdir=/tmp/run --data=/data/other-hospital',
         (
             Flag('workdir', 'DIR', 'Folder of the run.'),
-            Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
+            Flag(
+                'data',
+                'DIR',
+                'Other data to test on: a raw directory with any of the three lists, or scans with labels.csv; for a '
+                'lesion run, folders with masks, separated by commas. The results go to <workdir>/external/<name>/.',
+            ),
+            Flag('split', 'WHICH', 'Lists of --data to test on: test (default), or all that there are.'),
+            Flag('outlines', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
             Flag('occlusion', '', 'Score occlusion maps too, which is slow (slice runs only).'),
             *_HOSTS,
         ),

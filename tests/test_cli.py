@@ -161,7 +161,7 @@ def test_evaluation_gives_the_same_numbers_again_and_scores_other_lesions(slice_
         shutil.copy(raw_dir / '2A_images' / mask.name, lesions)
     lines = [f'{mask.name},mask-{mask.name},covid19' for mask in masks]
     (lesions / 'slices.csv').write_text('\n'.join(['image,lesion,class', *lines]) + '\n')
-    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}', f'--lesions={lesions}', '--occlusion')
+    result = call('--mode=evaluate', f'--workdir={workdir.with_name("copy")}', f'--outlines={lesions}', '--occlusion')
     assert result.returncode == 0, result.stderr
     after = json.loads((workdir.with_name('copy') / 'results.json').read_text())
     scored = [results['explanations'].pop('localisation') for results in (before, after)]
@@ -174,6 +174,24 @@ def test_evaluation_gives_the_same_numbers_again_and_scores_other_lesions(slice_
         del results['training']['test_seconds']
     assert after == before
     assert (workdir.with_name('copy') / 'predictions.csv').read_bytes() == predictions
+
+
+def test_a_finished_run_is_tested_on_other_data(slice_run, call, raw_dir, tmp_path):
+    workdir, _ = slice_run
+    for name in ('report.html', 'checklist.html', 'preprocessing.json'):
+        assert (workdir / name).stat().st_size > 1000
+    other = tmp_path / 'other'
+    write_phantoms(
+        other, PhantomOptions(seed=1, num_train=3, num_val=3, num_test=3, image_size=64, min_slices=8, max_slices=9)
+    )
+    result = call('--mode=evaluate', f'--workdir={workdir}', f'--data={other}')
+    assert result.returncode == 0, result.stderr
+    assert 'outside less inside' in result.stdout
+    results = json.loads((workdir / 'external' / 'other' / 'results.json').read_text())
+    lines = (other / 'test_COVIDx_CT-2A.txt').read_text().splitlines()
+    assert (results['num_examples'], results['num_patients']) == (len(lines), 3)
+    own = call('--mode=evaluate', f'--workdir={workdir}', f'--data={raw_dir}')
+    assert_one_line_error(own, 'the same patients', '6 in all')
 
 
 def test_finished_run_prints_its_summary_again(slice_run, call, raw_dir):
@@ -343,11 +361,22 @@ def test_user_mistakes_are_one_line_each(refuse, raw_dir, slice_run, tmp_path):
         (('--mode=dance', att2), ('dance',)),
         (('--mode=evaluate', f'--workdir={empty}'), (empty, 'not the workdir')),
         (('--mode=evaluate',), ('--workdir',)),
-        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--lesions={empty}'), (empty, 'slices.csv', '--lesions')),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--outlines={empty}'), (empty, 'slices.csv', '--outlines')),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', '--split=all'), ('--split is for --data',)),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--data={empty}', '--occlusion'), ('--occlusion is not',)),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--data={empty}', '--split=val'), ('test or all',)),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--data={empty}'), (empty, 'neither lists', 'labels.csv')),
+        (('--mode=evaluate', f'--workdir={slice_run[0]}', f'--data={tmp_path}/none'), (f'{tmp_path}/none',)),
         (('--mode=audit',), ('--input',)),
         (('--mode=audit', f'--input={tmp_path}/none', workdir), (f'{tmp_path}/none',)),
         (('--mode=audit', f'--input={empty}', workdir), (empty, 'train_COVIDx_CT-2A.txt')),
         (('--mode=audit', f'--input={raw_dir}', f'--workdir={blocked}'), (blocked, '--workdir')),
+        (('--mode=audit', f'--input={raw_dir}', workdir, f'--predictions={empty}'), (empty, '--predictions')),
+        (('--mode=crossvalidate',), ('--config',)),
+        (('--mode=crossvalidate', att2, '--by=hospital'), ('--by=hospital', 'patient or source')),
+        (('--mode=crossvalidate', att2, '--groups=A'), ('--groups', '--by=source')),
+        (('--mode=crossvalidate', att2, '--by=source', '--folds=3'), ('--folds', '--by=patient')),
+        (('--mode=crossvalidate', att2, f'--workdir={slice_run[0]}'), (slice_run[0], 'holds a single run')),
         (('--mode=export', f'--workdir={slice_run[0]}'), ('--output',)),
         (('--mode=export', '--output=a.safetensors'), ('--workdir',)),
         (('--mode=export', f'--workdir={slice_run[0]}', f'--output={blocked}'), (blocked, '.safetensors')),
@@ -434,11 +463,11 @@ def test_help_names_every_mode_and_flag(call_freshly):
     for word in (
         *(
             '--mode',
-            'train|evaluate|predict|audit|export',
+            'train|crossvalidate|evaluate|predict|audit|export',
             '--workdir',
             '--input',
             '--output',
-            '--lesions',
+            '--outlines',
             '--coordinator',
         ),
         *('configs/att2.py', 'configs/seq.py'),

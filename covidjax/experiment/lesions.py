@@ -30,6 +30,7 @@ from covidjax.evaluation.segmentation import (
 from covidjax.experiment import common
 from covidjax.experiment.common import PHANTOM_NOTICE, Experiment, Procedure, write_phantoms_once
 from covidjax.experiment.config import flatten_config, load_config
+from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
@@ -408,6 +409,7 @@ def test(experiment: Outlining, checkpoints: Checkpoints, history: Sequence[dict
     }
     write_predictions(workdir / 'predictions.csv', tabulate(data.rows['test'], of_test, threshold))
     write_json(workdir / 'calibration.json', {'threshold': threshold, 'digest': compute_digest(variables)})
+    write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
     examples = choose_examples(data, 'test', shown, threshold)
     training = sections.build_training(results, flatten_config(config), history, experiment.objective.score)
     write_lesion_report(workdir / 'report.html', results, examples, [training])

@@ -30,8 +30,8 @@ from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceCla
 from covidjax.predict.masks import create_labels, write_nifti, write_overlays
 from covidjax.predict.outline import choose_slices, outline_scan
 from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
-from covidjax.report.burden import LesionPrediction, Outlined, describe_burden, write_lesion_page
-from covidjax.report.prediction import Prediction, do_members_disagree, is_unusual, write_prediction_page
+from covidjax.report.burden import LesionPrediction, Outlined, describe_burden
+from covidjax.report.prediction import Prediction, do_members_disagree, is_unusual, write_page
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +126,6 @@ def predict_one(
         summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
         write_json(folder / 'prediction.json', summary)
     return format_line(summary, folder)
-
-
-def write_page(path: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]) -> None:
-    """Writes prediction.html; for the arguments see `write_prediction_page`."""
-    if isinstance(prediction, LesionPrediction):
-        write_lesion_page(path, volume, prediction, results)
-    else:
-        write_prediction_page(path, volume, prediction, results)
 
 
 def write_masks(folder: Path, volume: Volume, outlined: Outlined) -> None:
@@ -233,7 +225,7 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         ]
     else:
         stored, rule, temperature = run.rules, None, 1.0
-        scan_logits, attention, shares, bias, votes = _classify_sequence(run, by_member)
+        scan_logits, attention, shares, bias, votes = classify_sequence(run, by_member)
     joined = {}
     if outlined:
         sick = compute_sick(SickRule(*(run.rules['sick'][name] for name in SickRule._fields)), outlined.features[None])
@@ -319,7 +311,7 @@ def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarra
     return sums / len(names), np.mean(biases, axis=0)
 
 
-def _classify_sequence(
+def classify_sequence(
     run: Run, by_member: tuple[SliceOutputs, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """Returns logits [K], attention [T], evidence [T, K] and bias [K], means over members, and the logits of each."""

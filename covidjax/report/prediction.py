@@ -16,10 +16,11 @@ from covidjax.evaluation.novelty import QUANTILE
 from covidjax.explain import catalogue
 from covidjax.explain.evidence import combine_evidence, contrast, scale_signed
 from covidjax.explain.maps import Explanations, segment
-from covidjax.report.burden import Outlined, build_burden
+from covidjax.report import page
+from covidjax.report.burden import LesionPrediction, Outlined, build_burden, write_lesion_page
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.leading import get_shown_map
-from covidjax.report.page import Table, write_page
+from covidjax.report.page import Table
 from covidjax.report.pictures import Example, arrange_maps, render_maps, render_panels
 from covidjax.report.reading import build_reading
 from covidjax.report.sections import TARGETS, Section, describe_interval
@@ -58,6 +59,12 @@ class Prediction(NamedTuple):
     outlined: Outlined | None = None
 
 
+def write_page(path: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]) -> None:
+    """Writes prediction.html of a classifier or of a lesion model alone; see `write_prediction_page`."""
+    write = write_lesion_page if isinstance(prediction, LesionPrediction) else write_prediction_page
+    write(path, volume, prediction, results)
+
+
 def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, results: dict[str, Any]) -> None:
     """Writes a self-contained page.
 
@@ -72,7 +79,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
     warnings += [f'{warning[0].upper()}{warning[1:]}.' for warning in summary['warnings']]
     if is_unusual(summary):
         warnings.append('Do not trust the numbers below: this scan is unlike the training data.')
-    write_page(
+    page.write_page(
         path,
         'prediction.html',
         title=f'{summary["input"]["name"]}: {summary["verdict"]}',

@@ -103,8 +103,8 @@ def cached(extractor, data, tmp_path_factory):
 
 
 def test_without_augmentation_a_cached_run_is_the_uncached_one(extractor, tmp_path):
-    plain, plain_variables = run(tmp_path / 'plain', extractor[2], train__augment=False)
-    history, variables = run(tmp_path / 'cached', extractor[2], train__augment=False, data__cached_draws=3)
+    plain, plain_variables = run(tmp_path / 'plain', extractor[2], train__augment='none')
+    history, variables = run(tmp_path / 'cached', extractor[2], train__augment='none', data__cached_draws=3)
     assert len(history) == 3
     for one, other in zip(plain, history, strict=True):
         assert other == pytest.approx(one, rel=1e-5)

@@ -14,6 +14,7 @@ import pytest
 from covidjax.data.preprocess import apply_window
 from covidjax.errors import UserError
 from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue, compute_outputs
+from covidjax.experiment.runs import Member
 from covidjax.predict import archive, scan, tables, tasks, units
 from tests.predict import crashing
 from tests.predict.test_scan import EXTRACTOR, RESULTS, RULES
@@ -30,7 +31,9 @@ def run():
     config = att2.get_config()
     config.data.image_size = 32
     variables = draw_variables(EXTRACTOR, np.zeros((1, 32, 32, 1), np.float32), train=False)
-    return scan.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, EXTRACTOR, variables, None)
+    return scan.Run(
+        config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, (Member(EXTRACTOR, variables, None, None),)
+    )
 
 
 class Threads:
@@ -231,7 +234,7 @@ def test_torn_rows_are_cut(tmp_path):
 def test_batches_that_mix_scans_give_the_outputs_of_each(run):
     rng = np.random.default_rng(0)
     scans = {key: rng.integers(0, 256, (n, 32, 32, 1), dtype=np.uint8) for key, n in enumerate((5, 40, 1, 16, 20))}
-    queue, found = OutputQueue(EXTRACTOR, run.slice_variables), {}
+    queue, found = OutputQueue([(EXTRACTOR, run.members[0].slice_variables)]), {}
     for key, images in scans.items():
         queue.add(key, images)
         while queue.num_slices >= BATCH_SIZE:
@@ -241,8 +244,8 @@ def test_batches_that_mix_scans_give_the_outputs_of_each(run):
         found |= queue.compute_batch()
     assert len(queue) == 0
     for key, images in scans.items():
-        expected = compute_outputs(EXTRACTOR, run.slice_variables, images)
-        jax.tree.map(np.testing.assert_array_equal, found[key], expected)
+        expected = compute_outputs(EXTRACTOR, run.members[0].slice_variables, images)
+        jax.tree.map(np.testing.assert_array_equal, found[key], (expected,))
 
 
 def test_units_are_found_by_headers(tmp_path):
