@@ -9,7 +9,9 @@ The paper's two experiments; after the colon, the raw COVIDx-CT directory
   python main.py --config=configs/seq.py:/data/covidx-ct \
     --config.extractor=/tmp/run --workdir=/tmp/seq
 
-Other modes: --mode=train|evaluate|predict|audit|serve|export
+Other modes: --mode=train|crossvalidate|evaluate|predict|audit|serve|export
+  python main.py --mode=crossvalidate --config=configs/lite.py:/data/my-ct \
+    --folds=5 --workdir=/tmp/folds
   python main.py --mode=audit --input=/data/covidx-ct
   python main.py --mode=evaluate --workdir=/tmp/run
   python main.py --mode=predict --workdir=/tmp/run --input=/scans/1 \
@@ -44,7 +46,8 @@ def main() -> None:
     """Runs the command that --mode names."""
     mode, arguments = read_mode(sys.argv[1:])
     if any(argument in ('--help', '-help', '-h') for argument in arguments):
-        print(f'{__doc__}\n{cli.format_all_flags()}')
+        with cli.allow_closed_output():
+            print(f'{__doc__}\n{cli.format_all_flags()}')
     else:
         cli.main([sys.argv[0], mode, *arguments])
 

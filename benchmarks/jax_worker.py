@@ -21,6 +21,7 @@ from covidjax.models.fast import compile_fast
 from covidjax.training import runtime
 from covidjax.training.augment import AugmentOptions, augment
 from covidjax.training.devices import compile_step, place_batch, place_state
+from covidjax.training.losses import create_cross_entropy
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
@@ -57,7 +58,9 @@ def create_training(model, variables, *, full=False, **options):
         outputs, updates = model.apply(variables, images, train=True, full=full, mutable=['batch_stats'])
         return outputs.logits, updates['batch_stats']
 
-    step = functools.partial(train_step, forward=forward, optimizer=optimizer, class_weights=CLASS_WEIGHTS, **options)
+    step = functools.partial(
+        train_step, forward=forward, optimizer=optimizer, objective=create_cross_entropy(CLASS_WEIGHTS), **options
+    )
     # Copies, because the step donates the state.
     state = create_train_state(jax.tree.map(jnp.copy, variables), optimizer, jax.random.key(0))
     return place_state(state), step

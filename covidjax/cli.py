@@ -4,13 +4,16 @@ A command defines only its own flags, and imports its modules after it has parse
 audit does not load jax.
 """
 
+import contextlib
 import logging
+import os
+import select
 import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -55,37 +58,89 @@ class Command(NamedTuple):
 
 def train(values: flags.FlagValues) -> None:
     """Runs or resumes the experiment of --config."""
-    config = values.config
-    if config is None:
-        raise UserError(f'train needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
-    _start_jax(values)
+    config = _get_config(values, 'train')
     from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import list_folds
 
-    if config.name not in EXPERIMENTS:
-        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
-    EXPERIMENTS[config.name].train(config, Path(values.workdir or f'runs/{config.name}'))
+    workdir = Path(values.workdir or f'runs/{config.name}')
+    if list_folds(workdir):
+        raise UserError(f'{workdir} holds a cross-validation: run crossvalidate, or choose another --workdir')
+    EXPERIMENTS[config.name].train(config, workdir)
+
+
+def crossvalidate(values: flags.FlagValues) -> None:
+    """Trains the folds of --config and tests them together."""
+    config = _get_config(values, 'crossvalidate')
+    from covidjax.data.folds import parse_groups
+    from covidjax.experiment.crossvalidate import Division, crossvalidate
+
+    if values.by not in (None, 'patient', 'source'):
+        raise UserError(f'--by={values.by}: it must be patient or source')
+    by = values.by or 'patient'
+    if values.groups is not None and by == 'patient':
+        raise UserError('--groups is for --by=source')
+    if values.folds is not None and by == 'source':
+        raise UserError('--folds is for --by=patient; --by=source makes a fold of every source or group')
+    division = Division(by, 5 if values.folds is None else values.folds, parse_groups(values.groups or ''))
+    crossvalidate(config, Path(values.workdir or f'runs/{config.name}-folds'), division=division, fold=values.fold)
 
 
 def evaluate(values: flags.FlagValues) -> None:
-    """Tests the best model of --workdir again."""
+    """Tests the best model of --workdir again, or, with --data, on other data."""
     workdir = _get_workdir(values, 'evaluate')
+    if values.data is not None:
+        _evaluate_external(values, workdir)
+        return
+    if values.split is not None:
+        raise UserError('--split is for --data: a run itself is tested on its own test list')
     _start_jax(values)
     from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
+    from covidjax.experiment.workdir import list_folds
 
     config = load_config(workdir)
-    if 'extractor' not in config:
-        lesions_dir = None if values.lesions is None else Path(values.lesions)
+    if config.name == 'lesions':
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a lesion run')
+        EXPERIMENTS[config.name].evaluate(workdir)
+    elif list_folds(workdir):
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
+        from covidjax.experiment import crossvalidate
+
+        crossvalidate.evaluate(workdir)
+    elif 'extractor' not in config:
+        lesions_dir = None if values.outlines is None else Path(values.outlines)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
-    elif values.lesions is not None or values.occlusion:
-        raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a scan run')
+    elif values.outlines is not None or values.occlusion:
+        raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a scan run')
     else:
         EXPERIMENTS[config.name].evaluate(workdir)
 
 
+def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
+    for name in ('outlines', 'occlusion', 'coordinator'):
+        if values[name].value:
+            raise UserError(f'--{name} is not for --data')
+    split = values.split or 'test'
+    if split not in ('test', 'all'):
+        raise UserError(f'--split={split} must be test or all')
+    _start_jax(values)
+    from covidjax.experiment.config import load_config
+
+    if load_config(workdir).name == 'lesions':
+        from covidjax.experiment.lesions import evaluate_outside
+
+        evaluate_outside(workdir, [Path(name).expanduser() for name in values.data.split(',') if name], split)
+        return
+    from covidjax.predict.external import evaluate_external
+
+    evaluate_external(workdir, Path(values.data).expanduser(), split)
+
+
 def predict(values: flags.FlagValues) -> None:
     """Predicts every --input, or every chest CT of --archive; exit status 1 if any is refused."""
-    workdir = _get_workdir(values, 'predict')
+    workdir = None if values.workdir is None else Path(values.workdir)
     if values.archive is not None:
         _predict_archive(values, workdir)
         return
@@ -102,15 +157,18 @@ def predict(values: flags.FlagValues) -> None:
     inputs = [Path(path) for path in values.input]
     if values.dicom:
         check_package()
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, dicom=values.dicom):
+    if not predict_all(
+        workdir, inputs, output, series=values.series, force=values.force, masks=values.masks, dicom=values.dicom
+    ):
         sys.exit(1)
 
 
-def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
-    if values.dicom:
-        raise UserError('--dicom is for --input: an archive gets no DICOM results')
-    if values.input or values.series is not None:
-        raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
+def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
+    if values.input or values.series is not None or values.masks or values.dicom:
+        raise UserError(
+            '--archive takes no --input, --series, --masks or --dicom: it finds every scan and series itself, and '
+            'writes tables'
+        )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
     _start_jax(values)
@@ -135,7 +193,8 @@ def audit(values: flags.FlagValues) -> None:
 
     if len(values.input) != 1:
         raise UserError('audit needs one --input=<raw COVIDx-CT directory>')
-    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'))['verdict'] == 'broken':
+    predictions = None if values.predictions is None else Path(values.predictions)
+    if run_audit(Path(values.input[0]), Path(values.workdir or 'runs/audit'), predictions)['verdict'] == 'broken':
         sys.exit(1)
 
 
@@ -151,20 +210,32 @@ def export(values: flags.FlagValues) -> None:
 
 def serve(values: flags.FlagValues) -> None:
     """Serves a page that predicts scans, until it is stopped."""
-    workdir = _get_workdir(values, 'serve')
     try:
         from covidjax.serve.server import serve
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs the package {error.name}: pip install 'covidjax[serve]'") from error
 
     serve(
-        workdir,
+        None if values.workdir is None else Path(values.workdir),
         host=values.host,
         port=values.port,
         token_file=None if values.token_file is None else Path(values.token_file),
         keep_minutes=values.keep_minutes,
         dicom=values.dicom,
     )
+
+
+def _get_config(values: flags.FlagValues, command: str) -> Any:
+    """Returns --config and starts jax."""
+    config = values.config
+    if config is None:
+        raise UserError(f'{command} needs --config=<name or file>; shipped names: {", ".join(list_configs())}')
+    _start_jax(values)
+    from covidjax.experiment.runs import EXPERIMENTS
+
+    if config.name not in EXPERIMENTS:
+        raise UserError(f'unknown experiment config.name={config.name}: choose one of {", ".join(EXPERIMENTS)}')
+    return config
 
 
 def _get_workdir(values: flags.FlagValues, command: str) -> Path:
@@ -201,7 +272,8 @@ COMMANDS = {
             Flag(
                 'config',
                 'NAME[:DIR]',
-                'A shipped config (att2, lite, seq) or a file, and the raw COVIDx-CT directory (default: phantoms). '
+                'A shipped config (att2, lite, seq, lesions) or a file, and the raw COVIDx-CT directory, or of lesions '
+                'the folders with masks, separated by commas (default: phantoms). '
                 'Any field can be set: --config.train.batch_size=16.',
             ),
             Flag('workdir', 'DIR', 'Folder of the run; default: runs/<name of the config>.'),
@@ -209,28 +281,56 @@ COMMANDS = {
         ),
         train,
     ),
+    'crossvalidate': Command(
+        'Train folds by patient, test them together, and join them into an ensemble.',
+        '--config=lite:/data/my-ct --folds=5 --workdir=/tmp/folds',
+        (
+            Flag('config', 'NAME[:DIR]', 'As for train. The test list stays held out from all folds.'),
+            Flag('workdir', 'DIR', 'Folder of the folds and the ensemble; default: runs/<name of the config>-folds.'),
+            Flag('folds', 'N', 'Number of folds, at least 2; default: 5.'),
+            Flag('by', 'WHAT', 'patient (default), or source: leave out each source of metadata.csv once.'),
+            Flag('groups', 'A;B,C', 'With --by=source: leave out A, then B and C together; default: each source.'),
+            Flag('fold', 'K', 'Train only fold K, so that several jobs can share the folds; without it, join them.'),
+        ),
+        crossvalidate,
+    ),
     'evaluate': Command(
-        'Test the best model of a run again.',
-        '--workdir=/tmp/run',
+        'Test the best model of a run again, or on other data.',
+        '--workdir=/tmp/run --data=/data/other-hospital',
         (
             Flag('workdir', 'DIR', 'Folder of the run.'),
-            Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
+            Flag(
+                'data',
+                'DIR',
+                'Other data to test on: a raw directory with any of the three lists, or scans with labels.csv; for a '
+                'lesion run, folders with masks, separated by commas. The results go to <workdir>/external/<name>/.',
+            ),
+            Flag('split', 'WHICH', 'Lists of --data to test on: test (default), or all that there are.'),
+            Flag('outlines', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
             Flag('occlusion', '', 'Score occlusion maps too, which is slow (slice runs only).'),
             *_HOSTS,
         ),
         evaluate,
     ),
     'predict': Command(
-        'Classify chest CTs and write a report on each.',
+        'Predict chest CTs and write a report on each; without --workdir, lungs and lesions only.',
         '--workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz',
         (
-            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag(
+                'workdir',
+                'DIR',
+                'Folder of a finished run; default: the lesion model of this package, which outlines lungs and lesions '
+                'and gives no verdict.',
+            ),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag(
                 'archive', 'PATH', 'A folder, or a text file of paths: predict every chest CT below it into one table.'
             ),
             Flag(
-                'output', 'DIR', 'Folder of the reports; default without --archive: <workdir>/predictions/<input name>.'
+                'output',
+                'DIR',
+                'Folder of the reports; default without --archive: <workdir>/predictions/<input name>, or '
+                'covidjax-predictions/<input name>.',
             ),
             Flag('pages', 'WHICH', 'Scans of an archive that get a page: all (default), positive or none.'),
             Flag('shard', 'K/N', 'Part K of N of an archive, for arrays of jobs that share --output.'),
@@ -240,6 +340,7 @@ COMMANDS = {
                 'NAME',
                 'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
             ),
+            Flag('masks', '', 'Write masks.nii.gz in the geometry of the scan, and slices with outlines, too.'),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
             Flag('dicom', '', 'Also write results in DICOM, which name the patient as the scan does.'),
         ),
@@ -251,6 +352,7 @@ COMMANDS = {
         (
             Flag('input', 'DIR', 'A raw COVIDx-CT directory, or one of lists only.'),
             Flag('workdir', 'DIR', 'Folder of the report; default: runs/audit.'),
+            Flag('predictions', 'FILE', 'predictions.csv of a cross-validation: lists labels that it contradicts.'),
         ),
         audit,
     ),
@@ -258,7 +360,9 @@ COMMANDS = {
         'Serve a page that classifies the scans that are dropped on it.',
         '--workdir=/tmp/run',
         (
-            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag(
+                'workdir', 'DIR', 'Folder of a finished run; default: the model of lungs and lesions in this package.'
+            ),
             Flag('host', 'ADDRESS', 'Address to listen on; default: 127.0.0.1, for this machine only.'),
             Flag('port', 'N', 'Port to listen on; default: 8765; 0 for a free one.'),
             Flag('token_file', 'FILE', 'File with a secret that clients must send; needed with another --host.'),
@@ -277,26 +381,56 @@ COMMANDS = {
         export,
     ),
 }
-_SWITCHES, _NUMBERS, _REPEATED = ('occlusion', 'force', 'dicom'), ('num_processes', 'process_id', 'port'), ('input',)
-_FRACTIONS = ('keep_minutes',)
+_HELP = ('--help', '-help', '-h')
+_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks', 'dicom'), ('input',)
+_NUMBERS, _FRACTIONS = ('num_processes', 'process_id', 'folds', 'fold', 'port'), ('keep_minutes',)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` names (default: `sys.argv`); entry point of `covidjax`."""
     program, *arguments = sys.argv if argv is None else argv
-    if not arguments or arguments[0] in ('help', '--help', '-h', '-help'):
-        print(format_help())
-        sys.exit(0 if arguments else 1)
-    name, *arguments = arguments
-    if name == '--version':
-        print(covidjax.__version__)
-        return
-    if name not in COMMANDS:
-        sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
-    if any(argument.lstrip('-') in ('help', 'h') for argument in arguments if argument.startswith('-')):
-        print(format_command_help(name))
-        return
-    run_command(name, program, arguments)
+    with allow_closed_output():
+        if arguments[:1] == ['help']:
+            arguments = [*arguments[1:], '--help']
+        name, *rest = [argument for argument in arguments if argument not in _HELP] or ['']
+        if not name:
+            print(format_help())
+            sys.exit(0 if arguments else 1)
+        if name == '--version':
+            print(covidjax.__version__)
+            return
+        if name not in COMMANDS:
+            sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
+        if len(rest) < len(arguments) - 1:
+            print(format_command_help(name))
+        else:
+            run_command(name, program, rest)
+
+
+@contextlib.contextmanager
+def allow_closed_output() -> Iterator[None]:
+    """Ends the process without a traceback if its output is a pipe that nobody reads any more (`... | head -1`).
+
+    The exit status is that of a finished command, and 1 otherwise.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a short output is written only here
+    except BrokenPipeError as error:
+        if not _is_unread(1):  # another pipe is broken, a worker's for example
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends
+        ended = error.__context__
+        sys.exit(ended.code if isinstance(ended, SystemExit) else 1)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Returns whether the descriptor is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
@@ -445,11 +579,11 @@ def format_help() -> str:
     """Returns the list of commands."""
     lines = ['Models that tell normal lungs, pneumonia and COVID-19 apart on chest CT.', '', 'Commands:']
     for name, command in COMMANDS.items():
-        lines += [f'  {name:<10}{command.summary}', f'{"":<12}covidjax {name} {command.example}']
+        lines += [f'  {name:<14}{command.summary}', f'{"":<16}covidjax {name} {command.example}']
     lines += [
         '',
         'covidjax train --config=att2 runs on generated phantoms and needs no data.',
-        'covidjax COMMAND --help lists the flags of a command.',
+        'covidjax help COMMAND lists the flags of a command.',
         '',
         'Research use only: not a medical device.',
     ]

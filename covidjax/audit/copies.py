@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
-import scipy.spatial
+import scipy
 
 from covidjax.audit import figures
 from covidjax.audit.check import BROKEN, LOOK, OK, Check, count_things

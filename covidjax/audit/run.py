@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from covidjax.audit import baseline_checks, image_checks, list_checks, metadata_checks
+from covidjax.audit import baseline_checks, image_checks, label_checks, list_checks, metadata_checks
 from covidjax.audit.check import NOT_CHECKED, Check
 from covidjax.audit.copies import Place, check_copies
 from covidjax.audit.dataset import Dataset, read_dataset
@@ -13,7 +13,7 @@ from covidjax.audit.version_check import check_version
 from covidjax.files import report_write_errors
 
 
-def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
+def run_audit(raw_dir: Path, workdir: Path, predictions: Path | None = None) -> dict[str, Any]:
     """Audits a raw COVIDx CT directory and prints a summary.
 
     Writes audit.json and audit.html. Lists, metadata.csv and images may each be missing; their checks are then
@@ -22,18 +22,23 @@ def run_audit(raw_dir: Path, workdir: Path) -> dict[str, Any]:
     Args:
       raw_dir: the directory of the lists.
       workdir: where the reports go; created if missing.
+      predictions: predictions.csv of a cross-validation of these data: labels that it contradicts are listed.
 
     Returns:
       The content of audit.json, see `report.describe_audit`. Its 'verdict' is 'broken' if any check is.
 
     Raises:
-      UserError: no such directory, no list in it, lists of several versions, or a workdir that cannot be written.
+      UserError: no such directory, no list in it, lists of several versions, or a workdir that cannot be written;
+        predictions that cannot be read.
     """
     raw_dir, workdir = Path(raw_dir), Path(workdir)
     dataset = read_dataset(raw_dir)
+    predicted = None if predictions is None else label_checks.read_predictions(Path(predictions))
     with report_write_errors(workdir, '--workdir'):  # fail before the long work
         workdir.mkdir(parents=True, exist_ok=True)
     checks = check_dataset(dataset)
+    if predicted is not None and dataset.splits:
+        checks.append(label_checks.check_predicted_labels(dataset, predicted))
     audit = describe_audit(dataset, checks)
     with report_write_errors(workdir, '--workdir'):
         save_audit(audit, checks, workdir)

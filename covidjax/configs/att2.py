@@ -12,6 +12,8 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     config = ConfigDict()
     config.name = 'att2'
     config.seed = 0  # for initial weights, data order and augmentation
+    # lesion model that decides on sick or not: workdir of a run of lesions.py, 'box' (of this package) or empty: none
+    config.lesions = ''
 
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
@@ -45,8 +47,9 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.warmup_steps = 0  # steps of linear warm-up from 0
     train.weight_decay = 0.0
     train.decay = 'decoupled'  # 'decoupled' (AdamW) or 'l2' (in the gradient)
-    train.augment = True  # flips, blur and affine of section IV-B
-    train.scale = (0.9, 1.1)  # zoom of the affine map
+    # 'paper' (flips, blur and affine of section IV-B), 'scanner' (window, sharpness, noise, zoom ...) or 'none'
+    train.augment = 'paper'
+    train.scale = (0.9, 1.1)  # zoom; with the next two, of 'paper'
     train.brightness = 0.0  # half-width of the range of a factor about 1
     train.contrast = 0.0  # likewise, of the distance from the mean grey
     train.label_smoothing = 0.0

@@ -23,7 +23,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     # 16: takes 16 slices from each scan that has them. Less: takes each scan with at least so many slices, whole.
     data.min_slices = 16
     # Number of augmentations drawn once for each training scan. Their embeddings stay in memory; the epochs use them in
-    # turn. 0: a new draw in every epoch, as in the paper. Exact if train.augment is False. On CT-2A (2,390 scans of 16
+    # turn. 0: a new draw in every epoch, as in the paper. Exact if train.augment is 'none'. On CT-2A (2,390 scans of 16
     # slices, 3072 float32 each) a draw takes 470 MB of memory in every process.
     data.cached_draws = 0
 
@@ -46,8 +46,8 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.warmup_steps = 0  # steps of linear warm-up from 0
     train.weight_decay = 5e-3
     train.decay = 'decoupled'  # 'decoupled' (AdamW) or 'l2' (in the gradient)
-    train.augment = True  # flips, blur and affine of section IV-B, one draw for all slices of a scan
-    train.scale = (0.9, 1.1)  # zoom of the affine map
+    train.augment = 'paper'  # as in att2.py, one draw for all slices of a scan
+    train.scale = (0.9, 1.1)  # zoom; with the next two, of 'paper'
     train.brightness = 0.0  # half-width of the range of a factor about 1
     train.contrast = 0.0  # likewise, of the distance from the mean grey
     train.label_smoothing = 0.0

@@ -1,7 +1,7 @@
 """Batches of prepared slices: an endless shuffled stream for training, one padded pass for evaluation.
 
-A batch is a dict: 'image' uint8 [B, S, S, 1], 'label' int32 [B], 'index' int32 [B] (record number in the split), 'mask'
-float32 [B] (0 marks padding).
+A batch is a dict: 'image' uint8 [B, S, S, 1], 'index' int32 [B] (record number in the split), 'mask' float32 [B] (0
+marks padding), and what else the records hold: 'label' int32 [B], or 'masks' and 'known' (see `masked.read_masked`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,12 @@ import numpy as np
 READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)
 
 
+# Columns of a record that batches hold, with their dtypes; others are names.
+_INPUTS = {'image': np.asarray, 'label': np.int32, 'masks': np.asarray, 'known': np.uint8}
+
+
 class _Records(grain.sources.RandomAccessDataSource):
-    """Prepared records as the items of a batch: image, label, record number and mask."""
+    """Prepared records as the items of a batch, with their number and a mask."""
 
     def __init__(self, source: Sequence[dict]):
         self._source = source
@@ -24,12 +28,8 @@ class _Records(grain.sources.RandomAccessDataSource):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self._source[index]
-        return {
-            'image': record['image'],
-            'label': np.int32(record['label']),
-            'index': np.int32(index),
-            'mask': np.float32(1),
-        }
+        inputs = {name: convert(record[name]) for name, convert in _INPUTS.items() if name in record}
+        return {**inputs, 'index': np.int32(index), 'mask': np.float32(1)}
 
 
 def load_train_batches(

@@ -5,9 +5,10 @@ Lower-case t, h, w are the same axes on a coarse grid.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-import scipy.ndimage
+import scipy
 from PIL import Image
 
 from covidjax.data.preprocess import Box, compute_otsu_threshold
@@ -29,6 +30,8 @@ _MAX_CONTACT = 2.3  # pixels of a region at the edge of the field of view, over 
 _MIN_PART = 0.05  # size of a part, as a share of the largest
 _MIN_HALF = 0.2  # share of a part on each side of the body, if it holds both lungs
 _THIN_STACK_MM = 40.0  # in a thinner stack, a lung may have several parts
+_REACH_MM = 20.0  # how far a model may enlarge the lungs
+_RIM_MM = 5.0  # radius; thinner additions are differences of two outlines, unless they are lesions
 
 # For slices without Hounsfield units.
 _BLACK = 10  # grey value; outside the lungs, cut slices have traces of compression and resizing
@@ -45,7 +48,7 @@ _AIRWAY_REACH = 0.15  # of the width of the body, from its middle
 _GREY_CLOSING = 0.08  # radius, of the width of the body
 
 _IN_PLANE = np.zeros((3, 3, 3), bool)
-_IN_PLANE[1] = scipy.ndimage.generate_binary_structure(2, 1)
+_IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
 
 def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
@@ -72,7 +75,46 @@ def find_lungs_in_scan(hu_TxHxW: np.ndarray, spacing_mm: tuple[float, float, flo
     finder = LungsFinder(hu_TxHxW.shape, spacing_mm)
     for hu_HxW in hu_TxHxW:
         finder.add(hu_HxW)
-    return finder.find()
+    grid = finder.find()
+    lungs_TxHxW = np.zeros(hu_TxHxW.shape, bool)
+    for place, lungs_hxw in enumerate(grid.lungs_txhxw):
+        if lungs_hxw.any():
+            start = place * grid.steps[0]
+            lungs_TxHxW[start : start + grid.steps[0]] = grid.enlarge(lungs_hxw)
+    return lungs_TxHxW
+
+
+class LungsGrid(NamedTuple):
+    """Lungs of a scan on a grid of about 2 mm. A cell is a block of voxels; the last of an axis may be incomplete.
+
+    Attributes:
+      hu_txhxw: mean Hounsfield units of the cells, float16.
+      lungs_txhxw: bool, all False if no lungs are found.
+      steps: slices, rows and columns in a cell.
+      spacing_mm: distance between slices, rows and columns.
+      shape: T, H, W.
+    """
+
+    hu_txhxw: np.ndarray
+    lungs_txhxw: np.ndarray
+    steps: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    shape: tuple[int, int, int]
+
+    @property
+    def cell_mm(self) -> tuple[float, float, float]:
+        """Size of a cell: slices, rows, columns."""
+        return tuple(step * mm for step, mm in zip(self.steps, self.spacing_mm, strict=True))
+
+    def enlarge(self, mask_hxw: np.ndarray) -> np.ndarray:
+        """Resizes a mask of one layer of cells to the pixels of a slice, bool [H, W], with smooth edges."""
+        if self.steps[1:] == (1, 1):
+            return mask_hxw
+        (height, width), (tall, wide) = self.shape[1:], self.steps[1:]
+        # The last block may be incomplete: the grid extends past the image.
+        image = Image.fromarray(mask_hxw.astype(np.uint8) * 255)
+        box = (0, 0, width / wide, height / tall)
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box)) >= 128
 
 
 class LungsFinder:
@@ -89,9 +131,8 @@ class LungsFinder:
         if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
             raise ValueError(f'spacing must be three positive lengths in mm, got {spacing_mm}')
         pairs = zip(spacing_mm, shape, strict=True)
-        self._shape, self._count = shape, 0
-        self._steps = [max(1, min(round(_GRID_MM / mm), size // 16)) for mm, size in pairs]
-        self._grid_mm = np.multiply(self._steps, spacing_mm)
+        self._shape, self._spacing_mm, self._count = tuple(shape), tuple(map(float, spacing_mm)), 0
+        self._steps = tuple(max(1, min(round(_GRID_MM / mm), size // 16)) for mm, size in pairs)
         self._starts = [np.arange(0, size, step) for size, step in zip(shape, self._steps, strict=True)]
         self._sums_txhxw = np.zeros([len(place) for place in self._starts], np.float32)
 
@@ -101,30 +142,12 @@ class LungsFinder:
         self._sums_txhxw[self._count // self._steps[0]] += np.add.reduceat(rows_hxW, self._starts[2], axis=1)
         self._count += 1
 
-    def find(self) -> np.ndarray:
-        """Returns the lungs in the slices that were added, T in all: bool [T, H, W]."""
-        steps, grid_mm = self._steps, self._grid_mm
+    def find(self) -> LungsGrid:
+        """Returns the lungs in the slices that were added, T in all."""
         hu_txhxw = self._average()
-        lungs_TxHxW = np.zeros(self._shape, bool)
-        body_txhxw = _find_body(hu_txhxw >= _AIR_HU)
-        if not body_txhxw.any():
-            return lungs_TxHxW
-        candidates_txhxw, airways_txhxw = _find_candidates(hu_txhxw, body_txhxw, grid_mm)
-        sides_txhxw = _choose_lungs(hu_txhxw, candidates_txhxw, body_txhxw, grid_mm)
-        largest = (sides_txhxw > 0).sum((1, 2)).max() * grid_mm[1] * grid_mm[2]
-        if largest < _MIN_SLICE_MM2:
-            return lungs_TxHxW
-        closed_txhxw = np.zeros(sides_txhxw.shape, bool)
-        for place, sides_hxw in enumerate(sides_txhxw):
-            if sides_hxw.any():
-                closed_txhxw[place] = _close_each(sides_hxw, _CLOSING_MM, tuple(grid_mm[1:]))
-        closed_txhxw = _fill_holes(closed_txhxw)
-        closed_txhxw &= ~(scipy.ndimage.binary_dilation(airways_txhxw, _IN_PLANE) & (sides_txhxw == 0))
-        for place, closed_hxw in enumerate(closed_txhxw):
-            if closed_hxw.any():
-                start = place * steps[0]
-                lungs_TxHxW[start : start + steps[0]] = _enlarge(closed_hxw, steps[1:], self._shape[1:])
-        return lungs_TxHxW
+        cell_mm = np.multiply(self._steps, self._spacing_mm)
+        lungs_txhxw = _find_on_grid(hu_txhxw, cell_mm)
+        return LungsGrid(hu_txhxw.astype(np.float16), lungs_txhxw, self._steps, self._spacing_mm, self._shape)
 
     def _average(self) -> np.ndarray:
         """Returns means float32 [t, h, w] of blocks, which also removes noise."""
@@ -135,6 +158,76 @@ class LungsFinder:
         means_txhxw = self._sums_txhxw / thick[:, np.newaxis, np.newaxis]
         means_txhxw /= np.outer(tall, wide)
         return means_txhxw
+
+
+def _find_on_grid(hu_txhxw: np.ndarray, grid_mm: np.ndarray) -> np.ndarray:
+    """Returns the lungs, bool [t, h, w]."""
+    closed_txhxw = np.zeros(hu_txhxw.shape, bool)
+    body_txhxw = _find_body(hu_txhxw >= _AIR_HU)
+    if not body_txhxw.any():
+        return closed_txhxw
+    candidates_txhxw, airways_txhxw = _find_candidates(hu_txhxw, body_txhxw, grid_mm)
+    sides_txhxw = _choose_lungs(hu_txhxw, candidates_txhxw, body_txhxw, grid_mm)
+    largest = (sides_txhxw > 0).sum((1, 2)).max() * grid_mm[1] * grid_mm[2]
+    if largest < _MIN_SLICE_MM2:
+        return closed_txhxw
+    for place, sides_hxw in enumerate(sides_txhxw):
+        if sides_hxw.any():
+            closed_txhxw[place] = _close_each(sides_hxw, _CLOSING_MM, tuple(grid_mm[1:]))
+    closed_txhxw = _fill_holes(closed_txhxw)
+    closed_txhxw &= ~(scipy.ndimage.binary_dilation(airways_txhxw, _IN_PLANE) & (sides_txhxw == 0))
+    return closed_txhxw
+
+
+def enlarge_lungs(grid: LungsGrid, model_txhxw: np.ndarray, lesions_txhxw: np.ndarray) -> np.ndarray:
+    """Adds to the lungs of a grid what a model calls lungs beside them: dense lesions at the chest wall.
+
+    An addition is dense, connected to the lungs, and within 20 mm of them. Therefore gas of the bowel, the table and
+    organs below the lungs stay outside. Additions that are less than 10 mm thick count only where the model sees
+    lesions: elsewhere they are the difference of two outlines.
+
+    Args:
+      grid: of the scan, with lungs.
+      model_txhxw: what the model calls lungs, bool on the cells of the grid.
+      lesions_txhxw: what the model calls lesions, likewise.
+
+    Returns:
+      The enlarged lungs, bool [t, h, w].
+    """
+    lungs_txhxw = grid.lungs_txhxw
+    found = scipy.ndimage.find_objects(lungs_txhxw.astype(np.uint8))
+    if not found:
+        return lungs_txhxw
+    margins = [math.ceil(_REACH_MM / mm) for mm in grid.cell_mm]
+    box = tuple(slice(max(0, axis.start - n), axis.stop + n) for axis, n in zip(found[0], margins, strict=True))
+    lungs = lungs_txhxw[box]
+    added = model_txhxw[box] & ~lungs & (grid.hu_txhxw[box] >= _AIR_HU)
+    added = _open(added, _RIM_MM, grid.cell_mm[1:]) | (added & lesions_txhxw[box])
+    # Half the resolution is enough for a distance.
+    near = scipy.ndimage.distance_transform_edt(~lungs[:, ::2, ::2], np.multiply(grid.cell_mm, (1, 2, 2))) <= _REACH_MM
+    added &= near.repeat(2, 1).repeat(2, 2)[:, : lungs.shape[1], : lungs.shape[2]]
+    if not added.any():
+        return lungs_txhxw
+    regions, count = scipy.ndimage.label(added | lungs)
+    is_connected = np.zeros(count + 1, bool)
+    is_connected[regions[lungs]] = True
+    added &= is_connected[regions]
+    result_txhxw = lungs_txhxw.copy()
+    result_txhxw[box] |= added
+    # What an addition encloses, such as an air bronchogram, but not the airways that the lungs alone enclose.
+    return result_txhxw | (_fill_holes(result_txhxw) & ~_fill_holes(lungs_txhxw))
+
+
+def _open(mask_txhxw: np.ndarray, radius: float, spacing: tuple[float, ...]) -> np.ndarray:
+    """Opens each layer of a mask by a disc, whose radius has the unit of the spacing."""
+    opened_txhxw = np.zeros_like(mask_txhxw)
+    for place, mask_hxw in enumerate(mask_txhxw):
+        if mask_hxw.any():
+            core = scipy.ndimage.distance_transform_edt(np.pad(mask_hxw, 1), spacing) > radius
+            if core.any():
+                opened = scipy.ndimage.distance_transform_edt(~core, spacing) <= radius
+                opened_txhxw[place] = opened[1:-1, 1:-1]
+    return opened_txhxw
 
 
 def _fill_holes(mask_txhxw: np.ndarray) -> np.ndarray:
@@ -269,16 +362,6 @@ def _close_each(parts_HxW: np.ndarray, radius: float, spacing: tuple[float, ...]
         narrow = scipy.ndimage.distance_transform_edt(wide, spacing) > radius
         closed_HxW[box] |= (narrow | padded)[tuple(slice(n, -n) for n in reach)]
     return closed_HxW
-
-
-def _enlarge(mask_hxw: np.ndarray, steps: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Resizes a mask on the coarse grid to bool [H, W] with smooth edges."""
-    if steps == [1, 1]:
-        return mask_hxw
-    # The last block may be incomplete: the grid extends past the image.
-    ends = (shape[1] / steps[1], shape[0] / steps[0])
-    image = Image.fromarray(mask_hxw.astype(np.uint8) * 255)
-    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR, box=(0, 0, *ends))) >= 128
 
 
 def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:

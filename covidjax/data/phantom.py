@@ -30,7 +30,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-import scipy.ndimage
+import scipy
 from PIL import Image
 
 from covidjax.data.lists import SPLITS, get_list_name
@@ -42,6 +42,7 @@ NORMAL, PNEUMONIA, COVID19 = range(3)
 VERSION = '2A'  # the COVIDx CT version whose layout is written
 IMAGE_FOLDER = f'{VERSION}_images'
 MASK_FOLDER = 'lesion_masks'
+LUNGS_FOLDER = 'lung_masks'
 OPTIONS_FILE = 'phantoms.json'
 METADATA_COLUMNS = (
     'patient id',
@@ -483,9 +484,19 @@ def render_scan(
       masks: bool [T, H, W], pixels with more than half lesion coverage; all False in a normal scan.
       boxes: int32 [T, 4], bounding box of the body as xmin, ymin, xmax, ymax in pixels, half-open.
     """
-    hounsfield, lesion, body, noise_rng = _render(options, split, patient, label, None)
+    return render_outlined_scan(options, split, patient, label)[:3]
+
+
+def render_outlined_scan(
+    options: PhantomOptions, split: str, patient: int, label: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Renders the scan of one patient and its lungs: the results of `render_scan`, and bool [T, H, W].
+
+    The lungs are the pixels with more than half lung coverage, and the lesion.
+    """
+    hounsfield, lesion, lungs, body, noise_rng = _render(options, split, patient, label, None)
     images = _to_grey(hounsfield, gamma=noise_rng.uniform(0.7, 1.4), gain=noise_rng.uniform(0.75, 1.0))
-    return images, lesion > 0.5, _find_boxes(body)
+    return images, lesion > 0.5, _find_boxes(body), (lungs > 0.5) | (lesion > 0.5)
 
 
 def render_volume(num_slices: int, image_size: int, label: int, *, seed: int = 0) -> np.ndarray:
@@ -507,8 +518,8 @@ def render_volume(num_slices: int, image_size: int, label: int, *, seed: int = 0
 
 def _render(
     options: PhantomOptions, split: str, patient: int, label: int, extent: tuple[float, float] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
-    """Returns float32 Hounsfield units, lesion cover and body [T, H, W], and the stream of noise, for `render_scan`.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
+    """Returns float32 Hounsfield units, cover of lesion and lungs, and body [T, H, W], and the stream of noise.
 
     `extent` is z of the first and of the last slice; None draws it.
     """
@@ -567,7 +578,7 @@ def _render(
     hounsfield = scipy.ndimage.gaussian_filter(
         hounsfield, noise_rng.uniform(0.45, 0.85) * size / 96, axes=(1, 2), truncate=3.0
     )
-    return hounsfield, lesion, body, noise_rng
+    return hounsfield, lesion, lung_cover, body, noise_rng
 
 
 def _to_grey(hounsfield: np.ndarray, gamma: float, gain: float) -> np.ndarray:
@@ -605,13 +616,14 @@ def _write_patient(
     folder: Path, options: PhantomOptions, split: str, patient: int, label: int
 ) -> tuple[str, list[str]]:
     """Writes the PNGs of one scan under `folder`. Returns (split, list rows of the scan)."""
-    images, masks, boxes = render_scan(options, split, patient, label)
+    scan = render_outlined_scan(options, split, patient, label)
     rows = []
-    for index, (image, mask, box) in enumerate(zip(images, masks, boxes, strict=True)):
+    for index, (image, mask, box, lungs) in enumerate(zip(*scan, strict=True)):
         name = f'{_name_patient(options, patient)}-{index:04d}.png'
         Image.fromarray(image).save(folder / IMAGE_FOLDER / name, compress_level=1)
         if mask.any():
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / MASK_FOLDER / name, compress_level=1)
+        Image.fromarray(lungs.astype(np.uint8) * 255).save(folder / LUNGS_FOLDER / name, compress_level=1)
         rows.append(f'{name} {label} {" ".join(map(str, box))}')
     return split, rows
 
@@ -676,8 +688,9 @@ def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
     """Writes a folder of phantoms in the raw COVIDx-CT layout, unless it already exists.
 
     The folder contains `2A_images/`, the lists `train|val|test_COVIDx_CT-2A.txt` (file, class, xmin, ymin, xmax, ymax),
-    `metadata.csv`, `lesion_masks/` (0 or 255; only slices with a lesion, named as their image) and `phantoms.json` (the
-    options). It is renamed into place at the end, so an existing folder is complete.
+    `metadata.csv`, `lesion_masks/` (0 or 255; only slices with a lesion, named as their image), `lung_masks/` (all
+    slices, the lesion included) and `phantoms.json` (the options). It is renamed into place at the end, so an existing
+    folder is complete.
 
     Args:
       raw_dir: folder to create, with its parents.
@@ -707,7 +720,7 @@ def write_phantoms(raw_dir: str | Path, options: PhantomOptions) -> None:
 
 def _write_folder(folder: Path, options: PhantomOptions, stamp: dict) -> None:
     """Writes the contents that `write_phantoms` describes to `folder`."""
-    for name in (IMAGE_FOLDER, MASK_FOLDER):
+    for name in (IMAGE_FOLDER, MASK_FOLDER, LUNGS_FOLDER):
         (folder / name).mkdir()
     plan = _plan_patients(options)
     rows = {split: [] for split in SPLITS}

@@ -69,6 +69,16 @@ def resize(grey: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
 
 
+def resize_probabilities(probabilities_hxwxC: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resizes probabilities of any float type bilinearly, with half-pixel centres: float32 [H, W, C] for `shape` H, W.
+
+    A smaller shape gives averages.
+    """
+    planes = np.moveaxis(probabilities_hxwxC.astype(np.float32), -1, 0)
+    resized = [Image.fromarray(plane).resize(shape[::-1], Image.Resampling.BILINEAR) for plane in planes]
+    return np.stack([np.asarray(plane) for plane in resized], -1)
+
+
 @contextlib.contextmanager
 def open_image(file: str | BinaryIO) -> Iterator[Image.Image]:
     """Yields an open image. Errors on opening it and inside the block become a ValueError as in `load_slice`."""

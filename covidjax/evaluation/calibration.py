@@ -6,8 +6,7 @@ Shapes: N examples, K classes, P patients, R resamples.
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.optimize
-import scipy.special
+import scipy
 
 from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
 from covidjax.evaluation.predictions import softmax

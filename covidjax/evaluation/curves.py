@@ -6,7 +6,6 @@ Shapes: N examples, K classes, P patients, T points of a curve.
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from covidjax.evaluation.metrics import (
     compute_interval,
@@ -85,6 +84,8 @@ def compute_curves(
 
 
 def _draw_curves(positive: np.ndarray, scores: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    from sklearn.metrics import precision_recall_curve, roc_curve  # slow to import
+
     fpr, tpr, _ = roc_curve(positive, scores)
     precision, recall, _ = precision_recall_curve(positive, scores)
     precision, recall = precision[::-1], recall[::-1]

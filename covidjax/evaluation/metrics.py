@@ -6,7 +6,7 @@ Shapes: N examples, K classes, P patients, R resamples.
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+import scipy
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000

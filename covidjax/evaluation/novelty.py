@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 from covidjax.errors import UserError
 from covidjax.evaluation.metrics import group_by_patient
@@ -68,6 +67,8 @@ def fit_novelty(statistics_NxF: np.ndarray, patients: Sequence[str]) -> Novelty 
 
 
 def _fit(x_NxF: np.ndarray) -> Novelty:
+    from sklearn.decomposition import PCA  # Slow to import, and predictions fit nothing.
+
     x_NxF = x_NxF.astype(np.float64)
     mean, scale = x_NxF.mean(0), x_NxF.std(0)
     scale = scale.clip(0.01 * scale.mean())  # channels that hardly ever fire have a deviation near 0

@@ -2,7 +2,7 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,17 +54,20 @@ def compute_outputs(model: Att2, variables: Any, images: np.ndarray) -> SliceOut
 
 
 class OutputQueue:
-    """Collects the slices of several scans and runs the model over full batches that mix them.
+    """Collects the slices of several scans and runs models over full batches that mix them.
 
     Args:
-      model, variables: see `compute_outputs`, whose results are the same.
+      members: (model, variables) of every model: see `compute_outputs`, whose results are the same.
     """
 
-    def __init__(self, model: Att2, variables: Any):
-        self._apply = functools.partial(_apply, model, variables)
+    def __init__(self, members: Sequence[tuple[Att2, Any]]):
+        def apply(images: jax.Array) -> tuple[SliceOutputs, ...]:
+            return tuple(_apply(model, variables, images) for model, variables in members)
+
+        self._apply = apply
         self._waiting: deque[tuple[Any, np.ndarray]] = deque()  # key and slices that no batch has taken
         self._counts: dict[Any, int] = {}
-        self._parts: dict[Any, list[SliceOutputs]] = {}
+        self._parts: dict[Any, list[tuple[SliceOutputs, ...]]] = {}
         self.num_slices = 0
 
     def add(self, key: Any, images_NxSxSx1: np.ndarray) -> None:
@@ -76,8 +79,12 @@ class OutputQueue:
     def __len__(self) -> int:
         return len(self._counts)
 
-    def compute_batch(self) -> list[tuple[Any, SliceOutputs]]:
-        """Runs the model over the next `BATCH_SIZE` slices, or all that wait; returns the scans that are complete."""
+    def compute_batch(self) -> list[tuple[Any, tuple[SliceOutputs, ...]]]:
+        """Runs the models over the next `BATCH_SIZE` slices, or all that wait.
+
+        Returns:
+          (key, outputs of every model) of the scans that are complete.
+        """
         taken, number = [], 0
         while self._waiting and number < BATCH_SIZE:
             key, images = self._waiting.popleft()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from covidjax.evaluation.metrics import LEVEL, compute_interval, compute_ranking_scores
 

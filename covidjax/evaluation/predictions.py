@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.special
+import scipy
 
 from covidjax.files import replace_file
 

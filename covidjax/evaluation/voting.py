@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy
 
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES, Scan
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, group_by_patient
+from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import fit_rules
+from covidjax.evaluation.sick import join
 
 TOP_K = (2, 3, 5, 8)
 _TINY = 1e-12  # replaces a probability of 0 before the logarithm
@@ -135,13 +137,16 @@ def compare_on_scans(
     }
 
 
-def fit_vote_rules(logits_NxK: np.ndarray, scans: Sequence[Scan], temperature: float) -> dict[str, Any]:
+def fit_vote_rules(
+    logits_NxK: np.ndarray, scans: Sequence[Scan], temperature: float, sick: np.ndarray | None = None
+) -> dict[str, Any]:
     """Chooses the voting rule and fits the rules of `screening.fit_rules` to its votes.
 
     Args:
       logits_NxK: of the slices of a split that the model was not trained on.
       scans: of that split, with all their slices.
       temperature: of the slices.
+      sick: probability of sick of every scan, which is joined with its votes (see `sick.join`); None uses the votes.
 
     Returns:
       The rules, with 'rule' and the 'validation_accuracy' of every rule.
@@ -150,6 +155,8 @@ def fit_vote_rules(logits_NxK: np.ndarray, scans: Sequence[Scan], temperature: f
     labels = np.array([scan.label for scan in scans])
     rule, accuracies = choose_rule([apply_temperature(x, temperature) for x in slice_logits], labels)
     votes = np.stack([compute_vote_logits(x, temperature, rule) for x in slice_logits])
+    if sick is not None:
+        votes = np.log(join(sick, softmax(votes)))
     rules = fit_rules(votes, labels, [scan.patient for scan in scans], CLASSES)
     return {'rule': rule, 'validation_accuracy': accuracies, **rules}
 

@@ -13,38 +13,49 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 import covidjax
 from covidjax.data import covidx_ct, phantom
+from covidjax.data.folds import read_fold, select_fold
 from covidjax.data.lists import CLASSES, find_absent_classes
 from covidjax.errors import UserError, join_faults
-from covidjax.evaluation.curves import compute_curves
-from covidjax.evaluation.metrics import compute_metrics, format_score
+from covidjax.evaluation.calibration import apply_temperature
+from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
-from covidjax.evaluation.predictions import softmax, write_predictions
-from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.evaluation.predictions import write_predictions
+from covidjax.evaluation.screening import fit_rules
+from covidjax.evaluation.subgroups import compute_subgroups, read_columns
+from covidjax.evaluation.summary import summarise
 from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
 from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import Att2
-from covidjax.report import figures, sections
 from covidjax.training import loop
-from covidjax.training.augment import AugmentOptions
+from covidjax.training.augment import Augmentation, AugmentOptions, ScannerOptions
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.devices import check_batch_size, compile_step, create_shardings, place_batch, place_state
 from covidjax.training.hosts import is_first
-from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
+from covidjax.training.losses import (
+    Objective,
+    compute_class_weights,
+    create_cross_entropy,
+    weighted_cross_entropy,
+)
 from covidjax.training.optimizer import create_optimizer, create_schedule
 from covidjax.training.state import TrainState, create_train_state
 from covidjax.training.step import Forward, train_step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from covidjax.report.sections import Section
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +73,14 @@ class Predictions(NamedTuple):
     """Outputs of a slice model for a split, in the order of the split.
 
     Attributes:
-      logits: float32 [N, K].
+      logits: float32 [N, K]; with `config.lesions`, of the verdict that joins lesions and classifier.
+      classifier: with `config.lesions`, the classifier's own logits; else None.
+      sick: with `config.lesions`, the probability of sick by the lesions [N]; else None.
     """
 
     logits: np.ndarray
+    classifier: np.ndarray | None = None
+    sick: np.ndarray | None = None
 
 
 class PaperTable(NamedTuple):
@@ -102,16 +117,44 @@ class Findings(NamedTuple):
     rules: dict[str, Any]
     others: dict[str, dict]
     columns: dict[str, Sequence[Any]]
-    figures: dict[str, Figure]
-    sections: list[sections.Section]
+    figures: 'dict[str, Figure]'
+    sections: 'list[Section]'
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment on loaded data: everything that `fit` and `test` need.
+    """A model and its loaded data: what `fit` needs.
 
     Attributes:
       config: config of the run.
+      create_variables: key -> initial variables; jitted by `fit`.
+      load_weights: initial variables -> the same with stored weights filled in; called in new runs only.
+      forward: see `step.Forward`.
+      objective: the loss.
+      is_frozen: path of a parameter -> whether training leaves it unchanged.
+      load_batches: state -> the following training batches, with the rows of this process, on the host.
+      name_batch: step number -> names of the examples in its batch.
+      steps_per_epoch: number of updates between two validations.
+      validate: variables -> (mean loss, mean score) of the validation split.
+    """
+
+    config: ConfigDict
+    create_variables: Callable[[jax.Array], dict[str, Any]]
+    load_weights: Callable[[dict[str, Any]], dict[str, Any]]
+    forward: Forward
+    objective: Objective
+    is_frozen: Callable[[str], bool]
+    load_batches: Callable[[TrainState], Iterator[dict]]
+    name_batch: Callable[[int], list[str]]
+    steps_per_epoch: int
+    validate: Callable[[dict[str, Any]], tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification(Experiment):
+    """An experiment that classifies slices or scans: what `test` needs as well.
+
+    Attributes:
       data: prepared slices.
       title: name of the model in results and pages.
       unit: kind of example, 'slices' or 'scans'.
@@ -119,19 +162,11 @@ class Experiment:
       examples: the examples to classify, by split.
       slice_model: the model of single slices; in a scan experiment, the frozen extractor.
       get_slice_variables: variables -> variables of the slice model.
-      create_variables: key -> initial variables; jitted by `fit`.
-      load_weights: initial variables -> the same with stored weights filled in; called in new runs only.
-      forward: see `step.Forward`.
-      is_frozen: path of a parameter -> whether training leaves it unchanged.
-      load_batches: state -> the following training batches, with the rows of this process, on the host.
-      name_batch: step number -> names of the examples in its batch.
-      steps_per_epoch: number of updates between two validations.
-      compute_val_logits: variables -> logits [N, K] of the validation examples.
       predict: (variables, split) -> outputs with `.logits` [N, K], in evaluation mode.
       examine: (variables, {split: outputs of `predict`}, rules of `screening.fit_rules`) -> findings on the test split.
+      compute_baselines: () -> `Findings.baselines`.
     """
 
-    config: ConfigDict
     data: covidx_ct.Prepared
     title: str
     unit: str
@@ -139,16 +174,9 @@ class Experiment:
     examples: dict[str, Sequence[Example]]
     slice_model: Att2
     get_slice_variables: Callable[[dict[str, Any]], dict[str, Any]]
-    create_variables: Callable[[jax.Array], dict[str, Any]]
-    load_weights: Callable[[dict[str, Any]], dict[str, Any]]
-    forward: Forward
-    is_frozen: Callable[[str], bool]
-    load_batches: Callable[[TrainState], Iterator[dict]]
-    name_batch: Callable[[int], list[str]]
-    steps_per_epoch: int
-    compute_val_logits: Callable[[dict[str, Any]], np.ndarray]
     predict: Callable[[dict[str, Any], str], Any]
     examine: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Findings]
+    compute_baselines: Callable[[], dict[str, np.ndarray]]
 
     def get_labels(self, split: str) -> np.ndarray:
         """Returns the classes of a split's examples, int [N]."""
@@ -159,23 +187,33 @@ class Experiment:
         return [example.patient for example in self.examples[split]]
 
 
-def train(
-    config: ConfigDict,
-    workdir: Path,
-    create_experiment: Callable[[ConfigDict, covidx_ct.Prepared], Experiment],
-    format_summary: Callable[[dict[str, Any], Path], str],
-    data: covidx_ct.Prepared | None = None,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Procedure:
+    """How a kind of experiment loads its data, trains and tests.
+
+    Attributes:
+      load_data: (config section `data`, workdir) -> the loaded data.
+      create_experiment: (config, data) -> the experiment; not called if the run is finished.
+      test: (experiment, checkpoints, history, workdir) -> content of results.json, which it writes last.
+      format_summary: (results, workdir) -> text.
+    """
+
+    load_data: Callable[[ConfigDict, Path], Any]
+    create_experiment: Callable[[ConfigDict, Any], Experiment]
+    test: Callable[[Any, Checkpoints, Sequence[dict], Path], dict[str, Any]]
+    format_summary: Callable[[dict[str, Any], Path], str]
+
+
+def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = None) -> dict[str, Any]:
     """Trains and tests in a workdir, or resumes its run; prints the summary and returns the results.
 
     Args:
       config: config of the run.
       workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
-        results.json, predictions.csv, calibration.json, novelty.npz, report.html and figures; with phantoms also
-        phantoms/.
-      create_experiment: (config, data) -> the experiment; not called if the run is finished.
-      format_summary: (results, workdir) -> text.
-      data: the slices of `config.data`, if already loaded.
+        results.json, predictions.csv, calibration.json, report.html and figures; of a classification also novelty.npz,
+        preprocessing.json and checklist.html; with phantoms also phantoms/.
+      procedure: of the kind of experiment.
+      data: the data of `config.data`, if already loaded.
 
     Raises:
       UserError: bad config or data; the workdir can't be written, is in use, or belongs to another config; the batch
@@ -189,22 +227,18 @@ def train(
             results = load_output(workdir, 'results.json')
         else:
             check_batch_size(config.train.batch_size, config.train.accumulation_steps)
-            data = data or load_data(config.data, workdir)
+            data = data or procedure.load_data(config.data, workdir)
             save_config(workdir, config)
-            experiment = create_experiment(config, data)
+            experiment = procedure.create_experiment(config, data)
             with open_checkpoints(workdir) as checkpoints:
                 history = fit(experiment, checkpoints, workdir)
-                results = test(experiment, checkpoints, history, workdir)
+                results = procedure.test(experiment, checkpoints, history, workdir)
     if is_first():
-        print(format_summary(results, workdir))
+        print(procedure.format_summary(results, workdir))
     return results
 
 
-def evaluate(
-    workdir: Path,
-    create_experiment: Callable[[ConfigDict, covidx_ct.Prepared], Experiment],
-    format_summary: Callable[[dict[str, Any], Path], str],
-) -> dict[str, Any]:
+def evaluate(workdir: Path, procedure: Procedure) -> dict[str, Any]:
     """Tests the best model of a run again, prints the summary and returns the results.
 
     Raises:
@@ -213,11 +247,11 @@ def evaluate(
     config = load_config(workdir)
     with lock_workdir(workdir), report_full_disk(workdir):
         history = loop.read_history(workdir)
-        experiment = create_experiment(config, load_data(config.data, workdir))
+        experiment = procedure.create_experiment(config, procedure.load_data(config.data, workdir))
         with open_checkpoints(workdir) as checkpoints:
-            results = test(experiment, checkpoints, history, workdir)
+            results = procedure.test(experiment, checkpoints, history, workdir)
     if is_first():
-        print(format_summary(results, workdir))
+        print(procedure.format_summary(results, workdir))
     return results
 
 
@@ -240,10 +274,7 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     raw_dir = Path(config.raw_dir).expanduser()  # shells do not expand a ~ after a colon
     if not config.raw_dir:
         log.warning('no raw directory after --config: using %s', PHANTOM_NOTICE)
-        raw_dir = workdir / 'phantoms'
-        if is_first():
-            phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=config.phantom_seed))
-        multihost_utils.sync_global_devices('phantoms')
+        raw_dir = write_phantoms_once(workdir, config.phantom_seed)
     data = covidx_ct.prepare(
         raw_dir,
         image_size=config.image_size,
@@ -254,11 +285,24 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     if data.dropped and is_first():
         log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
         write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    fold = read_fold(workdir)
+    if fold is not None:
+        data = select_fold(data, fold)
+        log.info('%s: its patients are the test split; the test list takes no part', fold.name)
     for warning in find_warnings(data):
         log.warning('%s', warning)
     for split, rows in data.rows.items():
         log.info('%s: %s', split, format_counts([row.label for row in rows]))
     return data
+
+
+def write_phantoms_once(workdir: Path, seed: int) -> Path:
+    """Writes phantoms to the workdir, by the first process; returns their raw directory."""
+    raw_dir = workdir / 'phantoms'
+    if is_first():
+        phantom.write_phantoms(raw_dir, phantom.PhantomOptions(seed=seed))
+    multihost_utils.sync_global_devices('phantoms')
+    return raw_dir
 
 
 def count_classes(labels: Sequence[int]) -> dict[str, int]:
@@ -287,7 +331,6 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
       UserError: see `loop.fit`.
     """
     config = experiment.config.train
-    class_weights = compute_class_weights(list(count_classes(experiment.get_labels('train')).values()))
     learning_rate = create_schedule(
         config.schedule,
         learning_rate=config.learning_rate,
@@ -317,18 +360,12 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         names = join_faults(experiment.name_batch(step))
         return f'learning rate {float(learning_rate(step)):g}, batch of {names}'
 
-    def validate(variables: dict[str, Any]) -> tuple[float, float]:
-        logits, labels = experiment.compute_val_logits(variables), experiment.get_labels('val')
-        losses, weights = weighted_cross_entropy(logits, labels, class_weights)
-        return float(losses.sum() / weights.sum()), float((logits.argmax(-1) == labels).mean())
-
     step = functools.partial(
         train_step,
         forward=experiment.forward,
         optimizer=optimizer,
-        class_weights=class_weights,
+        objective=experiment.objective,
         augmentation=create_augmentation(config),
-        label_smoothing=config.label_smoothing,
         dtype=config.dtype,
         accumulation_steps=config.accumulation_steps,
     )
@@ -338,9 +375,10 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         ),
         create_state=create_state,
         step=compile_step(step, config.parallelism),
-        validate=validate,
+        validate=experiment.validate,
         load_batches=load_batches,
         describe_step=describe_step,
+        score=experiment.objective.score,
     )
     schedule = loop.Schedule(
         steps_per_epoch=experiment.steps_per_epoch,
@@ -353,10 +391,35 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
     return loop.fit(task, schedule, checkpoints, workdir)
 
 
-def create_augmentation(config: ConfigDict) -> AugmentOptions | None:
+def create_classification_loss(
+    labels: dict[str, Sequence[int]],
+    label_smoothing: float,
+    compute_val_logits: Callable[[dict[str, Any]], np.ndarray],
+) -> dict[str, Any]:
+    """Returns the fields `objective` and `validate` of a classification.
+
+    Args:
+      labels: of the examples of 'train', which give the class weights, and of 'val'.
+      label_smoothing: see `losses.weighted_cross_entropy`; validation is without.
+      compute_val_logits: variables -> logits [N, K] of the validation examples.
+    """
+    class_weights = compute_class_weights(list(count_classes(labels['train']).values()))
+    val_labels = np.asarray(labels['val'])
+
+    def validate(variables: dict[str, Any]) -> tuple[float, float]:
+        logits = compute_val_logits(variables)
+        losses, weights = weighted_cross_entropy(logits, val_labels, class_weights)
+        return float(losses.sum() / weights.sum()), float((logits.argmax(-1) == val_labels).mean())
+
+    return {'objective': create_cross_entropy(class_weights, label_smoothing), 'validate': validate}
+
+
+def create_augmentation(config: ConfigDict) -> Augmentation | None:
     """Returns the augmentation options of the config section `train`, or None without augmentation."""
-    if not config.augment:
+    if config.augment == 'none':
         return None
+    if config.augment == 'scanner':
+        return ScannerOptions()
     return AugmentOptions(scale=tuple(config.scale), brightness=config.brightness, contrast=config.contrast)
 
 
@@ -365,7 +428,9 @@ def restore_best(create_variables: Callable[[jax.Array], dict[str, Any]], checkp
     return checkpoints.restore_best(create_template(create_variables))
 
 
-def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path) -> dict[str, Any]:
+def test(
+    experiment: Classification, checkpoints: Checkpoints, history: Sequence[dict], workdir: Path
+) -> dict[str, Any]:
     """Tests the model of the best epoch and writes the files that `train` lists, results.json last.
 
     Temperature, thresholds and conformal sets are chosen on validation and stored in calibration.json. predictions.csv
@@ -374,6 +439,12 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
     Returns:
       The content of results.json. With several processes, only the first writes and returns it; others return {}.
     """
+    # Imported here: matplotlib takes a third of a second, which would delay the first training step.
+    from covidjax.experiment.preprocessing import describe_preprocessing
+    from covidjax.report import figures, sections
+    from covidjax.report.checklist import write_checklist
+    from covidjax.report.subgroups import build_subgroups
+
     start = time.perf_counter()
     config, data, unit = experiment.config, experiment.data, experiment.unit
     variables = restore_best(experiment.create_variables, checkpoints)
@@ -386,7 +457,6 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
     log.info('computing statistics, baselines and explanations of %d test %s', len(labels), unit)
 
     logits = predictions['test'].logits
-    probabilities = softmax(logits)
     rules = fit_rules(predictions['val'].logits, val_labels, experiment.get_patients('val'), CLASSES)
     findings = experiment.examine(variables, predictions, rules)
     rules |= findings.rules
@@ -395,20 +465,23 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
         **describe_data(config.data, data),
         'model': experiment.title,
         'split': 'test',
-        **compute_metrics(labels, probabilities.argmax(1), patients, CLASSES),
-        'baselines': {
-            name: compute_metrics(labels, scores.argmax(1), patients, CLASSES)
-            for name, scores in findings.baselines.items()
-        },
-        **findings.comparisons,
-        'curves': compute_curves(labels, probabilities, patients, CLASSES),
-        'screening': evaluate_rules(
+        **summarise(
             rules,
             logits,
             labels,
             patients,
             CLASSES,
+            baselines=findings.baselines,
             train_shares_K=np.bincount(train_labels, minlength=len(CLASSES)) / len(train_labels),
+        ),
+        **findings.comparisons,
+        'subgroups': compute_subgroups(
+            read_columns(data.raw_dir, experiment.examples['test'], data.rows['test']),
+            labels,
+            apply_temperature(logits, rules['temperature']),
+            patients,
+            CLASSES,
+            {target: chosen['threshold'] for target, chosen in rules['thresholds'].items()},
         ),
         **findings.results,
         'training': describe_training(experiment, history),
@@ -418,6 +491,7 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
     of_slices = experiment.get_slice_variables(variables)
     save_usual(workdir / 'novelty.npz', experiment.slice_model, of_slices, data)
     write_json(workdir / 'calibration.json', rules)
+    write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
     drawn = {
         'training_curves.png': figures.render_training_curves(history, results['training']['best_epoch']),
         'confusion_matrix.png': figures.render_confusion_matrix(
@@ -432,11 +506,13 @@ def test(experiment: Experiment, checkpoints: Checkpoints, history: Sequence[dic
     parts = [
         *sections.build_scores(results, published, table=experiment.paper.name, unit=unit, others=findings.others),
         *sections.build_statistics(results, rules, unit=unit),
+        *build_subgroups(results['subgroups'], unit=unit),
         *findings.sections,
         sections.build_training(results, flatten_config(config), history),
         sections.build_limits(results),
     ]
     sections.write_report(workdir / 'report.html', results, parts, unit=unit)
+    write_checklist(workdir / 'checklist.html', results, flatten_config(config), [])
     results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
     write_json(workdir / 'results.json', results)
     return results
@@ -458,8 +534,9 @@ def save_usual(path: Path, slice_model: Att2, variables: dict[str, Any], data: c
 
 
 def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
-    """Returns e.g. 'COVIDx CT-2A layout', or 'phantoms'."""
-    return f'COVIDx CT-{data.version} layout' if config.raw_dir else 'phantoms'
+    """Returns e.g. 'COVIDx CT-2A layout', 'phantoms' or 'phantoms, fold 1 of 5'."""
+    name = f'COVIDx CT-{data.version} layout' if config.raw_dir else 'phantoms'
+    return f'{name}, {data.fold}' if data.fold else name
 
 
 def find_warnings(data: covidx_ct.Prepared) -> list[str]:

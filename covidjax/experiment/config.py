@@ -14,6 +14,7 @@ from covidjax.models.att2 import BACKBONES, COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
 from covidjax.models.resnet import BLOCKS
 from covidjax.models.seq import HEADS
+from covidjax.training.augment import AUGMENTATIONS
 from covidjax.training.devices import PARALLELISMS
 from covidjax.training.hosts import is_first
 from covidjax.training.optimizer import DECAYS, SCHEDULES
@@ -51,6 +52,7 @@ _ONE_OF = {
     'model.compatibility': COMPATIBILITIES,
     'model.combination': COMBINATIONS,
     'train.schedule': SCHEDULES,
+    'train.augment': AUGMENTATIONS,
     'train.decay': DECAYS,
     'train.dtype': ('float32', 'bfloat16'),
     'train.parallelism': PARALLELISMS,
@@ -78,13 +80,21 @@ _LATER = {
 
 def add_later_fields(config: ConfigDict) -> None:
     """Adds the fields that a config saved by an earlier version lacks."""
+    if config.name == 'lesions':
+        return
     of_slices = config.att2 if 'att2' in config else config
+    if 'att2' not in config:
+        _add(config, {'lesions': ''})
     if of_slices is not config:
         _add(config.model, {'head': 'lstm'})
         _add(config.train, _LATER['train'])
     _add(config.data, _LATER['data'])
     _add(of_slices.model, _LATER['model'])
     _add(of_slices.train, _LATER['train'])
+    for train in (config.train, of_slices.train):
+        if isinstance(train.augment, bool):
+            with config.ignore_type():
+                train.augment = 'paper' if train.augment else 'none'
 
 
 def _add(section: ConfigDict, fields: dict[str, Any]) -> None:
@@ -108,6 +118,8 @@ def check_config(config: ConfigDict) -> None:
             problems.append(f'{name}={value!r} must be one of {", ".join(_ONE_OF[rule])}')
         if rule in _BELOW_1 and not 0 <= value < 1:
             problems.append(f'{name}={value} must be from 0 to below 1')
+        if config.name == 'lesions' and rule == 'data.image_size' and value % 32:
+            problems.append(f'{name}={value} must be a multiple of 32')
         if rule == 'train.scale' and not (len(value) == 2 and 0 < value[0] <= value[1]):
             problems.append(f'{name}={value} must be two numbers above 0, the lower first')
         if rule == 'train.learning_rate' and not value > 0:

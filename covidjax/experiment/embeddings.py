@@ -21,7 +21,7 @@ from covidjax.models.att2 import Att2
 from covidjax.models.fast import compile_fast
 from covidjax.models.seq import apply_extractor, split_slices
 from covidjax.progress import track
-from covidjax.training.augment import AugmentOptions
+from covidjax.training.augment import Augmentation
 from covidjax.training.devices import get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.hosts import is_first
 from covidjax.training.step import cast, prepare_images
@@ -57,7 +57,7 @@ def _embed(
     batch: dict[str, jax.Array],
     key: jax.Array | None,
     draw: int,
-    augmentation: AugmentOptions | None,
+    augmentation: Augmentation | None,
     dtype: str,
 ) -> jax.Array:
     """Returns the embeddings [B, T, E] under one draw, by the computation of `train_step` up to there."""
@@ -78,7 +78,7 @@ def compute_embeddings(
     chosen: Sequence[Scan],
     *,
     key: jax.Array | None,
-    augmentation: AugmentOptions | None,
+    augmentation: Augmentation | None,
     num_draws: int,
     dtype: str,
     batch_size: int,

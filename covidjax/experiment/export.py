@@ -3,8 +3,11 @@
 Shapes: B slices or scans, T slices of a scan, N slices, S side of a slice, E embedding, K classes.
 """
 
+import functools
+import hashlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +16,34 @@ import jax.export
 import jax.numpy as jnp
 import safetensors
 import safetensors.numpy
+from ml_collections import ConfigDict
 
 import covidjax
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
-from covidjax.experiment.runs import Run, load_run
+from covidjax.experiment.common import load_output
+from covidjax.experiment.config import load_config
+from covidjax.experiment.lesions import load_lesions
+from covidjax.experiment.preprocessing import NORMALISATION, describe_preprocessing
+from covidjax.experiment.runs import Member, Run, load_run
 from covidjax.explain.evidence import combine_evidence
-from covidjax.files import replace_file
-from covidjax.models.att2 import Att2, normalise
+from covidjax.files import replace_file, write_json
+from covidjax.models.att2 import normalise
+from covidjax.models.lesion_weights import LesionModel, write_lesion_weights
+from covidjax.models.lesions import PLANES
 from covidjax.models.seq import HEADS
 from covidjax.models.torch_names import to_torch
 
-NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _AT_ONCE = 16  # slices per call of the extractor: bounds the memory for scans of any length
 
 
 def export_run(workdir: Path, output: Path) -> None:
     """Writes the best model of a finished run to one file, atomically, and prints what was written.
+
+    `<name>.preprocessing.json` beside it says how its inputs are prepared (see `preprocessing`), which of these steps
+    the file takes itself, and which file it belongs to.
 
     Args:
       workdir: workdir of the run.
@@ -42,18 +54,59 @@ def export_run(workdir: Path, output: Path) -> None:
     """
     if output.suffix not in WRITERS:
         raise UserError(f'--output={output} must end in {" or ".join(WRITERS)}')
-    run = load_run(workdir)
+    config = load_config(workdir)
+    if config.name == 'lesions':
+        model, results = load_lesions(str(workdir)), load_output(workdir, 'results.json')
+        write = {
+            '.safetensors': lambda path: write_lesion_safetensors(path, model, results),
+            '.stablehlo': lambda path: write_lesion_stablehlo(path, model),
+        }[output.suffix]
+    else:
+        run = load_run(workdir)
+        results, write = run.results, functools.partial(WRITERS[output.suffix], run=run)
     try:
         with replace_file(output) as temporary:
-            what = WRITERS[output.suffix](temporary, run)
-            size = temporary.stat().st_size
+            what = write(temporary)
+            size, digest = temporary.stat().st_size, hashlib.sha256(temporary.read_bytes()).hexdigest()
+        contract = describe_preprocessing(config, results['dataset']['fingerprint'])
+        contract['exported'] = {'file': output.name, 'sha256': digest, 'scales': output.suffix == '.stablehlo'}
+        write_json(output.with_suffix('.preprocessing.json'), contract)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'cannot write --output={output} ({error}): choose another file') from error
-    print(f'{output}: {run.results["model"]}, {what}, {size / 1e6:.1f} MB')
-    if run.results['notice']:
-        print(f'Trained on {run.results["notice"]}.')
-    for warning in run.results.get('warnings', ()):
+    print(f'{output}: {results["model"]}, {what}, {size / 1e6:.1f} MB')
+    if results['notice']:
+        print(f'Trained on {results["notice"]}.')
+    for warning in results.get('warnings', ()):
         print(f'Warning: {warning}.')
+
+
+def write_lesion_safetensors(path: Path, lesions: LesionModel, results: dict[str, Any]) -> str:
+    """Writes the weights of a lesion model in half precision (see `lesion_weights`); returns their number as text."""
+    facts = {'model': results['model'], 'sources': results['dataset']['sources']}
+    return f'{write_lesion_weights(path, lesions, facts)} arrays in half precision'
+
+
+def write_lesion_stablehlo(path: Path, lesions: LesionModel) -> str:
+    """Writes a lesion model as a program for all of `PLATFORMS`; returns its signature as text.
+
+    The input is uint8 [B, S, S], whole grey slices. The outputs are 'lungs', 'lesion' and 'consolidation' [B, S / 4,
+    S / 4], probabilities; the last is given that the position is lesion.
+    """
+
+    def outline(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
+        logits = lesions.model.apply(lesions.variables, normalise(images_BxSxS)[..., None], train=False)
+        return dict(zip(PLANES, jnp.moveaxis(jax.nn.sigmoid(logits), -1, 0), strict=True))
+
+    outline.__name__ = '_'.join(['lesions', *(['trained_on_phantoms'] if lesions.notice else [])])
+    shape = jax.export.symbolic_shape(f'b, {lesions.image_size}, {lesions.image_size}')
+    return _write_program(path, outline, jax.ShapeDtypeStruct(shape, jnp.uint8))
+
+
+def _write_program(path: Path, function: Callable[..., dict], *inputs: jax.ShapeDtypeStruct) -> str:
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
+    path.write_bytes(exported.serialize())
+    shown = ', '.join(aval.str_short() for aval in exported.in_avals)
+    return f'{exported.fun_name}({shown}) for {", ".join(exported.platforms)}'
 
 
 def write_safetensors(path: Path, run: Run) -> str:
@@ -65,9 +118,16 @@ def write_safetensors(path: Path, run: Run) -> str:
       temperature: divisor of the logits for calibrated probabilities.
       warnings: warnings about the training data.
       config: config of the run.
-    'notice' is not empty for a run on phantoms.
+      members: for an ensemble, the temperature of every member; empty for a single model.
+    'notice' is not empty for a run on phantoms. Arrays of an ensemble start with 'member1.' and so on: divide the
+    logits of every member by its temperature, average them, and divide the average by 'temperature'.
     """
-    tensors = to_torch(run.variables)
+    is_ensemble = len(run.members) > 1
+    tensors = {
+        f'member{number}.{name}' if is_ensemble else name: array
+        for number, member in enumerate(run.members, start=1)
+        for name, array in to_torch(member.variables).items()
+    }
     metadata = {
         'format': 'pt',
         'covidjax': covidjax.__version__,
@@ -77,7 +137,8 @@ def write_safetensors(path: Path, run: Run) -> str:
         'warnings': json.dumps(run.results.get('warnings', [])),
         'classes': json.dumps(CLASSES),
         'normalisation': json.dumps(NORMALISATION),
-        'temperature': json.dumps(run.rules['temperature']),
+        'temperature': json.dumps(run.temperature),
+        'members': json.dumps([member.temperature for member in run.members] if is_ensemble else []),
         'config': json.dumps(run.config.to_dict()),
     }
     safetensors.numpy.save_file(tensors, path, metadata)
@@ -94,43 +155,69 @@ def write_stablehlo(path: Path, run: Run) -> str:
     Outputs are 'logits' [B, K], whose softmax is in the run's predictions.csv, and 'probabilities' [B, K], calibrated:
     softmax(logits / temperature). Slices also have 'evidence' [B, S, S, K], the share of each pixel in the logits (see
     `evidence.combine_evidence`). Scans also have 'attention' [B, T] and 'evidence' [B, T, K], the share of each slice
-    (see `seq.HeadOutputs`). The name of the program holds the model, the
-    classes in order and, for a run on phantoms, 'trained_on_phantoms'.
+    (see `seq.HeadOutputs`). Of an ensemble all these are means over the members, logits and evidence after division by
+    the member's temperature, and 'disagreement' [B] is that of the members (see `evaluation.disagreement`). The name of
+    the program holds the model, for an ensemble 'ensemble_of_5', the classes in order and, for a run on phantoms,
+    'trained_on_phantoms'.
     """
-    size, temperature = run.config.data.image_size, run.rules['temperature']
-    if run.sequence is None:
-        function = create_slice_function(run.slice_model, run.slice_variables, temperature)
+    size, count = run.config.data.image_size, len(run.members)
+    if not run.is_scan_run:
+        parts = [create_slice_function(member) for member in run.members]
         images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f'b, {size}, {size}'), jnp.uint8)
         inputs = (images,)
     else:
-        function = create_scan_function(run)
+        parts = [create_scan_function(run.config, member) for member in run.members]
         length = NUM_SLICES if run.min_slices == NUM_SLICES else 't'  # see `scans.thin_scans`
         shape = jax.export.symbolic_shape(f'b, {length}, {size}, {size}')
         inputs = jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct(shape[:2], jnp.bool)
-    words = [run.results['model'].split()[0], *CLASSES, *(['trained_on_phantoms'] if run.results['notice'] else [])]
+    function = average_functions(parts, run.temperature)
+    words = [
+        run.results['model'].split()[0],
+        *([f'ensemble_of_{count}'] if count > 1 else []),
+        *CLASSES,
+        *(['trained_on_phantoms'] if run.results['notice'] else []),
+    ]
     function.__name__ = '_'.join(words).replace('-', '_')
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
-    path.write_bytes(exported.serialize())
-    shown = ', '.join(aval.str_short() for aval in exported.in_avals)
-    return f'{exported.fun_name}({shown}) for {", ".join(exported.platforms)}'
+    return _write_program(path, function, *inputs)
 
 
-def create_slice_function(model: Att2, variables: dict[str, Any], temperature: float) -> Callable[..., dict]:
-    """Returns a function uint8 [B, S, S] -> 'logits', 'probabilities' [B, K] and 'evidence' [B, S, S, K]."""
+def average_functions(functions: Sequence[Callable[..., dict]], temperature: float) -> Callable[..., dict]:
+    """Returns a function of the same inputs whose outputs are means, with 'probabilities' and 'disagreement'.
 
-    def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        outputs = model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
-        return {
-            'logits': outputs.logits,
-            'probabilities': jax.nn.softmax(outputs.logits / temperature),
-            'evidence': combine_evidence(outputs.evidence, images_BxSxS.shape[-1], model.combination),
-        }
+    Args:
+      functions: one for each member; their outputs have 'logits' [B, K].
+      temperature: of the average.
+    """
+
+    def predict(*inputs: jax.Array) -> dict[str, jax.Array]:
+        every = [function(*inputs) for function in functions]
+        outputs = every[0]
+        if len(every) > 1:
+            outputs = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *every)
+        outputs['probabilities'] = jax.nn.softmax(outputs['logits'] / temperature)
+        if len(every) > 1:
+            shares = [jax.nn.softmax(one['logits'] / temperature) for one in every]
+            pairs = [abs(a - b).sum(-1) / 2 for a, b in itertools.combinations(shares, 2)]
+            outputs['disagreement'] = sum(pairs) / len(pairs)
+        return outputs
 
     return predict
 
 
-def create_scan_function(run: Run) -> Callable[..., dict]:
-    """Returns a function (uint8 [B, T, S, S], mask [B, T]) -> a dict of arrays, see `write_stablehlo`.
+def create_slice_function(member: Member) -> Callable[..., dict]:
+    """Returns a function uint8 [B, S, S] -> 'logits' [B, K] and 'evidence' [B, S, S, K], over the temperature."""
+    model = member.slice_model
+
+    def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
+        outputs = model.apply(member.slice_variables, normalise(images_BxSxS)[..., None], train=False)
+        evidence = combine_evidence(outputs.evidence, images_BxSxS.shape[-1], model.combination)
+        return {'logits': outputs.logits / member.temperature, 'evidence': evidence / member.temperature}
+
+    return predict
+
+
+def create_scan_function(config: ConfigDict, member: Member) -> Callable[..., dict]:
+    """Returns a function (uint8 [B, T, S, S], mask [B, T]) -> 'logits', 'attention' and 'evidence' of a member.
 
     B and T may be symbolic. `models.seq.Seq` does not support that, because it divides the slices into batches.
     """
@@ -141,7 +228,7 @@ def create_scan_function(run: Run) -> Callable[..., dict]:
         filled = images_NxSxS[jnp.arange(parts * _AT_ONCE).clip(max=n - 1)].reshape(parts, _AT_ONCE, s, s, 1)
 
         def apply(images: jax.Array) -> jax.Array:
-            return run.slice_model.apply(run.slice_variables, normalise(images), train=False).embedding
+            return member.slice_model.apply(member.slice_variables, normalise(images), train=False).embedding
 
         embeddings = jax.lax.map(apply, filled)
         return embeddings.reshape(parts * _AT_ONCE, -1)[jnp.arange(n)]
@@ -152,14 +239,14 @@ def create_scan_function(run: Run) -> Callable[..., dict]:
         # The sequence model needs padding after the slices; the mask may have it anywhere.
         order_BxT = jnp.argsort(~mask_BxT, axis=1, stable=True)
         ordered = jnp.take_along_axis(embeddings, order_BxT[..., None], axis=1)
-        model = HEADS[run.config.model.head](run.config.model.hidden, len(CLASSES))
-        outputs = model.apply({'params': run.sequence}, ordered, mask_BxT.sum(1, dtype=jnp.int32))
+        model = HEADS[config.model.head](config.model.hidden, len(CLASSES))
+        outputs = model.apply({'params': member.sequence}, ordered, mask_BxT.sum(1, dtype=jnp.int32))
         places_BxT = jnp.argsort(order_BxT, axis=1)
+        evidence = jnp.take_along_axis(outputs.evidence, places_BxT[..., None], axis=1)
         return {
-            'logits': outputs.logits,
-            'probabilities': jax.nn.softmax(outputs.logits / run.rules['temperature']),
+            'logits': outputs.logits / member.temperature,
             'attention': jnp.take_along_axis(outputs.attention, places_BxT, axis=1),
-            'evidence': jnp.take_along_axis(outputs.evidence, places_BxT[..., None], axis=1),
+            'evidence': evidence / member.temperature,
         }
 
     return predict

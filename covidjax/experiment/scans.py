@@ -19,16 +19,13 @@ from covidjax.evaluation import baselines, voting
 from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import common, slices
-from covidjax.experiment.common import Experiment, Findings, PaperTable
+from covidjax.experiment.common import Classification, Findings, PaperTable, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
 from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
-from covidjax.report import figures
-from covidjax.report.leading import get_shown_map
-from covidjax.report.scans import build_scan_sections, score_slice_attention
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
 from covidjax.training.state import TrainState
@@ -54,20 +51,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.extractor:
         config = adopt_extractor(config, extractor_dir)
 
-    def create(config: ConfigDict, data: covidx_ct.Prepared) -> Experiment:
+    def create(config: ConfigDict, data: covidx_ct.Prepared) -> Classification:
         if not config.extractor:
             log.info('no config.extractor: training the slice model in %s', extractor_dir)
             slices.train(get_slice_config(config), extractor_dir, data)
         return create_experiment(config, data, extractor_dir)
 
-    return common.train(config, workdir, create, format_summary)
+    return common.train(config, workdir, Procedure(common.load_data, create, common.test, format_summary))
 
 
 def evaluate(workdir: Path) -> dict[str, Any]:
     """Tests the best model of a run again and writes the same files as the end of `train`."""
     extractor_dir = _get_extractor_dir(load_config(workdir), workdir)
     create = functools.partial(create_experiment, extractor_dir=extractor_dir)
-    return common.evaluate(workdir, create, format_summary)
+    return common.evaluate(workdir, Procedure(common.load_data, create, common.test, format_summary))
 
 
 def _get_extractor_dir(config: ConfigDict, workdir: Path) -> Path:
@@ -205,7 +202,8 @@ class Feed(NamedTuple):
     """The parts of a scan experiment that depend on its input, images or embeddings.
 
     Attributes:
-      load_batches, forward, compute_val_logits: see `common.Experiment`.
+      load_batches, forward: see `common.Experiment`.
+      compute_val_logits: see `common.create_classification_loss`.
     """
 
     load_batches: Callable[[TrainState], Iterator[dict]]
@@ -245,7 +243,7 @@ def create_embedding_feed(
     """
     batch_size = config.train.batch_size
     # More draws than epochs would not be used; without augmentation all draws are equal.
-    num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment else 1
+    num_draws = min(config.data.cached_draws, config.train.num_epochs) if config.train.augment != 'none' else 1
     classifier = model.create_classifier()
 
     def embed(variables, split, **options):
@@ -303,7 +301,7 @@ def create_embedding_feed(
     return Feed(load_batches, forward, compute_val_logits)
 
 
-def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Experiment:
+def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Classification:
     """Returns the experiment of a config on its data; a new run loads its slice model from `extractor_dir`."""
     model = create_model(config)
     selections = select_scans(config.data, data)
@@ -322,6 +320,9 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         return [chosen['train'][i].scan for i in members]
 
     def examine(variables: dict[str, Any], predictions: dict[str, ScanPredictions], _: dict[str, Any]) -> Findings:
+        from covidjax.report.leading import get_shown_map  # see `common.test`
+        from covidjax.report.scans import build_scan_sections, score_slice_attention
+
         probabilities, attention = softmax(predictions['test'].logits), predictions['test'].attention
         slice_attention = score_slice_attention(chosen['test'], data, attention)
         called, shares = probabilities.argmax(1), predictions['test'].evidence
@@ -351,7 +352,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         }
         return found._replace(results=results, sections=shown)
 
-    return Experiment(
+    return Classification(
         config=config,
         data=data,
         title=f'{slices.BACKBONE_NAMES[config.att2.model.backbone]}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
@@ -367,10 +368,28 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         load_batches=feed.load_batches,
         name_batch=name_batch,
         steps_per_epoch=sequences.count_batches(chosen['train'], config.train.batch_size),
-        compute_val_logits=feed.compute_val_logits,
+        **common.create_classification_loss(
+            {split: [scan.label for scan in chosen[split]] for split in ('train', 'val')},
+            config.train.label_smoothing,
+            feed.compute_val_logits,
+        ),
         predict=create_predictor(model, data, selections, config.train.batch_size),
         examine=examine,
+        compute_baselines=lambda: _compute_baselines(data, selections),
     )
+
+
+def _compute_baselines(data: covidx_ct.Prepared, selections: dict[str, Selection]) -> dict[str, np.ndarray]:
+    """Returns the scores [M, K] of every baseline on the test scans."""
+    train, test = selections['train'], selections['test']
+    slice_labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    thumbnail_scores, _ = baselines.compute_thumbnail_scores(data.sources, slice_labels)
+    labels = np.array([scan.label for scan in train.scans])
+    return {
+        'majority class': baselines.compute_majority_scores(labels, len(test.scans), len(CLASSES)),
+        'file names only': baselines.compute_file_name_scores(train.whole, test.whole, per_slice=False),
+        'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in test.scans]),
+    }
 
 
 def _load_lead(extractor_dir: Path) -> dict[str, Any] | None:
@@ -393,8 +412,9 @@ def _compare(
     probabilities_MxK: np.ndarray,
 ) -> Findings:
     """Returns the findings that need no attention map: votes on the same slices, baselines and predictions."""
+    from covidjax.report import figures  # see `common.test`
+
     chosen = {split: selection.scans for split, selection in selections.items()}
-    whole = {split: selection.whole for split, selection in selections.items()}
     labels = {split: np.array([scan.label for scan in chosen[split]]) for split in SPLITS}
     test, slice_probabilities = chosen['test'], predictions['test'].slice_probabilities
 
@@ -402,14 +422,8 @@ def _compare(
     votes = {r: voting.vote_all(slice_probabilities, r) for r in voting.RULES}
     scan_level = voting.compare_on_scans(test, labels['test'], probabilities_MxK, votes, rule, slice_probabilities)
     scan_level['vote']['validation_accuracy'] = val_accuracies
-    slice_labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
-    thumbnail_scores, _ = baselines.compute_thumbnail_scores(data.sources, slice_labels)
     return Findings(
-        baselines={
-            'majority class': baselines.compute_majority_scores(labels['train'], len(test), len(CLASSES)),
-            'file names only': baselines.compute_file_name_scores(whole['train'], whole['test'], per_slice=False),
-            'thumbnail ridge': np.stack([thumbnail_scores[list(scan.records)].mean(0) for scan in test]),
-        },
+        baselines=_compute_baselines(data, selections),
         comparisons={},
         results={
             'scan_level': scan_level,

@@ -16,16 +16,19 @@ from covidjax.data.lists import CLASSES, find_version
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.sequences import group_scans
 from covidjax.evaluation import baselines
+from covidjax.evaluation.calibration import fit_temperature
 from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import compute_logits, softmax
+from covidjax.evaluation.sick import join
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common
-from covidjax.experiment.common import Experiment, Findings, PaperTable, Predictions
+from covidjax.experiment.common import Classification, Findings, PaperTable, Predictions, Procedure
+from covidjax.experiment.lesions import load_lesions
+from covidjax.experiment.sick import Judge, compare_verdicts
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
-from covidjax.report.slices import build_slice_sections, score_explanations
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.state import TrainState
@@ -52,7 +55,7 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
             find_version(Path(config.data.raw_dir).expanduser())
         if config.model.pretrained:
             find_weights(config.model.pretrained)
-    return common.train(config, workdir, create_experiment, format_summary, data)
+    return common.train(config, workdir, create_procedure(create_experiment), data)
 
 
 def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool = False) -> dict[str, Any]:
@@ -64,7 +67,12 @@ def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool 
       occlusion: True also scores occlusion maps, which is slow.
     """
     create = functools.partial(create_experiment, lesions_dir=lesions_dir, occlusion=occlusion)
-    return common.evaluate(workdir, create, format_summary)
+    return common.evaluate(workdir, create_procedure(create))
+
+
+def create_procedure(create: Callable[[ConfigDict, covidx_ct.Prepared], Classification]) -> Procedure:
+    """Returns the procedure of slice runs, given how to create the experiment."""
+    return Procedure(common.load_data, create, common.test, format_summary)
 
 
 def create_model(config: ConfigDict) -> Att2:
@@ -107,7 +115,7 @@ def create_predictor(
 
 def create_experiment(
     config: ConfigDict, data: covidx_ct.Prepared, *, lesions_dir: Path | None = None, occlusion: bool = False
-) -> Experiment:
+) -> Classification:
     """Returns the experiment of a config on its data; for `lesions_dir` and `occlusion` see `evaluate`.
 
     Raises:
@@ -119,6 +127,15 @@ def create_experiment(
     outlined = (
         None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
     )
+
+    judge = Judge(load_lesions(config.lesions), data) if config.lesions else None
+
+    def predict_verdicts(variables: dict[str, Any], split: str) -> Predictions:
+        logits = predict(variables, split)
+        if judge is None:
+            return Predictions(logits)
+        sick = judge.compute_slice_sick(split)
+        return Predictions(np.log(join(sick, softmax(logits))), logits, sick)
 
     def read_lesions(split: str) -> list[LesionSlice]:
         return read_phantom_lesions(data.raw_dir, data.rows[split], config.data.image_size, config.data.region)
@@ -148,16 +165,19 @@ def create_experiment(
         return [data.rows['train'][i].file for i in next(load_batches(step, (0, 1)))['index']]
 
     def examine(variables: dict[str, Any], predictions: dict[str, Predictions], rules: dict[str, Any]) -> Findings:
+        from covidjax.report.slices import build_slice_sections, score_explanations  # see `common.test`
+
         # Phantoms have other slices with lesions to choose the leading map on; a folder of lesions is divided.
         lesions, choosing = (read_lesions('test'), read_lesions('val')) if outlined is None else (outlined, [])
         explanations = score_explanations(model, variables, data, lesions, choosing, occlusion=occlusion)
         probabilities = softmax(predictions['test'].logits)
-        return _compare(data, predictions, probabilities, rules)._replace(
-            results={'explanations': explanations},
+        found = _compare(data, predictions, probabilities, rules, judge)
+        return found._replace(
+            results={**found.results, 'explanations': explanations},
             sections=build_slice_sections(model, variables, data, probabilities, explanations),
         )
 
-    return Experiment(
+    return Classification(
         config=config,
         data=data,
         title=f'{BACKBONE_NAMES[config.model.backbone]}-ATT2 (slices)',
@@ -173,36 +193,51 @@ def create_experiment(
         load_batches=load_host_batches,
         name_batch=name_batch,
         steps_per_epoch=config.train.steps_per_epoch or -(-len(data.rows['train']) // config.train.batch_size),
-        compute_val_logits=lambda variables: predict(variables, 'val'),
-        predict=lambda variables, split: Predictions(predict(variables, split)),
+        **common.create_classification_loss(
+            {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
+            config.train.label_smoothing,
+            lambda variables: predict(variables, 'val'),
+        ),
+        predict=predict_verdicts,
         examine=examine,
+        compute_baselines=lambda: _compute_baselines(data)[0],
     )
 
 
+def _compute_baselines(data: covidx_ct.Prepared) -> tuple[dict[str, np.ndarray], float]:
+    """Returns the scores [N, K] of every baseline on the test slices, and the penalty of the ridge regression."""
+    labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
+    return {
+        'majority class': baselines.compute_majority_scores(labels['train'], len(labels['test']), len(CLASSES)),
+        'file names only': score_file_names(data),
+        'thumbnail ridge': thumbnail_scores,
+    }, alpha
+
+
 def _compare(
-    data: covidx_ct.Prepared, predictions: dict[str, Predictions], probabilities_NxK: np.ndarray, rules: dict[str, Any]
+    data: covidx_ct.Prepared,
+    predictions: dict[str, Predictions],
+    probabilities_NxK: np.ndarray,
+    rules: dict[str, Any],
+    judge: Judge | None,
 ) -> Findings:
     """Returns the findings that need no attention map: baselines, patient level, scan votes and predictions."""
     rows = data.rows['test']
-    labels = {split: np.array([row.label for row in rows]) for split, rows in data.rows.items()}
+    labels = np.array([row.label for row in rows])
     patients = [row.patient for row in rows]
-    thumbnail_scores, alpha = baselines.compute_thumbnail_scores(data.sources, labels)
-    scores = {
-        'majority class': baselines.compute_majority_scores(labels['train'], len(rows), len(CLASSES)),
-        'file names only': score_file_names(data),
-        'thumbnail ridge': thumbnail_scores,
-    }
+    scores, alpha = _compute_baselines(data)
     return Findings(
         baselines=scores,
         comparisons={
             'thumbnail_ridge_alpha': alpha,
             'covid19_against_pneumonia_per_patient': {
-                name: compute_patient_level(s, labels['test'], patients)
+                name: compute_patient_level(s, labels, patients)
                 for name, s in {'model': probabilities_NxK, **scores}.items()
             },
         },
-        results={},
-        rules={'scans': fit_vote_rules(predictions['val'].logits, group_scans(data.rows['val']), rules['temperature'])},
+        results={} if judge is None else {'verdicts': _compare_verdicts(data, predictions)},
+        rules=_fit_scan_rules(data, predictions['val'], rules, judge),
         others={},
         columns={
             'file': [row.file for row in rows],
@@ -215,6 +250,30 @@ def _compare(
         figures={},
         sections=[],
     )
+
+
+def _fit_scan_rules(
+    data: covidx_ct.Prepared, val: Predictions, rules: dict[str, Any], judge: Judge | None
+) -> dict[str, Any]:
+    """Returns the rules of scans, and with `config.lesions` that of sick or normal."""
+    scans = group_scans(data.rows['val'])
+    if judge is None:
+        return {'scans': fit_vote_rules(val.logits, scans, rules['temperature'])}
+    temperature = fit_temperature(val.classifier, np.array([row.label for row in data.rows['val']]))
+    sick = judge.compute_scan_sick(scans, 'val')
+    return {
+        'scans': fit_vote_rules(val.classifier, scans, temperature, sick),
+        'sick': {**judge.describe(), 'classifier_temperature': temperature},
+    }
+
+
+def _compare_verdicts(data: covidx_ct.Prepared, predictions: dict[str, Predictions]) -> dict[str, Any]:
+    """Returns `sick.compare_verdicts` of the slices of validation and test."""
+    compared = {}
+    for split, found in predictions.items():
+        labels, patients = zip(*((row.label, row.patient) for row in data.rows[split]), strict=True)
+        compared[split] = compare_verdicts(np.array(labels), patients, softmax(found.classifier), found.sick)
+    return compared
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:

@@ -6,7 +6,7 @@ Shapes: N slices, S their side.
 from collections.abc import Mapping
 
 import numpy as np
-import scipy.ndimage
+import scipy
 
 from covidjax.data.lungs import find_lungs_in_slice
 from covidjax.explain.evidence import combine_evidence, contrast, remove_attention, spread

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from covidjax.evaluation.overlap import average_by_patient
 from covidjax.explain.catalogue import CENTRE, FLAT, IN_LUNGS, RANDOM, SMOOTH_GREY
-from covidjax.explain.localisation import average_by_patient
 
 MEASURES = {'lesions': ('pointing', 'auc'), 'erasure': ('insertion_less_deletion',)}
 # In the choice. The pointing game rests on one pixel, so it varies several times as much between slices.

@@ -8,44 +8,17 @@ Shapes: N slices, S their side in pixels, T slices of a scan.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 from covidjax.data.lesions import LesionSlice
-from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
+from covidjax.evaluation.overlap import (
+    average_by_patient,
+    compute_dice,
+    compute_energy,
+    compute_pointing,
+    compute_rank_auc,
+)
 
 TOP_K = (1, 3, 5)
-
-
-def compute_pointing(scores: np.ndarray, target: np.ndarray) -> float:
-    """Returns 1 if the highest score lies in the target, else 0; for ties, the share inside (Zhang et al. 2018).
-
-    Args:
-      scores: float, of any shape.
-      target: bool, of the same shape.
-    """
-    return float(target[scores == scores.max()].mean())
-
-
-def compute_energy(scores: np.ndarray, target: np.ndarray) -> float:
-    """Returns the share of the map's sum that lies in the target (Wang et al. 2020); scores are at least 0."""
-    total = scores.sum()
-    return float(scores[target].sum() / total) if total > 0 else float(target.mean())
-
-
-def compute_rank_auc(scores: np.ndarray, target: np.ndarray) -> float | None:
-    """Returns the share of (inside, outside) pairs with the higher score inside, ties half; None without such pairs."""
-    inside = int(target.sum())
-    outside = target.size - inside
-    if not inside or not outside:
-        return None
-    ranks = rankdata(scores.ravel())[target.ravel()].sum()
-    return float((ranks - inside * (inside + 1) / 2) / (inside * outside))
-
-
-def compute_dice(mask: np.ndarray, target: np.ndarray) -> float | None:
-    """Returns the Dice score, twice the overlap over the sum of the areas; None if both are empty."""
-    total = int(mask.sum() + target.sum())
-    return 2 * int((mask & target).sum()) / total if total else None
 
 
 def create_centre_map(size: int) -> np.ndarray:
@@ -107,23 +80,3 @@ def score_slice_attention(attention: Sequence[np.ndarray], shows_lesion: Sequenc
         ]
         results[f'chance@{k}'] = average_by_patient([1 - m for m in missed], scans)
     return results
-
-
-def average_by_patient(values: Sequence[float | None], patients: Sequence[str], *, seed: int = 0) -> dict:
-    """Averages values over the examples that have one.
-
-    Returns:
-      {'mean', 'interval', 'number'}, the interval by bootstrap over patients; both None if no example has a value.
-    """
-    known = [i for i, value in enumerate(values) if value is not None]
-    if not known:
-        return {'mean': None, 'interval': None, 'number': 0}
-    groups = group_by_patient([patients[i] for i in known])
-    found = np.array([values[i] for i in known], float)
-    sums, counts = np.bincount(groups, found), np.bincount(groups)
-    resamples = draw_resamples(len(sums), seed=seed)
-    return {
-        'mean': float(found.mean()),
-        'interval': compute_interval(resamples @ sums / (resamples @ counts)),
-        'number': len(known),
-    }

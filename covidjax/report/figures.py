@@ -17,18 +17,19 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=150, bbox_inches='tight', facecolor='white')
 
 
-def render_training_curves(history: Sequence[dict], best_epoch: int) -> Figure:
-    """Draws training and validation loss and accuracy per epoch, and marks the best epoch.
+def render_training_curves(history: Sequence[dict], best_epoch: int, score: str = 'accuracy') -> Figure:
+    """Draws training and validation loss and score per epoch, and marks the best epoch.
 
     Args:
-      history: per epoch: 'epoch', 'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'.
+      history: per epoch: 'epoch', 'train_loss', 'val_loss', 'train_<score>', 'val_<score>'.
       best_epoch: the epoch whose parameters are tested.
+      score: name of the score.
     """
     with use_style():
         figure = Figure(figsize=(7.5, 3), layout='constrained')
         epochs = [entry['epoch'] for entry in history]
         for axes, name, label in zip(
-            figure.subplots(1, 2), ('loss', 'accuracy'), ('Weighted loss', 'Accuracy'), strict=True
+            figure.subplots(1, 2), ('loss', score), ('Weighted loss', score.capitalize()), strict=True
         ):
             for split, colour in (('train', GREY), ('val', FIRST)):
                 values = [entry[f'{split}_{name}'] for entry in history]
@@ -80,6 +81,25 @@ def render_accuracies(scores: Mapping[str, dict]) -> Figure:
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.set_xlabel('Accuracy')
         axes.grid(visible=False, axis='y')
+        return figure
+
+
+def render_sides(scores: Mapping[str, tuple[dict, dict]]) -> Figure:
+    """Draws scores between 0 and 1 inside and outside, each {value, interval}, with their intervals."""
+    with use_style():
+        figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(scores)), layout='constrained')
+        axes = figure.subplots()
+        for side, (name, colour, shift) in enumerate((('inside', GREY, -0.14), ('outside', FIRST, 0.14))):
+            for place, sides in enumerate(scores.values()):
+                if sides[side]['interval']:
+                    axes.plot(sides[side]['interval'], [place + shift] * 2, color=colour, linewidth=2)
+            values = [sides[side]['value'] for sides in scores.values()]
+            axes.plot(values, [place + shift for place in range(len(values))], 'o', color=colour, label=name)
+        axes.set_yticks(range(len(scores)), list(scores))
+        axes.set_ylim(len(scores) - 0.5, -0.5)
+        axes.set_xlim(-0.02, 1.02)
+        axes.grid(visible=False, axis='y')
+        axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
         return figure
 
 
@@ -137,6 +157,37 @@ def render_reliability(before: dict, after: dict) -> Figure:
             axes.scatter(confidences, accuracies, [8 + 300 * e['count'] / total for e in bins], colour, alpha=0.5)
         axes.set(xlabel='Confidence', ylabel='Accuracy', xlim=(0, 1.02), ylim=(0, 1.02))
         axes.legend(loc='upper left')
+        return figure
+
+
+def render_volume_errors(scores: Mapping[str, Any]) -> Figure:
+    """Draws Bland-Altman plots of lesion volumes, in ml and as a share of the lungs, with mean and limits of agreement.
+
+    Args:
+      scores: of `segmentation.score_slices`; at least one volume has a spacing or outlined lungs.
+    """
+    units = {'ml': 'ml', 'percent': '% of the lungs'}
+    shown = [unit for unit in units if scores[f'volume_error_{unit}']['n']]
+    with use_style():
+        figure = Figure(figsize=(3.75 * len(shown), 3.2), layout='constrained')
+        for axes, unit in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            error = scores[f'volume_error_{unit}']
+            pairs = np.array(
+                [
+                    (volume[f'outlined_{unit}'], volume[f'predicted_{unit}'])
+                    for volume in scores['volumes']
+                    if volume[f'outlined_{unit}'] is not None
+                ]
+            )
+            axes.scatter(pairs.mean(1), pairs[:, 1] - pairs[:, 0], 18, FIRST)
+            axes.axhline(error['mean'], color=SECOND, label=f'mean {error["mean"]:+.3g}')
+            for limit, label in zip(error['limits'] or (), ('limits of agreement', None), strict=False):
+                axes.axhline(limit, color=SECOND, linestyle='--', linewidth=1, label=label)
+            axes.axhline(0, color=GREY, linewidth=1)
+            axes.set(xlabel=f'Mean of outlined and predicted, {units[unit]}', title=f'Lesions, {units[unit]}')
+            axes.margins(y=0.25)
+            axes.legend(loc='upper left')
+        figure.axes[0].set_ylabel('Predicted less outlined')
         return figure
 
 

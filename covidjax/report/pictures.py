@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -16,6 +17,7 @@ from covidjax.data.lists import CLASSES, Row
 from covidjax.data.preprocess import Box
 from covidjax.report.charts import use_style
 
+LINE_COLOURS = {1: (77, 163, 255), 2: (255, 90, 77), 3: (255, 194, 77)}  # of lungs, lesions and consolidation
 _GREY_MAP = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
 _SCALE = ScalarMappable(Normalize(0, 1), 'inferno')  # for overlaid maps
 _SIGNED = ScalarMappable(Normalize(-1, 1), 'RdBu_r')  # for overlaid maps that are for or against a class
@@ -53,6 +55,23 @@ def choose_examples(rows: Sequence[Row], per_class: int) -> dict[str, list[int]]
             spread = np.unique(np.linspace(0, len(patients) - 1, per_class).round().astype(int))
             chosen[name] = [patients[i][len(patients[i]) // 2] for i in spread]
     return chosen
+
+
+def outline_labels(grey_HxW: np.ndarray, labels_HxW: np.ndarray) -> np.ndarray:
+    """Draws the outlines of lungs (blue), lesions (red) and consolidation (yellow) into a slice, one pixel wide.
+
+    Args:
+      grey_HxW: uint8.
+      labels_HxW: uint8; 1 lungs, 2 lesion in the lungs, 3 consolidation in a lesion, 0 elsewhere.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    picture = grey_HxW[..., np.newaxis].repeat(3, -1)
+    for label, colour in LINE_COLOURS.items():
+        inside = labels_HxW >= label
+        picture[inside & ~scipy.ndimage.binary_erosion(inside)] = colour
+    return picture
 
 
 def outline_box(title: str, image: np.ndarray, box: Box) -> Example:

@@ -327,10 +327,12 @@ def _build_uncertainty(screening: dict[str, Any], unit: str) -> Section:
     )
 
 
-def build_training(results: dict[str, Any], config: Mapping[str, Any], history: Sequence[dict]) -> Section:
+def build_training(
+    results: dict[str, Any], config: Mapping[str, Any], history: Sequence[dict], score: str = 'accuracy'
+) -> Section:
     """Returns the section 'run': training curves, data, environment and settings."""
     training, dataset = results['training'], results['dataset']
-    curves = figures.render_training_curves(history, training['best_epoch'])
+    curves = figures.render_training_curves(history, training['best_epoch'], score)
     facts = [
         ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
         ('data', results['data']),
@@ -355,7 +357,7 @@ def build_training(results: dict[str, Any], config: Mapping[str, Any], history: 
         'run',
         'Training and environment',
         [
-            create_picture(curves, 'Loss and accuracy per epoch, training and validation'),
+            create_picture(curves, f'Loss and {score} per epoch, training and validation'),
             Table('Run', ('property', 'value'), facts),
             Table('Settings', ('field', 'value'), [(name, str(value)) for name, value in config.items()]),
         ],

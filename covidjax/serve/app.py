@@ -24,7 +24,7 @@ from covidjax.serve.access import Access, respond_refused
 from covidjax.serve.limits import Limits, Refused
 from covidjax.serve.metrics import CONTENT_TYPE, Metrics
 from covidjax.serve.scans import Scan, Scans
-from covidjax.serve.upload import receive_files
+from covidjax.serve.upload import drain, receive_files
 from covidjax.serve.worker import Job, Worker
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _FILES = {  # results that can be downloaded: content type, by name
     'slices.csv': 'text/csv; charset=utf-8',
     'dicom.zip': 'application/zip',
 }
-_LAYERS = ('slices', 'maps', 'lungs')
+_LAYERS = ('slices', 'maps', 'lungs', 'lesions')
 
 
 class Server:
@@ -153,8 +153,12 @@ class Server:
 
     async def add_scan(self, request: Request) -> Response:
         """Receives a scan and puts it into the queue."""
-        options = _read_options(request)
-        scan = self._scans.open()
+        try:
+            options = _read_options(request)
+            scan = self._scans.open()
+        except Refused:
+            await drain(request)
+            raise
         try:
             await receive_files(request, scan.source, self._limits, lambda size: self._scans.add_bytes(scan, size))
             self._scans.enqueue(scan, **options)
@@ -200,7 +204,7 @@ class Server:
         return Response(data, headers=headers)
 
     def show_picture(self, request: Request) -> Response:
-        """Returns a slice, a map or the lungs of a slice."""
+        """Returns a slice, or its map, lungs or lesions."""
         layer = request.path_params['layer']
         if layer not in _LAYERS:
             raise HTTPException(404)

@@ -1,4 +1,4 @@
-"""Pictures of a scan for the viewer: its slices, the leading map of the run, and the lungs.
+"""Pictures of a scan for the viewer: its slices, the leading map of the run, the lungs and the lesions.
 
 Shapes: T slices of a scan, H rows, W columns, N slices that the model saw, S their side.
 """
@@ -15,17 +15,22 @@ from covidjax.data.scan.volume import Volume
 from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.explain import catalogue
 from covidjax.explain.maps import Explanations
+from covidjax.predict.masks import create_labels
+from covidjax.report.burden import LesionPrediction
 from covidjax.report.leading import get_shown_map
 from covidjax.report.prediction import Prediction
 
 _BATCH_SIZE = 16
 
 
-def write_pictures(folder: Path, volume: Volume, prediction: Prediction, results: dict[str, Any]) -> dict[str, Any]:
-    """Writes slices/1.png ..., of slices that the model saw maps/1.png ..., and lungs/1.png ... where lungs are known.
+def write_pictures(
+    folder: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes slices/1.png ..., and maps/, lungs/ and lesions/ with pictures of the same names where there are such.
 
-    All are grey. A slice is H x W, windowed as the model saw it; lungs are the same size, 0 or 255; a map is S x S
-    and covers the box of its slice in prediction.json.
+    All are grey. A slice is H x W, windowed as the model saw it. Lungs and lesions are of the same size: 0 or 255, and
+    80 times a key of `masks.LABELS`. A map is S x S and covers the box of its slice in prediction.json. There is one
+    for each slice that the model saw.
 
     Args:
       folder: existing folder.
@@ -34,18 +39,31 @@ def write_pictures(folder: Path, volume: Volume, prediction: Prediction, results
       results: results.json of the run.
 
     Returns:
-      'map', the name of the leading map, None if the run has none that beats chance; 'has_lungs'; 'is_windowed',
-      whether the greys are Hounsfield units in the window of COVIDx.
+      'map', the name of the leading map, None if the run has none that beats chance; 'has_lungs' and 'has_lesions';
+      'is_windowed', whether the greys are Hounsfield units in the window of COVIDx.
     """
-    _write(folder / 'slices', range(len(volume.slices)), volume.slices.__getitem__)
-    shown = get_shown_map(results)
+    everywhere = range(len(volume.slices))
+    _write(folder / 'slices', everywhere, volume.slices.__getitem__)
+    is_lesions_only = isinstance(prediction, LesionPrediction)
+    shown = None if is_lesions_only else get_shown_map(results)
     if shown is not None:
         maps_NxSxS = compute_leading_maps(prediction, shown)
         places = prediction.used.tolist()
         _write(folder / 'maps', places, dict(zip(places, maps_NxSxS, strict=True)).__getitem__)
-    if volume.lungs is not None:
-        _write(folder / 'lungs', range(len(volume.slices)), lambda t: volume.lungs[t].astype(np.uint8) * 255)
-    return {'map': shown, 'has_lungs': volume.lungs is not None, 'is_windowed': volume.kind != 'images'}
+    grid, outlined = volume.lungs, prediction.outlined
+    if grid is not None:
+        layers = grid.lungs_txhxw
+        _write(folder / 'lungs', everywhere, lambda t: grid.enlarge(layers[t // grid.steps[0]]).astype(np.uint8) * 255)
+    if outlined is not None:
+        shapes = [grey.shape for grey in volume.slices]
+        labels = create_labels(outlined.probabilities, outlined.burden, grid, shapes)
+        _write(folder / 'lesions', everywhere, lambda t: labels[t] * np.uint8(80))
+    return {
+        'map': shown,
+        'has_lungs': grid is not None,
+        'has_lesions': outlined is not None,
+        'is_windowed': volume.kind != 'images',
+    }
 
 
 def _write(folder: Path, places: Any, get_pixels: Callable[[int], np.ndarray]) -> None:

@@ -19,14 +19,15 @@ from covidjax.errors import UserError
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, write_json
 from covidjax.predict.scan import predict_scan, write_dicom
-from covidjax.report.prediction import Prediction, write_prediction_page
+from covidjax.report.burden import LesionPrediction
+from covidjax.report.prediction import Prediction, write_page
 from covidjax.serve.pictures import write_pictures
 from covidjax.serve.words import describe_prediction
 from covidjax.serve.worker import Job, Predict
 from covidjax.training import runtime
 
 
-def load_predictor(workdir: Path) -> tuple[dict[str, Any], Predict]:
+def load_predictor(workdir: Path | None) -> tuple[dict[str, Any], Predict]:
     """Loads a run; see `worker.Load`."""
     runtime.keep_freed_memory()
     runtime.use_compilation_cache()
@@ -58,7 +59,7 @@ def predict_job(run: Run, job: Job, report_stage: Callable[[str], None]) -> None
     report_stage('predicting')
     prediction = predict_scan(run, volume, seconds, force=job.force, path=path)
     report_stage('drawing')
-    write_prediction_page(job.results / 'prediction.html', volume, prediction, run.results)
+    write_page(job.results / 'prediction.html', volume, prediction, run.results)
     write_json(job.results / 'prediction.json', prediction.summary)
     write_slices(job.results / 'slices.csv', prediction.summary)
     layers = write_pictures(job.results, volume, prediction, run.results)
@@ -68,7 +69,7 @@ def predict_job(run: Run, job: Job, report_stage: Callable[[str], None]) -> None
     write_json(job.results / 'view.json', view)
 
 
-def _write_dicom(run: Run, job: Job, path: Path, prediction: Prediction) -> list[str]:
+def _write_dicom(run: Run, job: Job, path: Path, prediction: Prediction | LesionPrediction) -> list[str]:
     """Writes dicom.zip; returns why it could not, if so."""
     try:
         with TemporaryDirectory(dir=job.results) as folder:
@@ -85,7 +86,8 @@ def _write_dicom(run: Run, job: Job, path: Path, prediction: Prediction) -> list
 def write_slices(path: Path, summary: dict[str, Any]) -> None:
     """Writes the slices of prediction.json as a table: a row for each, lists of classes as a column for each class."""
     rows = []
-    for one in summary['slices']:
+    slices = summary['slices'] if 'slices' in summary else summary['lesions']['slices']
+    for one in slices:
         row = {}
         for name, value in one.items():
             if isinstance(value, list):

@@ -38,7 +38,7 @@ class _Protocol(H11Protocol):
 
 
 def serve(
-    workdir: Path,
+    workdir: Path | None,
     *,
     host: str | None = None,
     port: int | None = None,
@@ -51,7 +51,7 @@ def serve(
     """Serves the page until Ctrl-C or SIGTERM, and then deletes all scans.
 
     Args:
-      workdir: of a finished run.
+      workdir: see `runs.load_run`.
       host: address to listen on; None for this machine only.
       port: None for `PORT`; 0 for a free one.
       token_file: holds the token that clients must send.

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,17 +64,25 @@ async def receive_files(request: Request, folder: Path, limits: Limits, count_by
     except ClientDisconnect as error:
         raise Refused(400, 'cut', 'The upload was cut off.') from error
     except Refused as refused:
-        if refused.status != 408 and 'expect' not in request.headers:
-            await _drain(chunks)
+        if refused.status != 408:
+            await drain(request, chunks)
         raise
     finally:
         writer.close()
 
 
-async def _drain(chunks) -> None:
+async def drain(request: Request, chunks: AsyncIterator[bytes] | None = None) -> None:
+    """Reads what remains of a request for up to 10 seconds, unless its client waits for an answer first.
+
+    Args:
+      request: the request.
+      chunks: its body, if a part was read.
+    """
+    if 'expect' in request.headers:
+        return
     try:
         async with asyncio.timeout(_DRAIN_SECONDS):
-            async for _ in chunks:
+            async for _ in chunks or request.stream():
                 pass
     except (TimeoutError, ClientDisconnect):
         pass

@@ -43,11 +43,13 @@ class Job(NamedTuple):
 Predict = Callable[[Job, Callable[[str], None]], None]
 """Predicts a job and calls the second argument with the name of each stage. Raises UserError for a refused scan."""
 
-Load = Callable[[Path], tuple[dict[str, Any], Predict]]
-"""Workdir of a run -> facts on the model for the page, and how it predicts. Raises UserError for a bad run."""
+Load = Callable[[Path | None], tuple[dict[str, Any], Predict]]
+"""Workdir of a run, or None for the lesion model of this package -> facts on the model for the page, and how it
+predicts. Raises UserError for a bad run.
+"""
 
 
-def load_run_once(workdir: Path) -> tuple[dict[str, Any], Predict]:
+def load_run_once(workdir: Path | None) -> tuple[dict[str, Any], Predict]:
     """Loads a run, in the worker alone: jax takes seconds and memory that the server does not need."""
     from covidjax.serve.predictor import load_predictor
 
@@ -59,12 +61,12 @@ class Worker:
 
     Args:
       load: how the run is loaded; a function of a module, which the process imports.
-      workdir: of the run.
+      workdir: see `runs.load_run`.
       limits: of time and memory.
       dicom: all jobs get DICOM results.
     """
 
-    def __init__(self, load: Load, workdir: Path, limits: Limits, *, dicom: bool = False):
+    def __init__(self, load: Load, workdir: Path | None, limits: Limits, *, dicom: bool = False):
         self._load, self._workdir, self._limits, self._dicom = load, workdir, limits, dicom
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
@@ -86,12 +88,12 @@ class Worker:
         self.num_starts += 1
         if not self._connection.poll(_START_SECONDS):
             self.stop()
-            raise UserError(f'{self._workdir}: the run was not loaded within {_START_SECONDS} s')
+            raise UserError(f'the run was not loaded within {_START_SECONDS} s: is the machine busy?')
         try:
             kind, value = self._connection.recv()
         except EOFError as error:
             self.stop()
-            raise UserError(f'{self._workdir}: the process that loads the run died: is there enough memory?') from error
+            raise UserError('the process that loads the run died: is there enough memory?') from error
         if kind == 'failed':
             self.stop()
             raise UserError(value)
@@ -160,7 +162,7 @@ class Worker:
                 raise Refused(413, 'memory', f'This scan needs more than {limit} of memory. Upload a single series.')
 
 
-def _work(connection: Connection, load: Load, workdir: Path, parent: int) -> None:
+def _work(connection: Connection, load: Load, workdir: Path | None, parent: int) -> None:
     """Loads the run and predicts until the server ends. Main function of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, which ends this process
     exit_with_parent(parent)

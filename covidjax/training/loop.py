@@ -51,9 +51,10 @@ class Task(NamedTuple):
       template: shapes and shardings of the state.
       create_state: makes the initial state; called in a new run only.
       step: compiled `train_step`.
-      validate: variables -> (mean weighted loss, accuracy) of the validation split.
+      validate: variables -> (mean weighted loss, mean score) of the validation split.
       load_batches: state -> the batches that follow it, placed on the devices.
       describe_step: step number -> its learning rate and examples, for the message about a non-finite loss.
+      score: name of the score.
     """
 
     template: TrainState
@@ -62,6 +63,7 @@ class Task(NamedTuple):
     validate: Callable[[dict], tuple[float, float]]
     load_batches: Callable[[TrainState], Iterator[dict]]
     describe_step: Callable[[int], str]
+    score: str = 'accuracy'
 
 
 class Epoch(NamedTuple):
@@ -104,7 +106,7 @@ def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path)
       workdir: gets metrics.jsonl (one line per epoch) and tensorboard/.
 
     Returns:
-      One dict per epoch: epoch, step, train_loss, train_accuracy, val_loss, val_accuracy, seconds, examples_per_second,
+      One dict per epoch: epoch, step, train_loss, train_<score>, val_loss, val_<score>, seconds, examples_per_second,
       val_seconds.
 
     Raises:
@@ -142,7 +144,7 @@ def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path)
             start = time.perf_counter()
             try:
                 with signals.let_through():
-                    val_loss, val_accuracy = task.validate(state.variables)
+                    val_loss, val_score = task.validate(state.variables)
             except KeyboardInterrupt as interrupt:
                 save(state, epoch)
                 raise Stopped(f'saved before the validation of epoch {len(history) + 1}') from interrupt
@@ -150,11 +152,11 @@ def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path)
                 'epoch': len(history) + 1,
                 'step': int(state.step),
                 'train_loss': epoch.loss / epoch.weight,
-                'train_accuracy': epoch.correct / epoch.count,
+                f'train_{task.score}': epoch.correct / epoch.count,
                 'seconds': round(epoch.seconds, 3),
                 'examples_per_second': round(schedule.steps_per_epoch * schedule.examples_per_step / epoch.seconds, 1),
                 'val_loss': val_loss,
-                'val_accuracy': val_accuracy,
+                f'val_{task.score}': val_score,
                 'val_seconds': round(time.perf_counter() - start, 3),
             }
             if not math.isfinite(val_loss):
@@ -170,15 +172,17 @@ def fit(task: Task, schedule: Schedule, checkpoints: Checkpoints, workdir: Path)
                 checkpoints.save_best(entry['step'] + len(history), state)
             save(state, epoch)
             write_history(workdir, history)
-            for name in ('train_loss', 'train_accuracy', 'val_loss', 'val_accuracy'):
+            for name in ('train_loss', f'train_{task.score}', 'val_loss', f'val_{task.score}'):
                 add_point(f'epoch/{name}', entry[name], entry['step'])
             log.info(
-                'epoch %d: train loss %.4f accuracy %.3f, validation loss %.4f accuracy %.3f%s (%.0f examples/s)',
+                'epoch %d: train loss %.4f %s %.3f, validation loss %.4f %s %.3f%s (%.0f examples/s)',
                 entry['epoch'],
                 entry['train_loss'],
-                entry['train_accuracy'],
+                task.score,
+                entry[f'train_{task.score}'],
                 entry['val_loss'],
-                entry['val_accuracy'],
+                task.score,
+                entry[f'val_{task.score}'],
                 ', best so far' if is_best else '',
                 entry['examples_per_second'],
             )

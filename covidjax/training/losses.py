@@ -1,10 +1,34 @@
-"""The paper's loss: class-weighted cross-entropy."""
+"""What training minimises: the paper's class-weighted cross-entropy, or the loss of outlines.
 
-from collections.abc import Sequence
+Shapes: B examples, K classes, h x h positions, M planes of outlines (see `lesions.PLANES`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+Batch = dict[str, jax.Array]
+
+_POSITIVE_WEIGHTS = (1.0, 2.0, 1.0)  # of lungs, lesion and consolidation
+_CROSS_ENTROPY_WEIGHT = 3.0  # beside a Dice loss of weight 1
+
+
+class Objective(NamedTuple):
+    """A loss that is a weighted mean over examples.
+
+    Attributes:
+      weigh: batch -> weights float32 [B]. The mean loss is the sum of losses over the sum of weights.
+      compute: (outputs of the model, batch) -> losses [B], multiplied by the weights, and scores [B] from 0 (wrong) to
+        1 (right).
+      score: name of the score.
+    """
+
+    weigh: Callable[[Batch], jax.Array]
+    compute: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    score: str
 
 
 def compute_class_weights(counts: Sequence[int]) -> tuple[float, ...]:
@@ -40,3 +64,64 @@ def weighted_cross_entropy(
         every_B = -jnp.where(present, jax.nn.log_softmax(logits_BxK), 0).sum(-1) / present.sum()
         nll_B = (1 - label_smoothing) * nll_B + label_smoothing * every_B
     return weights_B * nll_B, weights_B
+
+
+def create_cross_entropy(class_weights: Sequence[float], label_smoothing: float = 0.0) -> Objective:
+    """Returns the objective of classification: `weighted_cross_entropy`, scored by right or wrong calls."""
+
+    def weigh(batch: Batch) -> jax.Array:
+        return jnp.asarray(class_weights, jnp.float32)[batch['label']]
+
+    def compute(logits_BxK: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        losses_B, _ = weighted_cross_entropy(logits_BxK, batch['label'], class_weights, label_smoothing)
+        return losses_B, logits_BxK.argmax(-1) == batch['label']
+
+    return Objective(weigh, compute, 'accuracy')
+
+
+def compute_mask_losses(logits_BxhxhxM: jax.Array, targets_BxhxhxM: jax.Array, known_BxM: jax.Array) -> jax.Array:
+    """Returns the loss of outlines [B]: over the known planes, the sum of 3 * cross-entropy + Dice loss.
+
+    The cross-entropy is the mean over positions, -(w t log p + (1 - t) log(1 - p)), with w = 2 for lesions and 1
+    elsewhere. The Dice loss is 1 - 2 sum(p t) / (sum(p) + sum(t)); it is left out where nothing is outlined. For
+    consolidation, both are over the positions outlined as lesion, in proportion to their share of lesion.
+
+    Args:
+      logits_BxhxhxM: see `lesions.LesionNet`.
+      targets_BxhxhxM: share of each position that is outlined, in [0, 1].
+      known_BxM: 1 where the plane of an example is outlined, else 0.
+    """
+    logits, targets = jnp.asarray(logits_BxhxhxM, jnp.float32), jnp.asarray(targets_BxhxhxM, jnp.float32)
+    lesion = targets[..., 1]
+    shares = jnp.stack([jnp.ones_like(lesion), jnp.ones_like(lesion), lesion], axis=-1)
+    # Consolidation is a part of the lesion: its share within the lesion.
+    within = jnp.minimum(targets[..., 2] / jnp.maximum(lesion, 1e-6), 1)
+    targets = targets.at[..., 2].set(within)
+    positive = jnp.asarray(_POSITIVE_WEIGHTS).reshape(1, 1, 1, -1)
+    crosses = -positive * targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
+    cross_BxM = (shares * crosses).sum((1, 2)) / jnp.maximum(shares.sum((1, 2)), 1e-6)
+    p = jax.nn.sigmoid(logits)
+    outlined_BxM = (shares * targets).sum((1, 2))
+    overlap_BxM = 2 * (shares * p * targets).sum((1, 2))
+    dice_BxM = 1 - overlap_BxM / ((shares * p).sum((1, 2)) + outlined_BxM + 1e-6)
+    dice_BxM = jnp.where(outlined_BxM > 0, dice_BxM, 0)
+    return (known_BxM * (_CROSS_ENTROPY_WEIGHT * cross_BxM + dice_BxM)).sum(-1)
+
+
+def score_masks(logits_BxhxhxM: jax.Array, targets_BxhxhxM: jax.Array) -> jax.Array:
+    """Returns the Dice coefficient [B] of the lesions at probability 0.5; 1 where neither side has any."""
+    found, outlined = logits_BxhxhxM[..., 1] > 0, targets_BxhxhxM[..., 1] >= 0.5
+    both, either = (found & outlined).sum((1, 2)), found.sum((1, 2)) + outlined.sum((1, 2))
+    return jnp.where(either > 0, 2 * both / jnp.maximum(either, 1), 1.0)
+
+
+def create_mask_objective() -> Objective:
+    """Returns the objective of outlines; batches have 'planes' [B, h, h, M] and 'known' (bit m: plane m is known)."""
+
+    def compute(logits_BxhxhxM: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        bits_1xM = (1 << jnp.arange(logits_BxhxhxM.shape[-1]))[None]
+        known_BxM = (batch['known'].astype(jnp.int32)[:, None] & bits_1xM) > 0
+        losses_B = compute_mask_losses(logits_BxhxhxM, batch['planes'], known_BxM)
+        return losses_B, score_masks(logits_BxhxhxM, batch['planes'])
+
+    return Objective(lambda batch: jnp.ones(len(batch['known'])), compute, 'dice')

@@ -3,7 +3,8 @@
 Shapes: B examples of the batch, or of one device's part of it under `jax.pmap`.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from covidjax.models.att2 import normalise
-from covidjax.training.augment import AugmentOptions, augment
-from covidjax.training.losses import weighted_cross_entropy
+from covidjax.models.lesions import PLANES, STRIDE
+from covidjax.training.augment import Augmentation, augment
+from covidjax.training.losses import Objective
 from covidjax.training.state import TrainState
 
-# (variables, images in [-1, 1] or embeddings, batch) -> logits [B, K] and the new batch statistics. Under `jax.pmap`
-# the batch statistics are taken over all devices.
-Forward = Callable[[dict[str, Any], jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
+# (variables, images in [-1, 1] or embeddings, batch) -> outputs for the objective and the new batch statistics. Under
+# `jax.pmap` the batch statistics are taken over all devices.
+Forward = Callable[[dict[str, Any], jax.Array, dict[str, jax.Array]], tuple[Any, Any]]
 
 
 def train_step(
@@ -26,9 +28,8 @@ def train_step(
     *,
     forward: Forward,
     optimizer: optax.GradientTransformation,
-    class_weights: Sequence[float],
-    augmentation: AugmentOptions | None,
-    label_smoothing: float = 0.0,
+    objective: Objective,
+    augmentation: Augmentation | None,
     dtype: str = 'float32',
     accumulation_steps: int = 1,
     axis_name: str | None = None,
@@ -42,13 +43,13 @@ def train_step(
     Args:
       state: state before the update.
       batch: 'image' uint8 [B, S, S, C] (C is 1 for slices, the number of slices for scans, which share one draw),
-        'label' int32 [B], 'mask' float32 [B] (0 marks padding), and further inputs of `forward`. It may hold
-        'embedding' float32, computed from augmented images, instead of 'image'.
+        'mask' float32 [B] (0 marks padding), and further inputs of `forward` and of the objective. It may hold
+        'embedding' float32, computed from augmented images, instead of 'image'. 'masks' uint8 [B, S, S, 1], bit codes
+        of outlines, become 'planes' (see `pool_masks`) and move with their image.
       forward: the model in training mode.
       optimizer: the optimizer that the state was created with.
-      class_weights: [K], see `losses.compute_class_weights`.
+      objective: the loss.
       augmentation: None uses the images unchanged.
-      label_smoothing: see `losses.weighted_cross_entropy`.
       dtype: dtype of activations, and of the parameters that compute them; the stored parameters, batch statistics,
         softmax and loss keep their own.
       accumulation_steps: A, a divisor of B. Example b belongs to part b modulo A, so that the parts of a sharded batch
@@ -56,8 +57,9 @@ def train_step(
       axis_name: axis of `jax.pmap`; None if the step sees the whole batch.
 
     Returns:
-      The state after the update, and scalars 'loss' (sum of weighted losses), 'weight' (sum of weights), 'correct' and
-      'count' (the mean weighted loss is loss / weight), and 'gradient_norm', finite if and only if the update is.
+      The state after the update, and scalars: 'loss' (sum of weighted losses), 'weight' (sum of weights), 'correct'
+      (sum of scores), 'count' (number of examples), and 'gradient_norm', finite if and only if the update is. The mean
+      weighted loss is loss / weight.
     """
 
     def add_up(tree):
@@ -66,18 +68,18 @@ def train_step(
     inputs = 'embedding' if 'embedding' in batch else 'image'
     if inputs == 'image':
         keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(batch['image']), axis_name)
-        batch = {**batch, 'image': prepare_images(batch['image'], keys_B, augmentation), 'key': keys_B}
-    weight = add_up((jnp.asarray(class_weights, jnp.float32)[batch['label']] * batch['mask']).sum())
+        batch = {**batch, **prepare_inputs(batch, keys_B, augmentation), 'key': keys_B}
+    weight = add_up((objective.weigh(batch) * batch['mask']).sum())
 
     def compute_loss(params, part):
         variables = {'params': cast(params, dtype), 'batch_stats': state.batch_stats}
-        logits, batch_stats = forward(variables, cast(part[inputs], dtype), part)
-        losses_B, weights_B = weighted_cross_entropy(logits, part['label'], class_weights, label_smoothing)
+        outputs, batch_stats = forward(variables, cast(part[inputs], dtype), part)
+        losses_B, scores_B = objective.compute(outputs, part)
         mask_B = part['mask']
         sums = {
             'loss': (losses_B * mask_B).sum(),
-            'weight': (weights_B * mask_B).sum(),
-            'correct': ((logits.argmax(-1) == part['label']) * mask_B).sum(),
+            'weight': (objective.weigh(part) * mask_B).sum(),
+            'correct': (scores_B * mask_B).sum(),
             'count': mask_B.sum(),
         }
         return sums['loss'] / weight, (sums, batch_stats)
@@ -94,12 +96,38 @@ def train_step(
     return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
 
 
-def prepare_images(images: jax.Array, keys_B: jax.Array | None, augmentation: AugmentOptions | None) -> jax.Array:
+def prepare_inputs(
+    batch: dict[str, jax.Array], keys_B: jax.Array | None, augmentation: Augmentation | None
+) -> dict[str, jax.Array]:
+    """Returns 'image' in [-1, 1], and 'planes' if the batch has 'masks', augmented with one key for each example."""
+    if 'masks' not in batch:
+        return {'image': prepare_images(batch['image'], keys_B, augmentation)}
+    planes = pool_masks(batch['masks'])
+    if augmentation is None:
+        return {'image': normalise(batch['image']), 'planes': planes}
+    unit = batch['image'].astype(jnp.float32) / 255
+    images, planes = jax.vmap(functools.partial(augment, options=augmentation))(keys_B, unit, planes)
+    return {'image': normalise(255 * images), 'planes': planes}
+
+
+def prepare_images(images: jax.Array, keys_B: jax.Array | None, augmentation: Augmentation | None) -> jax.Array:
     """Returns uint8 images [B, S, S, C] in [-1, 1], augmented with one key each unless `augmentation` is None."""
     if augmentation is not None:
         unit = images.astype(jnp.float32) / 255
         images = 255 * jax.vmap(lambda key, image: augment(key, image, options=augmentation))(keys_B, unit)
     return normalise(images)
+
+
+def pool_masks(bits_BxSxSx1: jax.Array) -> jax.Array:
+    """Returns the share of each position that is outlined, float32 [B, S / 4, S / 4, 3] (see `lesions.PLANES`).
+
+    Args:
+      bits_BxSxSx1: uint8 bit codes: bit m is set where plane m is outlined.
+    """
+    b, height, width, _ = bits_BxSxSx1.shape
+    planes = (bits_BxSxSx1 >> jnp.arange(len(PLANES), dtype=jnp.uint8).reshape(1, 1, 1, -1)) & 1
+    blocks = planes.reshape(b, height // STRIDE, STRIDE, width // STRIDE, STRIDE, len(PLANES))
+    return blocks.mean((2, 4), dtype=jnp.float32)
 
 
 def cast(tree: Any, dtype: str) -> Any:

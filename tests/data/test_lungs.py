@@ -2,6 +2,7 @@ import csv
 
 import numpy as np
 import pytest
+import scipy.ndimage
 from PIL import Image
 
 from covidjax.data import lungs, phantom
@@ -252,3 +253,64 @@ def test_real_outlined_slices(real_data):
         if lesion.any():
             shares.append(found[lesion].mean())
     assert np.mean(shares) > 0.85
+
+
+@pytest.fixture(scope='module')
+def consolidated(chest):
+    """Returns the grid of a chest with dense lesions at the wall that no disc closes, and masks of its parts."""
+    hu, parts = chest
+    rows, columns = np.ogrid[: SHAPE[1], : SHAPE[2]]
+    place = np.arange(SHAPE[0])[:, np.newaxis, np.newaxis]
+    wide = parts['right'] & (abs(place - 18) < 5) & (abs(rows - 60) < 16) & (columns < 40)  # 80 mm wide, 35 mm deep
+    thin = ellipsoid((18, 60, 112), (16, 32, 22)) & ~ellipsoid((18, 60, 111), (40, 31, 20)) & (abs(place - 18) < 5)
+    stomach = ellipsoid((40, 60, 112), (6, 16, 16))
+    changed = hu.copy()
+    changed[wide | thin] = 40
+    changed[stomach & (rows < 50)] = -1000  # gas above food
+    finder = lungs.LungsFinder(SHAPE, SPACING_MM)
+    for plane in changed:
+        finder.add(plane)
+    grid = finder.find()
+    assert grid.steps == (1, 1, 1)
+    return grid, parts | {'wide': wide, 'thin': thin, 'stomach': stomach}
+
+
+def test_a_model_adds_dense_lesions_at_the_wall(consolidated):
+    grid, parts = consolidated
+    found = grid.lungs_txhxw
+    assert (found & parts['wide']).sum() < 0.7 * parts['wide'].sum()
+    called = parts['lungs'] | parts['bowel'] | parts['table'] | parts['trachea']
+    none = np.zeros(SHAPE, bool)
+    enlarged = lungs.enlarge_lungs(grid, called, none)
+    assert (enlarged & parts['wide']).sum() > 0.95 * parts['wide'].sum()
+    for name in ('bowel', 'table', 'trachea'):
+        assert not (enlarged & parts[name]).any(), name
+    assert overlap(enlarged, parts['lungs']) > overlap(found, parts['lungs'])
+    assert not (enlarged & ~found & ~parts['lungs']).any()
+    np.testing.assert_array_equal(found, grid.lungs_txhxw)  # unchanged
+    np.testing.assert_array_equal(lungs.enlarge_lungs(grid, none, none), found)
+
+
+def test_thin_additions_need_a_lesion(consolidated):
+    grid, parts = consolidated
+    rim = np.zeros(SHAPE, bool)
+    for shift in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        rim |= np.roll(grid.lungs_txhxw, shift, (1, 2)) & ~grid.lungs_txhxw
+    assert not (lungs.enlarge_lungs(grid, grid.lungs_txhxw | rim, rim & False) & rim).any()
+    enlarged = lungs.enlarge_lungs(grid, parts['lungs'], parts['thin'])
+    missed = parts['thin'] & ~grid.lungs_txhxw
+    assert missed.sum() > 100
+    assert (enlarged & missed).sum() > 0.9 * missed.sum()
+
+
+def test_what_a_model_calls_lungs_far_from_them_stays_outside(consolidated):
+    grid, parts = consolidated
+    everything = np.ones(SHAPE, bool)
+    enlarged = lungs.enlarge_lungs(grid, everything, everything)
+    distance = scipy.ndimage.distance_transform_edt(~grid.lungs_txhxw, SPACING_MM)
+    assert distance[enlarged].max() < 30
+    gas = grid.hu_txhxw < -900
+    assert not (enlarged & gas & (parts['stomach'] | parts['table'] | parts['bowel'])).any()
+    # A model that is wrong about the stomach only, below the lungs, adds no more than its upper edge.
+    enlarged = lungs.enlarge_lungs(grid, grid.lungs_txhxw | parts['stomach'], parts['stomach'])
+    assert (enlarged & parts['stomach']).sum() < 0.5 * parts['stomach'].sum()

@@ -57,7 +57,7 @@ def sick_scans():
 def test_folder_has_the_raw_layout(raw_dir):
     names = {path.name for path in raw_dir.iterdir()}
     lists = {f'{split}_COVIDx_CT-2A.txt' for split in phantom.SPLITS}
-    assert names == {'2A_images', 'lesion_masks', 'metadata.csv', 'phantoms.json'} | lists
+    assert names == {'2A_images', 'lesion_masks', 'lung_masks', 'metadata.csv', 'phantoms.json'} | lists
     listed = [name for split in phantom.SPLITS for name, _, _ in read_list(raw_dir, split)]
     assert sorted(listed) == sorted(path.name for path in (raw_dir / '2A_images').iterdir())
     assert {path.name for path in (raw_dir / 'lesion_masks').iterdir()} < set(listed)
@@ -225,3 +225,17 @@ def test_thumbnails_do_not_give_the_label_away():
     val_pixels, val_labels = make_thumbnails('val', range(240, 270))
     accuracy = RidgeClassifier(alpha=100.0).fit(train_pixels, train_labels).score(val_pixels, val_labels)
     assert accuracy < 0.70
+
+
+def test_lungs_hold_the_lesions_and_do_not_depend_on_them(raw_dir):
+    for patient in range(3):
+        _, none, _, well = phantom.render_outlined_scan(OPTIONS, 'val', patient, 0)
+        _, lesions, _, sick = phantom.render_outlined_scan(OPTIONS, 'val', patient, 1)
+        assert not none.any()
+        np.testing.assert_array_equal(sick, well | lesions)
+        assert 0.05 < well.mean((1, 2)).min() <= well.mean((1, 2)).max() < 0.6
+    listed = {name for split in phantom.SPLITS for name, _, _ in read_list(raw_dir, split)}
+    assert {path.name for path in (raw_dir / 'lung_masks').iterdir()} == listed
+    for path in (raw_dir / 'lung_masks').iterdir():
+        with Image.open(path) as image:
+            assert np.unique(np.asarray(image)).tolist() == [0, 255]

@@ -100,8 +100,9 @@ class Run:
         return self.log.read()
 
 
-def count_checkpoints(workdir):
-    return len(list(workdir.glob('checkpoints/latest/*/sha256.json')))
+def list_checkpoints(workdir):
+    """Returns the numbers of the finished checkpoints of the latest state."""
+    return [int(path.parent.name) for path in workdir.glob('checkpoints/latest/*/sha256.json')]
 
 
 def read_outcome(workdir):
@@ -271,20 +272,26 @@ class Campaign:
         print(f'  {kind} of process {victim}: the others stopped after {seconds:.1f} s, saying {lines}', flush=True)
 
     def damage(self, count):
-        """Kills runs that have two checkpoints and damages the newer one."""
-        for i in range(count):
-            workdir = self.new_workdir()
-            run = self.start(workdir)
-            while run.is_running() and count_checkpoints(workdir) < 2:
-                time.sleep(0.005)
-            run.kill()
-            newest = max(
-                (path.parent for path in workdir.glob('checkpoints/latest/*/sha256.json')),
-                key=lambda path: int(path.name),
-            )
-            kind = ('truncate', 'empty', 'flip')[i % 3]
-            name = damage(newest, kind, self.rng)
-            self.settle(workdir, [kind], [f'{newest}: ', name])
+        """Kills runs that have two checkpoints and damages the newer one, up to three times a run."""
+        done = 0
+        while done < count:
+            workdir, faults, notes, damaged = self.new_workdir(), [], [], -1
+            while done < count and len(faults) < 3:
+                run = self.start(workdir)
+                while run.is_running() and (len(found := list_checkpoints(workdir)) < 2 or max(found) <= damaged):
+                    time.sleep(0.005)
+                if not run.is_running():
+                    run.wait()
+                    break
+                run.kill()
+                damaged = max(list_checkpoints(workdir))
+                newest = workdir / 'checkpoints' / 'latest' / str(damaged)
+                faults.append(('truncate', 'empty', 'flip')[done % 3])
+                notes += [f'{newest}: ', damage(newest, faults[-1], self.rng)]
+                done += 1
+            if not faults:
+                sys.exit(f'{workdir} ended before it had two checkpoints:\n{run.read_log()}')
+            self.settle(workdir, faults, notes)
 
     def fill_disk(self, count):
         """Runs on disks that are too small, then enlarges them and resumes."""

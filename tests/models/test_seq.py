@@ -10,6 +10,7 @@ from covidjax.data.sequences import pad_length
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import HEADS, GatedClassifier, Seq, SequenceClassifier, is_extractor, masked_softmax
 from covidjax.training.augment import AugmentOptions
+from covidjax.training.losses import create_cross_entropy
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
@@ -116,7 +117,8 @@ def test_slices_are_classified_as_by_the_extractor_alone(scan_model):
     model, variables, images, lengths = scan_model
     outputs = jax.jit(model.apply)(variables, images, lengths)
     alone = {name: variables[name]['extractor'] for name in ('params', 'batch_stats')}
-    expected = model.extractor.apply(alone, images[1, :, :, 2][None, :, :, None], train=False).logits[0]
+    evaluate = jax.jit(functools.partial(model.extractor.apply, train=False))
+    expected = evaluate(alone, images[1, :, :, 2][None, :, :, None]).logits[0]
     np.testing.assert_allclose(outputs.slice_logits[1, 2], expected, atol=1e-6)
     assert outputs.attention.shape == (2, 5)
     assert (outputs.attention[1, 3:] == 0).all()
@@ -185,7 +187,7 @@ def test_training_with_decay_leaves_the_extractor_bit_identical(scan_model):
             train_step,
             forward=forward,
             optimizer=optimizer,
-            class_weights=(1.0, 1.0, 1.0),
+            objective=create_cross_entropy((1.0, 1.0, 1.0)),
             augmentation=AugmentOptions(),
         )
     )

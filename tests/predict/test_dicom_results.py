@@ -17,6 +17,7 @@ from covidjax.data.preprocess import apply_window
 from covidjax.data.scan.sources import open_entries
 from covidjax.data.scan.volume import find_frames, read_volume, turn_back, turn_upright
 from covidjax.errors import UserError
+from covidjax.experiment.runs import Member
 from covidjax.predict import dicom_results, scan
 from tests.predict.test_scan import EXTRACTOR, RESULTS, RULES
 from tests.scan_files import IDENTITY, make_chest, write_images, write_series
@@ -41,7 +42,8 @@ def run():
     config = att2.get_config()
     config.data.image_size = 32
     variables = draw_variables(EXTRACTOR, np.zeros((1, 32, 32, 1), np.float32), train=False)
-    return scan.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, EXTRACTOR, variables, None)
+    rules = RULES | {'scans': {'rule': 'top-3', **RULES}}
+    return scan.Run(config, RESULTS, rules, (Member(EXTRACTOR, variables, None, None),))
 
 
 @pytest.fixture(scope='module')

@@ -62,3 +62,16 @@ def test_maps_are_arranged_by_slice():
     assert (slice_.image == 1).all()
     assert (of_map.image == 1).all()
     assert (of_map.overlay == 0.9).all()
+
+
+def test_outlines_by_hand():
+    grey = np.full((7, 7), 9, np.uint8)
+    labels = np.zeros((7, 7), np.uint8)
+    labels[1:6, 1:6] = 1
+    labels[2:5, 2:5] = 2
+    picture = pictures.outline_labels(grey, labels)
+    lungs, lesion = pictures.LINE_COLOURS[1], pictures.LINE_COLOURS[2]
+    assert picture[3].tolist() == [[9] * 3, [*lungs], [*lesion], [9] * 3, [*lesion], [*lungs], [9] * 3]
+    labels[3, 3] = 3
+    assert pictures.outline_labels(grey, labels)[3, 3].tolist() == [*pictures.LINE_COLOURS[3]]
+    np.testing.assert_array_equal(pictures.outline_labels(grey, labels * 0), grey[..., np.newaxis].repeat(3, -1))

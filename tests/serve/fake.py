@@ -93,7 +93,7 @@ def write_results(job):
         'seconds': {'reading': 0.1, 'model': 0.2},
         'series_wanted': job.series,
     }
-    layers = {'map': 'attention 1', 'has_lungs': True, 'is_windowed': True}
+    layers = {'map': 'attention 1', 'has_lungs': True, 'has_lesions': True, 'is_windowed': True}
     view = {
         'verdict': summary['verdict'],
         'headline': 'The most likely class is covid19, with probability 70.0%.',
@@ -106,9 +106,15 @@ def write_results(job):
     (job.results / 'prediction.html').write_text('<p style="color: red">page</p>')
     (job.results / 'slices.csv').write_text('number\n1\n')
     rows, columns = np.mgrid[:SIZE, :SIZE]
-    for layer in ('slices', 'maps', 'lungs'):
+    for layer in ('slices', 'maps', 'lungs', 'lesions'):
         (job.results / layer).mkdir()
         for t in range(COUNT):
             grey = np.hypot(rows - 32, columns - 20 - 2 * t) * 4
-            grey = (grey < 60) * 255 if layer == 'lungs' else grey.clip(0, 255)
+            grey = (
+                (grey < 60) * 255
+                if layer == 'lungs'
+                else grey.clip(0, 240) // 80 * 80
+                if layer == 'lesions'
+                else grey.clip(0, 255)
+            )
             (job.results / layer / f'{t + 1}.png').write_bytes(encode_png(grey.astype(np.uint8)))

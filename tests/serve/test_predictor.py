@@ -10,6 +10,7 @@ from PIL import Image
 from covidjax.configs import att2
 from covidjax.data.preprocess import apply_window
 from covidjax.errors import UserError
+from covidjax.experiment.runs import Member
 from covidjax.explain import catalogue
 from covidjax.explain.maps import Explanations
 from covidjax.predict import scan
@@ -28,7 +29,8 @@ def run():
     config = att2.get_config()
     config.data.image_size = 32
     variables = draw_variables(EXTRACTOR, np.zeros((1, 32, 32, 1), np.float32), train=False)
-    return scan.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, EXTRACTOR, variables, None)
+    rules = RULES | {'scans': {'rule': 'top-3', **RULES}}
+    return scan.Run(config, RESULTS, rules, (Member(EXTRACTOR, variables, None, None),))
 
 
 def predict(run, tmp_path, **options):
@@ -48,7 +50,12 @@ def test_the_prediction_is_that_of_the_command_and_names_no_patient(run, tmp_pat
         del summary['seconds'], summary['input']['name']
     assert mine == other
     view = json.loads((results / 'view.json').read_text())
-    assert view['layers'] == {'map': 'evidence, predicted class', 'has_lungs': True, 'is_windowed': True}
+    assert view['layers'] == {
+        'map': 'evidence, predicted class',
+        'has_lungs': True,
+        'has_lesions': False,
+        'is_windowed': True,
+    }
     assert view['warnings'][0] == 'The model was trained on not patients.'
     everything = b' '.join(file.read_bytes() for file in results.rglob('*') if file.is_file()).lower()
     assert not any(word.lower().encode() in everything for word in (*IDENTITY.values(), 'secret'))
@@ -87,6 +94,7 @@ def test_a_run_without_a_leading_map_shows_none(run, tmp_path):
     assert json.loads((results / 'view.json').read_text())['layers'] == {
         'map': None,
         'has_lungs': False,
+        'has_lesions': False,
         'is_windowed': False,
     }
     assert not (results / 'maps').exists()

@@ -49,6 +49,7 @@ def train(case, parallelism):
         place_batch,
         place_state,
     )
+    from covidjax.training.losses import create_cross_entropy
     from covidjax.training.optimizer import create_optimizer
     from covidjax.training.state import create_train_state
     from covidjax.training.step import train_step
@@ -99,7 +100,7 @@ def train(case, parallelism):
             train_step,
             forward=forward,
             optimizer=optimizer,
-            class_weights=(0.5, 1.0, 0.25),
+            objective=create_cross_entropy((0.5, 1.0, 0.25)),
             augmentation=AugmentOptions(),
         ),
         parallelism,

@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 
 from covidjax.training import augment as augmentation
-from covidjax.training.augment import AugmentOptions, gaussian_blur
+from covidjax.training.augment import AugmentOptions, ScannerOptions, gaussian_blur
 
 # Compiled as a whole instead of operation by operation.
 affine = jax.jit(augmentation.affine)
@@ -151,3 +151,97 @@ def test_jitter_by_hand_and_within_its_ranges():
     ]
     assert 0.3 * 0.7 <= min(means) < 0.3 * 0.75
     assert 0.3 * 1.25 < max(means) <= 0.3 * 1.3 + 1e-6
+
+
+def make_scanner(**changes):
+    """Returns options that change nothing but what is passed."""
+    still = ScannerOptions(
+        zoom=(1, 1),
+        aspect=(1, 1),
+        rotation_degrees=0,
+        translation=0,
+        gamma=0,
+        gain=(1, 1),
+        offset=(0, 0),
+        sharpness=0,
+        half_resolution=0.0,
+        noise=0,
+    )
+    return dataclasses.replace(still, **changes)
+
+
+def scan_many(image, options, count=64):
+    keys = jax.random.split(jax.random.key(3), count)
+    return np.asarray(jax.jit(jax.vmap(lambda key: augment(key, image, options=options)))(keys))
+
+
+def test_still_scanner_only_mirrors(image):
+    seen = scan_many(image, make_scanner())
+    is_plain = np.isclose(seen, image, atol=1e-5).all((1, 2, 3))
+    is_mirrored = np.isclose(seen, image[:, ::-1], atol=1e-5).all((1, 2, 3))
+    assert (is_plain | is_mirrored).all()
+    assert 16 < is_plain.sum() < 48
+
+
+def test_scanner_stays_in_range_and_keeps_black(image):
+    cut = image.copy()
+    cut[:6] = 0
+    seen = scan_many(cut, make_scanner(gamma=0.6, gain=(0.6, 1.4), offset=(-0.15, 0.15), noise=0.06))
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    assert (seen[:, :6] == 0).all()
+    assert seen[:, 6:].mean((1, 2, 3)).std() > 0.03
+
+
+def test_gamma_gain_and_offset_are_an_increasing_map(image):
+    seen = scan_many(image, make_scanner(gamma=0.6, gain=(0.6, 1.4), offset=(-0.15, 0.15)))
+    order = np.argsort(image.ravel())
+    mirrored = np.argsort(image[:, ::-1].ravel())
+    steps = np.minimum(
+        -np.diff(seen.reshape(64, -1)[:, order], axis=1).min(1),
+        -np.diff(seen.reshape(64, -1)[:, mirrored], axis=1).min(1),
+    )
+    assert (steps <= 1e-5).all()
+
+
+def test_noise_has_the_stated_deviation():
+    grey = np.full((64, 64, 1), 0.5, np.float32)
+    seen = scan_many(grey, make_scanner(noise=0.1), count=200)
+    deviations = seen.std((1, 2, 3))
+    # Even between 0 and 0.1.
+    np.testing.assert_allclose(np.quantile(deviations, [0.25, 0.5, 0.75]), [0.025, 0.05, 0.075], atol=0.015)
+    np.testing.assert_allclose(seen.mean(), 0.5, atol=1e-3)
+
+
+def test_aspect_widens_and_flattens():
+    square = np.zeros((65, 65, 1), np.float32)
+    square[16:49, 16:49] = 1
+    wide = affine(
+        jnp.asarray(square),
+        rotation_degrees=0.0,
+        translation_xy=jnp.zeros(2),
+        scale=1.0,
+        shear_degrees=0.0,
+        aspect=4 / 3,
+    )[..., 0]
+    np.testing.assert_allclose(wide[32].sum(), 33 * np.sqrt(4 / 3), atol=1)
+    np.testing.assert_allclose(wide[:, 32].sum(), 33 / np.sqrt(4 / 3), atol=1)
+
+
+@pytest.mark.parametrize('options', [AugmentOptions(blur_sigma=(0.01, 0.01)), ScannerOptions()])
+def test_outlines_move_with_the_image(options):
+    """The outline of a disc, at a quarter of the resolution, stays on the disc."""
+    y, x = np.mgrid[:64, :64]
+    disc = (np.hypot(x - 24, y - 36) < 10).astype(np.float32)
+    outline = disc.reshape(16, 4, 16, 4).mean((1, 3))[..., np.newaxis]
+    keys = jax.random.split(jax.random.key(0), 16)
+    move = jax.jit(jax.vmap(lambda key: augment(key, disc[..., np.newaxis], outline, options=options)))
+    images, outlines = move(keys)
+    pooled = np.asarray(images)[..., 0].reshape(16, 16, 4, 16, 4).mean((2, 4))
+    for seen, moved in zip(pooled, np.asarray(outlines)[..., 0], strict=True):
+        assert moved.sum() > 5
+        np.testing.assert_array_less(np.abs(centre(seen) - centre(moved)), 0.35)
+
+
+def centre(image):
+    return np.array([(image * axis).sum() / image.sum() for axis in np.indices(image.shape)])

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from covidjax.training.losses import compute_class_weights, weighted_cross_entropy
+from covidjax.training.losses import (
+    compute_class_weights,
+    compute_mask_losses,
+    create_mask_objective,
+    score_masks,
+    weighted_cross_entropy,
+)
 
 
 def test_weights_of_the_papers_training_data():
@@ -37,3 +43,46 @@ def test_label_smoothing_by_hand():
     # A class without examples (weight 0) is not smoothed toward.
     losses, _ = weighted_cross_entropy(logits, np.array([0]), (0.5, 0.0, 1.0), 0.3)
     np.testing.assert_allclose(losses, [0.5 * (0.7 * np.log(2) + 0.3 * (np.log(2) + np.log(4)) / 2)], rtol=1e-6)
+
+
+def test_mask_loss_by_hand():
+    # Two positions. Lungs: p = 3/4 and 1/4 where the first is outlined. Lesion: nothing is outlined, p = 1/2.
+    logits = np.array([[[[np.log(3), 0, 5], [-np.log(3), 0, 5]]]])
+    targets = np.array([[[[1.0, 0, 0], [0, 0, 0]]]])
+    lungs = 3 * -np.log(3 / 4) + 1 - 2 * 0.75 / (1 + 1)
+    lesion = 3 * np.log(2)
+    known = np.array([[1, 1, 0]])
+    np.testing.assert_allclose(compute_mask_losses(logits, targets, known), [lungs + lesion], rtol=1e-5)
+    np.testing.assert_allclose(compute_mask_losses(logits, targets, np.array([[1, 0, 0]])), [lungs], rtol=1e-5)
+    # Without lesions there is nothing to divide into ground glass and consolidation.
+    np.testing.assert_allclose(compute_mask_losses(logits, targets, np.array([[0, 0, 1]])), [0], atol=1e-6)
+
+
+def test_consolidation_is_scored_within_the_lesion():
+    # Half of the first position is lesion, all of it consolidation; p = 1/2 everywhere.
+    targets = np.array([[[[0, 0.5, 0.5], [0, 0, 0]]]])
+    loss = compute_mask_losses(np.zeros((1, 1, 2, 3)), targets, np.array([[0, 0, 1]]))
+    np.testing.assert_allclose(loss, [3 * np.log(2) + 1 - 2 * 0.25 / (0.25 + 0.5)], rtol=1e-5)
+
+
+def test_missed_lesions_weigh_twice():
+    missed = compute_mask_losses(np.full((1, 1, 1, 3), -2.0), np.array([[[[0, 1.0, 0]]]]), np.array([[0, 1, 0]]))
+    p = 1 / (1 + np.exp(2))
+    np.testing.assert_allclose(missed, [3 * 2 * -np.log(p) + 1 - 2 * p / (p + 1)], rtol=1e-5)
+
+
+def test_mask_score_is_dice_of_the_lesions():
+    logits = np.array([[[[0, 1, 0], [0, 1, 0], [0, -1, 0]]], [[[0, -1, 0]] * 3]])
+    targets = np.zeros((2, 1, 3, 3))
+    targets[0, 0, 1:, 1] = 1
+    np.testing.assert_allclose(score_masks(logits, targets), [2 / 4, 1])
+
+
+def test_objective_reads_bit_codes():
+    batch = {'planes': np.zeros((2, 1, 1, 3)), 'known': np.array([2, 0], np.uint8)}
+    objective = create_mask_objective()
+    losses, scores = objective.compute(np.zeros((2, 1, 1, 3)), batch)
+    np.testing.assert_allclose(losses, [3 * np.log(2), 0], atol=1e-6)
+    np.testing.assert_array_equal(objective.weigh(batch), [1, 1])
+    assert objective.score == 'dice'
+    assert len(scores) == 2

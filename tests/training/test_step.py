@@ -11,9 +11,10 @@ import pytest
 from covidjax.models.att2 import Att2
 from covidjax.models.seq import is_extractor
 from covidjax.training.augment import AugmentOptions
+from covidjax.training.losses import create_cross_entropy
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
-from covidjax.training.step import train_step
+from covidjax.training.step import pool_masks, train_step
 from tests.variables import draw_variables
 
 
@@ -41,7 +42,7 @@ def make(optimizer, augmentation=None, **options):
             train_step,
             forward=forward,
             optimizer=optimizer,
-            class_weights=WEIGHTS,
+            objective=create_cross_entropy(WEIGHTS),
             augmentation=augmentation,
             **options,
         )
@@ -145,7 +146,12 @@ def slice_model(slices):
 
     def make(**options):
         step = functools.partial(
-            train_step, forward=forward, optimizer=optimizer, class_weights=WEIGHTS, augmentation=None, **options
+            train_step,
+            forward=forward,
+            optimizer=optimizer,
+            objective=create_cross_entropy(WEIGHTS),
+            augmentation=None,
+            **options,
         )
         # Less optimisation halves the compile time.
         compiled = jax.jit(step, compiler_options={'xla_backend_optimization_level': 0})
@@ -186,3 +192,13 @@ def test_bfloat16_computes_in_it_and_keeps_the_rest(slices, slice_model):
     program = str(in_bfloat16.trace(state, slices).jaxpr)
     products = re.findall(r':(\w+)\[[\d,]*\] = (?:conv_general_dilated|dot_general)', program)
     assert products.count('bf16') >= 15, products  # forward and backward through 5 convolutions
+
+
+def test_masks_are_pooled_by_plane():
+    bits = np.zeros((1, 8, 8, 1), np.uint8)
+    bits[0, :4, :4] = 1  # lungs
+    bits[0, :2, :4] |= 2  # half of a position is lesion
+    bits[0, 0, :4] |= 4
+    planes = np.asarray(pool_masks(bits))
+    np.testing.assert_array_equal(planes[0, 0, 0], [1, 0.5, 0.25])
+    assert planes.sum() == 1.75

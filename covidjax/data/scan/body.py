@@ -6,7 +6,7 @@ Shapes: T slices, H rows, W columns, S side of a prepared slice.
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.ndimage
+import scipy
 
 from covidjax.data.lesions import MIN_LUNG, find_lung
 from covidjax.data.preprocess import Box, compute_otsu_threshold

@@ -3,26 +3,22 @@
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
 
-import gzip
 import hashlib
 import io
-import logging
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from covidjax.data.lungs import LungsFinder, find_lungs_in_scan
+from covidjax.data.lungs import LungsFinder, LungsGrid
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_window, convert_grey, open_image
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
 from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
+from covidjax.data.scan.nifti import open_nifti, report_damage
 from covidjax.data.scan.series import (
     Series,
     check_series,
@@ -34,7 +30,7 @@ from covidjax.data.scan.series import (
     group_series,
     refuse_undecodable,
 )
-from covidjax.data.scan.sources import MAX_BYTES, Entry, hash_contents, open_entries
+from covidjax.data.scan.sources import Entry, hash_contents, open_entries
 from covidjax.errors import TooLargeError, UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
@@ -56,11 +52,14 @@ class Volume(NamedTuple):
       kind: 'DICOM', 'NIfTI', 'MetaImage', 'NRRD' or 'images'.
       slices: T slices, each uint8 [H, W], from head to feet, patient's right on the left; images may differ in size.
       depths_mm: [T] depth of each slice below the first, None for images.
-      lungs: bool [T, H, W], found in 3-D from Hounsfield units; None for images, or if not asked for.
+      lungs: found in 3-D from Hounsfield units; None for images, or if not asked for.
+      affine: [4, 4] from voxels of the source, as NIfTI has them (of DICOM: column, row, slice), to mm, RAS; None for
+        images.
       facts: (name, value) pairs on what was read and how.
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
       left_out: how many files or slices were left out, by reason.
+      thickness_mm: of a slice, from the header; None if it is not there.
     """
 
     name: str
@@ -68,11 +67,13 @@ class Volume(NamedTuple):
     kind: str
     slices: list[np.ndarray]
     depths_mm: np.ndarray | None
-    lungs: np.ndarray | None
+    lungs: LungsGrid | None
+    affine: np.ndarray | None
     facts: list[tuple[str, str]]
     notes: list[str]
     doubts: list[str]
     left_out: dict[str, int]
+    thickness_mm: float | None = None
 
 
 def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
@@ -311,7 +312,19 @@ def _read_series(
         ('extent', f'{depths[-1]:.1f} mm'),
         *_WINDOWED,
     ]
-    return Volume(*identity, 'DICOM', slices, depths, lungs, facts, notes + geometry, doubts, dict(counts))
+    return Volume(
+        *identity,
+        'DICOM',
+        slices,
+        depths,
+        lungs,
+        _swap_axes(affine),
+        facts,
+        notes + geometry,
+        doubts,
+        dict(counts),
+        kept[0].thickness,
+    )
 
 
 def _is_other(reason: dicom.LeftOut) -> bool:
@@ -371,6 +384,16 @@ def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return feet, front, right
 
 
+def _swap_axes(affine: np.ndarray) -> np.ndarray:
+    """Returns an affine from (slice, row, column) as one from (column, row, slice)."""
+    return affine[:, [2, 1, 0, 3]]
+
+
+def restore_axes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Turns an array of slices in the order of `Volume.slices` back to the axes of the source: see `Volume.affine`."""
+    return apply_orientation(slices_TxHxW, ornt_transform(_ORDER, io_orientation(affine)))
+
+
 def _keeps_axes(affine: np.ndarray) -> bool:
     """Returns whether rows stay rows in a turn to `_ORDER`."""
     return bool(io_orientation(affine)[1, 0] == 1)
@@ -378,42 +401,18 @@ def _keeps_axes(affine: np.ndarray) -> bool:
 
 def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
     data = entry.read()
-    try:
-        if data[:2] == b'\x1f\x8b':
-            with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise TooLargeError(f'unpacks to more than {MAX_BYTES / 1e9:.0f} GB, taken for a bomb')
-        logger = logging.getLogger('nibabel.global')
-        before, logger.disabled = logger.disabled, True
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                image = nibabel.Nifti1Image.from_bytes(data)
-                shape, affine = image.shape, image.affine
-                has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
-                if len(shape) == 4 and shape[3] == 1:
-                    shape = shape[:3]
-                if len(shape) != 3 or not 0 < np.prod(shape, dtype=float) <= dicom.MAX_VOXELS:
-                    raise UserError(
-                        f'a NIfTI of shape {shape}: it must be one scan of at most {dicom.MAX_VOXELS:,} voxels'
-                    )
-                grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
-                hu = np.empty(shape, np.int16) if with_lungs else None
-                for place in range(shape[2]):
-                    plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
-                    check.add(plane)
-                    grey[..., place] = apply_window(plane)
-                    if hu is not None:
-                        hu[..., place] = plane
-        finally:
-            logger.disabled = before
-    except UserError:
-        raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError('a damaged or truncated .nii.gz: copy it again') from error
-    except Exception as error:  # damaged headers can raise anything
-        raise UserError('a damaged or truncated NIfTI, or not a single-file one: copy it again') from error
+    with report_damage():
+        image, shape = open_nifti(data)
+        affine = image.affine
+        has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
+        grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
+        hu = np.empty(shape, np.int16) if with_lungs else None
+        for place in range(shape[2]):
+            plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
+            check.add(plane)
+            grey[..., place] = apply_window(plane)
+            if hu is not None:
+                hu[..., place] = plane
     doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
     return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
 
@@ -463,7 +462,11 @@ def _turn_voxels(
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
     lungs = None
     if hu is not None:
-        lungs = find_lungs_in_scan(apply_orientation(hu, ornt_transform(turn, _ORDER)), _orient_spacing(affine))
+        hu = apply_orientation(hu, ornt_transform(turn, _ORDER))
+        finder = LungsFinder(hu.shape, _orient_spacing(affine))
+        for plane in hu:
+            finder.add(plane)
+        lungs = finder.find()
     facts = [
         ('voxels', ' x '.join(map(str, grey.shape))),
         *([('left out', format_counts(left_out))] if left_out else []),
@@ -472,7 +475,8 @@ def _turn_voxels(
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    return Volume(*identity, kind, list(slices), depths, lungs, facts, [], doubts, dict(left_out))
+    source = affine if kind == 'NIfTI' else _swap_axes(affine)
+    return Volume(*identity, kind, list(slices), depths, lungs, source, facts, [], doubts, dict(left_out))
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:
@@ -496,6 +500,7 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: 
         *identity,
         'images',
         slices,
+        None,
         None,
         None,
         [

@@ -8,7 +8,8 @@ import { createViewer } from './viewer.js';
 const LIST = 'covidjax-scans';
 const POLL_MS = 700;
 const STAGES = { reading: 'Reading the slices', predicting: 'Predicting', drawing: 'Drawing the result' };
-const WORDS = { normal: 'Normal', pneumonia: 'Pneumonia', covid19: 'COVID-19', uncertain: 'Uncertain' };
+const WORDS = { normal: 'Normal', pneumonia: 'Pneumonia', covid19: 'COVID-19', uncertain: 'Uncertain',
+  lesions: 'Lesions, share of the lungs' };
 // What prediction.json holds and the page shows elsewhere; anything else gets a table.
 const SHOWN = new Set(['input', 'reading', 'left_out', 'forced', 'model', 'trained_on', 'notice', 'warnings', 'verdict', 'class',
   'probabilities', 'conformal', 'screening', 'vote', 'evidence', 'rests_on', 'slices_called', 'novelty', 'slices', 'seconds']);
@@ -299,7 +300,7 @@ async function renderDone(result, scan) {
   if (mine !== rendered) return;
   const find = (name) => result.querySelector(name);
   find('.warnings').replaceChildren(...view.warnings.map((text) => create('p', text, 'banner')));
-  find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict;
+  find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict ?? 'Lungs and lesions';
   find('.headline').textContent = view.headline;
   find('.reasons').replaceChildren(...view.reasons.map((text) => create('li', text)));
   renderBars(find('.bars tbody'), summary.probabilities ?? {});
@@ -325,10 +326,15 @@ function renderBars(body, probabilities) {
 }
 
 function renderSlices(result, scan, summary, layers) {
-  const classes = Object.keys(summary.probabilities ?? {});
-  const slices = new Map(summary.slices.map((one) => [one.number, one]));
+  // A lesion model alone gives shares of the lungs in place of probabilities.
+  const shares = (summary.lesions?.slices ?? []).map((one) => ({ number: one.number, probabilities: [one.lesions_percent / 100], score: one.score }));
+  const course = summary.slices ?? shares;
+  const classes = summary.slices ? Object.keys(summary.probabilities) : ['lesions'];
+  const slices = new Map(course.map((one) => [one.number, one]));
   const count = summary.input.num_slices;
-  const rests = summary.rests_on ?? [];
+  const top = [...shares].sort((a, b) => b.score - a.score).slice(0, 5).map((one) => one.number).sort((a, b) => a - b);
+  const rests = summary.rests_on ?? top;
+  if (!summary.rests_on) result.querySelector('.thumbs-title').textContent = 'Slices with the most lesions';
   const loadPicture = async (key) => (await request(`/api/scans/${scan.id}/${key}.png`)).blob();
   const describe = (number) => {
     const one = slices.get(number);
@@ -338,13 +344,13 @@ function renderSlices(result, scan, summary, layers) {
   };
   const thumbs = new Map();
   const curve = createCurve(result.querySelector('.curve'), {
-    count, classes, slices: summary.slices, rests,
-    label: `Probability of ${classes.map((name) => WORDS[name] ?? name).join(', ')} in each slice. The slider of the slices leads to the same slices.`,
+    count, classes, slices: course, rests,
+    label: `${classes.map((name) => WORDS[name] ?? name).join(', ')}, in each slice. The slider of the slices leads to the same slices.`,
     onChoose: (number) => viewer.show(number),
   });
   const viewer = createViewer(result.querySelector('.viewer'), {
     count, layers, loadPicture, describe,
-    boxes: new Map(summary.slices.map((one) => [one.number, one.box])),
+    boxes: new Map(course.filter((one) => one.box).map((one) => [one.number, one.box])),
     onChange(number) {
       curve.mark(number);
       for (const [other, button] of thumbs) button.toggleAttribute('aria-current', other === number);
@@ -353,7 +359,7 @@ function renderSlices(result, scan, summary, layers) {
   open = [viewer, curve];
   result.querySelector('.map-note').textContent = layers.map
     ? `The map ${layers.map} shows what the model weighed, not a lesion. It is drawn where it is above its median, inside the crop.`
-    : 'No map of this run beat chance when its maps were scored, so none is shown.';
+    : summary.slices ? 'No map of this run beat chance when its maps were scored, so none is shown.' : '';
   result.querySelector('.legend').replaceChildren(...classes.map((name, k) => {
     const item = create('li');
     const svg = createSvg('svg', { viewBox: '0 0 40 10', 'aria-hidden': 'true' }, item);
@@ -415,7 +421,7 @@ function renderMore(root, summary) {
   if (!rest.length) return;
   const list = create('dl', undefined, 'facts');
   const put = (name, value) => {
-    if (Array.isArray(value) && value.length > 12) return;
+    if (Array.isArray(value) && (value.length > 12 || typeof value[0] === 'object')) return;
     if (value !== null && typeof value === 'object' && !Array.isArray(value)) {
       for (const [key, inner] of Object.entries(value)) put(`${name}, ${key.replaceAll('_', ' ')}`, inner);
     } else {

@@ -3,6 +3,7 @@
 const MAX_CACHED = 60;  // slices; one of 512 x 512 takes 1 MB
 const INFERNO = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 const LUNGS = [80, 190, 255];
+const LABELS = [[0, 0, 0, 0], [...LUNGS, 0.25], [255, 90, 77, 0.7], [255, 210, 60, 0.8]];  // none, lungs, lesion, consolidation
 
 // Windows on grey values. Those of Hounsfield units run from -1350 to 150, as in COVIDx.
 const grey = (low, high) => [((low + 1350) / 1500) * 255, ((high + 1350) / 1500) * 255];
@@ -37,6 +38,7 @@ export function createViewer(root, { count, layers, boxes, loadPicture, describe
   windows.forEach(([name], i) => windowChoice.add(new Option(name, String(i))));
   const overlays = [['', 'None']];
   if (layers.map) overlays.unshift(['maps', `Map: ${layers.map}`]);
+  if (layers.has_lesions) overlays.unshift(['lesions', 'Lesions']);
   if (layers.has_lungs) overlays.push(['lungs', 'Lungs']);
   overlays.forEach(([value, name]) => overlayChoice.add(new Option(name, value)));
   slider.max = String(count);
@@ -96,13 +98,19 @@ export function createViewer(root, { count, layers, boxes, loadPicture, describe
     }), 0, 0);
     if (!shown.overlay) return;
     const share = Number(opacity.value) / 100;
-    const floor = shown.layer === 'maps' ? findMedian(shown.overlay.values) : 0;
-    const colour = shown.layer === 'maps'
-      ? (v) => {
+    const floor = findMedian(shown.overlay.values);
+    const colours = {
+      maps: (v) => {
         const height = Math.max(0, v - floor) / Math.max(1, 255 - floor);
         return [...RAMP[Math.round(255 * height)], 255 * share * height ** 0.7];
-      }
-      : (v) => [...LUNGS, v * share * 0.6];
+      },
+      lungs: (v) => [...LUNGS, v * share * 0.6],
+      lesions: (v) => {
+        const [r, g, b, strength] = LABELS[Math.min(3, Math.round(v / 80))];
+        return [r, g, b, 255 * share * strength];
+      },
+    };
+    const colour = colours[shown.layer];
     const [x0, y0, x1, y1] = shown.box ?? [0, 0, width, height];
     context.drawImage(paint(shown.overlay, colour), x0, y0, x1 - x0, y1 - y0);
   }
