@@ -341,6 +341,7 @@ def refuse(environment, monkeypatch):
     return run
 
 
+@pytest.mark.filterwarnings('ignore:the load_module')  # in ml_collections
 def test_user_mistakes_are_one_line_each(refuse, raw_dir, slice_run, tmp_path):
     att2, workdir = f'--config=configs/att2.py:{raw_dir}', f'--workdir={tmp_path / "run"}'
     empty = tmp_path / 'empty'
@@ -428,6 +429,7 @@ def test_audit_fails_for_broken_data_only(call, raw_dir, tmp_path):
     assert json.loads((tmp_path / 'audit' / 'audit.json').read_text())['verdict'] == 'broken'
 
 
+@pytest.mark.filterwarnings('ignore:the load_module')  # in ml_collections
 def test_bad_data_are_one_line_each(refuse, call, raw_dir, tmp_path):
     raw = shutil.copytree(raw_dir, tmp_path / 'raw')
     path = raw / 'train_COVIDx_CT-2A.txt'

@@ -54,6 +54,8 @@ class SliceBurden(NamedTuple):
       lungs_percent: of the slice.
       lesions_percent: of the lungs in the slice; 0 without lungs.
       is_infected: see `INFECTED_RULE`.
+      score: to rank slices by; mean lesion probability in the lungs, times their area, over the area of the lungs in the
+        slice where these are largest.
     """
 
     number: int
@@ -62,6 +64,7 @@ class SliceBurden(NamedTuple):
     lungs_percent: float
     lesions_percent: float
     is_infected: bool
+    score: float
 
 
 class Burden(NamedTuple):
@@ -157,6 +160,7 @@ def measure_burden(
     slices_t = np.bincount(layers_T)
     shape = (len(tall), len(wide))
     lesions_TxGxV, dense_TxGxV = (np.zeros((num_slices, *shape), bool) for _ in range(2))
+    rounded_TxGxV = np.zeros((num_slices, *shape), np.uint8)  # lesion probability times 255
     means_txGxVx2 = np.zeros((len(slices_t), *shape, 2), np.float32)
     for place, (layer, of_slice) in enumerate(zip(layers_T, probabilities_Txhxwx3, strict=True)):
         lungs, lesion, consolidation = (
@@ -164,6 +168,7 @@ def measure_burden(
             for part in np.moveaxis(of_slice, -1, 0)
         )
         lesions_TxGxV[place] = lesion >= threshold
+        rounded_TxGxV[place] = np.round(255 * lesion)
         dense_TxGxV[place] = lesions_TxGxV[place] & (consolidation >= CONSOLIDATION_THRESHOLD)
         means_txGxVx2[layer] += np.stack([lungs, lesion], -1) / slices_t[layer]
     model_txGxV, called_txGxV = means_txGxVx2[..., 0] > LUNGS_THRESHOLD, means_txGxVx2[..., 1] >= threshold
@@ -181,13 +186,14 @@ def measure_burden(
     right_V = np.clip((midline - (np.cumsum(wide) - wide)) / wide, 0, 1)  # share of each column of cells
 
     areas_Tx3x2 = np.zeros((num_slices, 3, 2))  # of lungs, lesions and consolidation, right and left, in pixels
-    num_outside_T, hu_sum, num_hu = np.zeros(num_slices), 0.0, 0.0
+    num_outside_T, sums_T, hu_sum, num_hu = np.zeros(num_slices), np.zeros(num_slices), 0.0, 0.0
     for place, layer in enumerate(layers_T):
         lungs_GxV = lungs_txGxV[layer]
         inside_GxV = lesions_TxGxV[place] & lungs_GxV
         for i, mask_GxV in enumerate((lungs_GxV, inside_GxV, dense_TxGxV[place] & lungs_GxV)):
             columns_V = (tall @ mask_GxV) * wide
             areas_Tx3x2[place, i] = columns_V @ right_V, columns_V @ (1 - right_V)
+        sums_T[place] = tall @ np.where(lungs_GxV, rounded_TxGxV[place] / 255, 0) @ wide
         num_outside_T[place] = tall @ (lesions_TxGxV[place] & ~lungs_GxV) @ wide
         if has_mm and inside_GxV.any():
             weights = np.outer(tall, wide)[inside_GxV] * thickness_T[place]
@@ -199,7 +205,7 @@ def measure_burden(
     areas_Tx3 = areas_Tx3x2.sum(2)
     depths_T = np.cumsum(thickness_T) - thickness_T / 2
     thirds_T = _split_height(depths_T, thickness_T, areas_Tx3[:, 0] > 0)
-    slices = _describe_slices(areas_Tx3, size, pixel_mm2 if has_mm else None)
+    slices = _describe_slices(areas_Tx3, sums_T, size, pixel_mm2 if has_mm else None)
     grade = None
     if whole.lesions_percent is not None:
         # Rounding errors must not push 25 % into the next grade.
@@ -285,7 +291,9 @@ def _create_amount(volumes_3: Sequence[float], has_mm: bool) -> Amount:
     return Amount(*volumes, *shares)
 
 
-def _describe_slices(areas_Tx3: np.ndarray, size: tuple[int, int], pixel_mm2: float | None) -> list[SliceBurden]:
+def _describe_slices(
+    areas_Tx3: np.ndarray, sums_T: np.ndarray, size: tuple[int, int], pixel_mm2: float | None
+) -> list[SliceBurden]:
     largest = areas_Tx3[:, 0].max()
     return [
         SliceBurden(
@@ -295,6 +303,7 @@ def _describe_slices(areas_Tx3: np.ndarray, size: tuple[int, int], pixel_mm2: fl
             100 * lungs / math.prod(size),
             100 * lesions / lungs if lungs else 0.0,
             bool(lesions and lesions >= INFECTED_SHARE * largest),
+            float(sums_T[place] / max(largest, 1)),
         )
         for place, (lungs, lesions, _) in enumerate(areas_Tx3.tolist())
     ]
