@@ -71,16 +71,28 @@ def train(values: flags.FlagValues) -> None:
 def crossvalidate(values: flags.FlagValues) -> None:
     """Trains the folds of --config and tests them together."""
     config = _get_config(values, 'crossvalidate')
-    from covidjax.experiment.crossvalidate import crossvalidate
+    from covidjax.data.folds import parse_groups
+    from covidjax.experiment.crossvalidate import Division, crossvalidate
 
-    workdir = Path(values.workdir or f'runs/{config.name}-folds')
-    num_folds = 5 if values.folds is None else values.folds
-    crossvalidate(config, workdir, num_folds=num_folds, fold=values.fold)
+    if values.by not in (None, 'patient', 'source'):
+        raise UserError(f'--by={values.by}: it must be patient or source')
+    by = values.by or 'patient'
+    if values.groups is not None and by == 'patient':
+        raise UserError('--groups is for --by=source')
+    if values.folds is not None and by == 'source':
+        raise UserError('--folds is for --by=patient; --by=source makes a fold of every source or group')
+    division = Division(by, 5 if values.folds is None else values.folds, parse_groups(values.groups or ''))
+    crossvalidate(config, Path(values.workdir or f'runs/{config.name}-folds'), division=division, fold=values.fold)
 
 
 def evaluate(values: flags.FlagValues) -> None:
-    """Tests the best model of --workdir again."""
+    """Tests the best model of --workdir again, or, with --data, on other data."""
     workdir = _get_workdir(values, 'evaluate')
+    if values.data is not None:
+        _evaluate_external(values, workdir)
+        return
+    if values.split is not None:
+        raise UserError('--split is for --data: a run itself is tested on its own test list')
     _start_jax(values)
     from covidjax.experiment.config import load_config
     from covidjax.experiment.runs import EXPERIMENTS
@@ -88,27 +100,47 @@ def evaluate(values: flags.FlagValues) -> None:
 
     config = load_config(workdir)
     if config.name == 'lesions':
-        if values.lesions is not None or values.occlusion:
-            raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a lesion run')
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a lesion run')
         EXPERIMENTS[config.name].evaluate(workdir)
     elif list_folds(workdir):
-        if values.lesions is not None or values.occlusion:
-            raise UserError(f'--lesions and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
+        if values.outlines is not None or values.occlusion:
+            raise UserError(f'--outlines and --occlusion are for single runs: pass --workdir={workdir}/fold_1')
         from covidjax.experiment import crossvalidate
 
         crossvalidate.evaluate(workdir)
     elif 'extractor' not in config:
-        lesions_dir = None if values.lesions is None else Path(values.lesions)
+        lesions_dir = None if values.outlines is None else Path(values.outlines)
         EXPERIMENTS[config.name].evaluate(workdir, lesions_dir, occlusion=values.occlusion)
-    elif values.lesions is not None or values.occlusion:
-        raise UserError(f'--lesions and --occlusion are for slice runs, and {workdir} is a scan run')
+    elif values.outlines is not None or values.occlusion:
+        raise UserError(f'--outlines and --occlusion are for slice runs, and {workdir} is a scan run')
     else:
         EXPERIMENTS[config.name].evaluate(workdir)
 
 
+def _evaluate_external(values: flags.FlagValues, workdir: Path) -> None:
+    for name in ('outlines', 'occlusion', 'coordinator'):
+        if values[name].value:
+            raise UserError(f'--{name} is not for --data')
+    split = values.split or 'test'
+    if split not in ('test', 'all'):
+        raise UserError(f'--split={split} must be test or all')
+    _start_jax(values)
+    from covidjax.experiment.config import load_config
+
+    if load_config(workdir).name == 'lesions':
+        from covidjax.experiment.lesions import evaluate_outside
+
+        evaluate_outside(workdir, [Path(name).expanduser() for name in values.data.split(',') if name], split)
+        return
+    from covidjax.predict.external import evaluate_external
+
+    evaluate_external(workdir, Path(values.data).expanduser(), split)
+
+
 def predict(values: flags.FlagValues) -> None:
     """Predicts every --input, or every chest CT of --archive; exit status 1 if any is refused."""
-    workdir = _get_workdir(values, 'predict')
+    workdir = None if values.workdir is None else Path(values.workdir)
     if values.archive is not None:
         _predict_archive(values, workdir)
         return
@@ -122,13 +154,15 @@ def predict(values: flags.FlagValues) -> None:
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force):
+    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, masks=values.masks):
         sys.exit(1)
 
 
-def _predict_archive(values: flags.FlagValues, workdir: Path) -> None:
-    if values.input or values.series is not None:
-        raise UserError('--archive takes no --input and no --series: it finds every scan and series itself')
+def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
+    if values.input or values.series is not None or values.masks:
+        raise UserError(
+            '--archive takes no --input, --series or --masks: it finds every scan and series itself, and writes tables'
+        )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
     _start_jax(values)
@@ -231,32 +265,49 @@ COMMANDS = {
             Flag('config', 'NAME[:DIR]', 'As for train. The test list stays held out from all folds.'),
             Flag('workdir', 'DIR', 'Folder of the folds and the ensemble; default: runs/<name of the config>-folds.'),
             Flag('folds', 'N', 'Number of folds, at least 2; default: 5.'),
+            Flag('by', 'WHAT', 'patient (default), or source: leave out each source of metadata.csv once.'),
+            Flag('groups', 'A;B,C', 'With --by=source: leave out A, then B and C together; default: each source.'),
             Flag('fold', 'K', 'Train only fold K, so that several jobs can share the folds; without it, join them.'),
         ),
         crossvalidate,
     ),
     'evaluate': Command(
-        'Test the best model of a run again.',
-        '--workdir=/tmp/run',
+        'Test the best model of a run again, or on other data.',
+        '--workdir=/tmp/run --data=/data/other-hospital',
         (
             Flag('workdir', 'DIR', 'Folder of the run.'),
-            Flag('lesions', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
+            Flag(
+                'data',
+                'DIR',
+                'Other data to test on: a raw directory with any of the three lists, or scans with labels.csv; for a '
+                'lesion run, folders with masks, separated by commas. The results go to <workdir>/external/<name>/.',
+            ),
+            Flag('split', 'WHICH', 'Lists of --data to test on: test (default), or all that there are.'),
+            Flag('outlines', 'DIR', 'Slices with outlined lesions to score maps on (slice runs only).'),
             Flag('occlusion', '', 'Score occlusion maps too, which is slow (slice runs only).'),
             *_HOSTS,
         ),
         evaluate,
     ),
     'predict': Command(
-        'Classify chest CTs and write a report on each.',
+        'Predict chest CTs and write a report on each; without --workdir, lungs and lesions only.',
         '--workdir=/tmp/run --input=/scans/1 --input=/scans/2.nii.gz',
         (
-            Flag('workdir', 'DIR', 'Folder of a finished run.'),
+            Flag(
+                'workdir',
+                'DIR',
+                'Folder of a finished run; default: the lesion model of this package, which outlines lungs and lesions '
+                'and gives no verdict.',
+            ),
             Flag('input', 'PATH', 'A scan: DICOM folder or zip, NIfTI, image folder or image. Repeat it for more.'),
             Flag(
                 'archive', 'PATH', 'A folder, or a text file of paths: predict every chest CT below it into one table.'
             ),
             Flag(
-                'output', 'DIR', 'Folder of the reports; default without --archive: <workdir>/predictions/<input name>.'
+                'output',
+                'DIR',
+                'Folder of the reports; default without --archive: <workdir>/predictions/<input name>, or '
+                'covidjax-predictions/<input name>.',
             ),
             Flag('pages', 'WHICH', 'Scans of an archive that get a page: all (default), positive or none.'),
             Flag('shard', 'K/N', 'Part K of N of an archive, for arrays of jobs that share --output.'),
@@ -266,6 +317,7 @@ COMMANDS = {
                 'NAME',
                 'The DICOM series to read, where there are several: its number, and a letter if that is shared.',
             ),
+            Flag('masks', '', 'Write masks.nii.gz in the geometry of the scan, and slices with outlines, too.'),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
         ),
         predict,
@@ -291,7 +343,7 @@ COMMANDS = {
     ),
 }
 _HELP = ('--help', '-help', '-h')
-_SWITCHES, _REPEATED = ('occlusion', 'force'), ('input',)
+_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks'), ('input',)
 _NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
 
 

@@ -185,7 +185,7 @@ def check_names(dataset: Dataset) -> Check:
     rows = []
     for level in ('slices', 'scans', f'scans of {NUM_SLICES} slices or more'):
         splits = {split: _collect_names(part.scans, level) for split, part in dataset.splits.items()}
-        rows += [_list_row(level, scored, scored.scores.argmax(1)) for scored in score_examples(splits, _fit_forest)]
+        rows += [_list_row(level, scored, scored.scores.argmax(1)) for scored in score_examples(splits, fit_forest)]
     if not rows:
         return Check(name, title, NOT_CHECKED, 'There are too few patients or classes to fit and to score.')
     telling = [row for row in rows if _beats_chance(row)]
@@ -218,7 +218,8 @@ def _collect_names(scans, level: str) -> Examples:
     )
 
 
-def _fit_forest(examples: Examples):
+def fit_forest(examples: Examples):
+    """Fits `baselines.fit_file_names`."""
     return fit_file_names(examples.features, examples.labels, examples.weights)
 
 
@@ -241,7 +242,7 @@ def check_thumbnails(drawn: Mapping[str, Sequence[Row]], crops: Mapping[str, np.
     splits = {
         split: _collect_thumbnails([row for row in rows if row.file in crops], crops) for split, rows in drawn.items()
     }
-    every = list(score_examples(splits, _fit_ridge))
+    every = list(score_examples(splits, fit_ridge))
     if not every:
         return Check(name, title, NOT_CHECKED, 'There are too few readable images, patients or classes.')
     rows = [_list_row('slices', scored, scored.scores.argmax(1)) for scored in every]
@@ -249,7 +250,7 @@ def check_thumbnails(drawn: Mapping[str, Sequence[Row]], crops: Mapping[str, np.
     full = [examples for examples in splits.values() if len(examples.labels)]
     if len(full) > 1:
         pooled = Examples(*(np.concatenate(values) for values in zip(*full, strict=True)))
-        every = list(score_examples({'all lists': pooled}, _fit_ridge)) or every
+        every = list(score_examples({'all lists': pooled}, fit_ridge)) or every
     pairs = _compare_pairs(every[-1])
     verdict, reason = _judge_thumbnails(pairs, rows[-1])
     pair_rows = [(*pair, *found.values()) for pair, found in pairs.items()]
@@ -277,7 +278,7 @@ def _collect_thumbnails(rows: Sequence[Row], crops: Mapping[str, np.ndarray]) ->
     )
 
 
-def _fit_ridge(examples: Examples):
+def fit_ridge(examples: Examples):
     """Fits ridge regression to targets of +1 and -1, one column per class."""
     targets = 2.0 * np.eye(len(CLASSES))[examples.labels] - 1
     return Ridge(alpha=_PENALTY).fit(examples.features, targets).predict

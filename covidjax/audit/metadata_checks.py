@@ -8,7 +8,7 @@ from typing import NamedTuple
 from covidjax.audit import figures
 from covidjax.audit.check import BROKEN, LOOK, NOT_CHECKED, OK, Check, count_things
 from covidjax.audit.dataset import Dataset, make_printable
-from covidjax.data.lists import CLASSES
+from covidjax.data.lists import CLASSES, name_age
 from covidjax.report.page import Table
 
 _COLUMNS = {
@@ -138,8 +138,4 @@ def _read_value(text: str | None, column: str) -> str:
         return _UNKNOWN
     if column != 'age':
         return make_printable(text[:60])
-    try:
-        band = int(float(text)) // 20 * 20
-    except (ValueError, OverflowError):
-        return 'not a number'
-    return f'{band:02}-{band + 19}'
+    return name_age(text)

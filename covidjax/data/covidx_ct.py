@@ -52,12 +52,16 @@ class CovidxCtConfig(tfds.core.BuilderConfig):
       image_size: side of the prepared slices in pixels.
       region: see `preprocess.load_slice`.
       skip_bad: True drops and records missing and unreadable images; False raises an error for them.
-      fingerprint: SHA-256, in hex, of the lists and these settings.
+      splits: the lists that are prepared.
+      for_training: whether train must have two classes, and keep its classes.
+      fingerprint: SHA-256, in hex, of the lists and the first three settings.
     """
 
     image_size: int = 224
     region: str = 'body'
     skip_bad: bool = False
+    splits: tuple[str, ...] = lists.SPLITS
+    for_training: bool = True
     fingerprint: str = ''
 
 
@@ -101,7 +105,8 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         raw_dir = os.fspath(dl_manager.manual_dir)
-        self._rows = lists.read_lists(raw_dir)
+        config = self.builder_config
+        self._rows = lists.read_lists(raw_dir, config.splits, for_training=config.for_training)
         self._images = lists.find_images(raw_dir, lists.find_version(raw_dir))
         self._bad = _find_missing(self._rows, self._images)
         self._check_bad()  # report a wrong image folder before decoding anything
@@ -113,7 +118,7 @@ class CovidxCt(tfds.core.ShardBasedBuilder):
     def _check_bad(self) -> None:
         if self._bad and not self.builder_config.skip_bad:
             _raise_bad_images(self._bad, self._rows, self._images)
-        _check_remaining(self._rows, _drop_rows(self._rows, self._bad), self._images)
+        _check_remaining(self._rows, _drop_rows(self._rows, self._bad), self._images, self.builder_config.for_training)
 
     def _shard_iterators_per_split(self, dl_manager) -> dict[str, list]:
         del dl_manager
@@ -205,7 +210,14 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    raw_dir: str, *, image_size: int, prepared_dir: str, region: str = 'body', skip_bad: bool = False
+    raw_dir: str,
+    *,
+    image_size: int,
+    prepared_dir: str,
+    region: str = 'body',
+    skip_bad: bool = False,
+    splits: Sequence[str] = lists.SPLITS,
+    for_training: bool = True,
 ) -> Prepared:
     """Prepares a raw directory if necessary and opens the prepared dataset.
 
@@ -214,11 +226,13 @@ def prepare(
     dataset waits for the first.
 
     Args:
-      raw_dir: directory with the three lists and the image folder.
+      raw_dir: directory with the lists and the image folder.
       image_size: side of the prepared slices in pixels.
       region: see `preprocess.load_slice`.
       prepared_dir: parent folder of prepared datasets; '' is TFDS's default, $TFDS_DATA_DIR or ~/tensorflow_datasets.
       skip_bad: drop and record missing and unreadable images instead of raising an error.
+      splits: the lists to prepare; each must exist.
+      for_training: False allows any classes in train.
 
     Raises:
       UserError: bad lists (see `lists.read_lists`); no image folder; missing or unreadable images (all counted, the
@@ -226,12 +240,13 @@ def prepare(
         that cannot be written or is damaged; a worker process that was killed.
     """
     version = lists.find_version(raw_dir)
-    rows = lists.read_lists(raw_dir)
+    rows = lists.read_lists(raw_dir, splits, for_training=for_training)
     data_dir = prepared_dir or os.environ.get('TFDS_DATA_DIR') or os.path.join('~', 'tensorflow_datasets')
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
     # With skip_bad, a dataset prepared without skip_bad also fits: it has no bad images.
     configs = [
-        _create_config(version, rows, image_size, region, skip) for skip in ([True, False] if skip_bad else [False])
+        dataclasses.replace(_create_config(version, rows, image_size, region, skip), for_training=for_training)
+        for skip in ([True, False] if skip_bad else [False])
     ]
     with _quiet_tfds():
         for config in configs:
@@ -256,7 +271,13 @@ def _create_config(version: str, rows: Mapping, image_size: int, region: str, sk
     plain = next(config for config in CovidxCt.BUILDER_CONFIGS if config.name == version.lower())
     name = f'{plain.name}_{image_size}px_{fingerprint[:12]}'
     return dataclasses.replace(
-        plain, name=name, image_size=image_size, region=region, skip_bad=skip_bad, fingerprint=fingerprint
+        plain,
+        name=name,
+        image_size=image_size,
+        region=region,
+        skip_bad=skip_bad,
+        splits=tuple(rows),
+        fingerprint=fingerprint,
     )
 
 
@@ -287,7 +308,7 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
                 builder.data_dir,
                 [row.file for row in kept[split]],
             )
-            for split in lists.SPLITS
+            for split in rows
         }
     except Exception as error:  # damaged files can raise anything
         reason = ' '.join(str(error).split())
@@ -303,7 +324,7 @@ def _open(builder: CovidxCt, raw_dir: str, version: str, rows: Mapping[str, list
 
 def _check_sizes(builder: CovidxCt) -> None:
     """Raises an error if a record file is missing or truncated. Flipped bits only show when a record is read."""
-    for split in lists.SPLITS:
+    for split in builder.builder_config.splits:
         info = builder.info.splits[split]
         size = sum(os.path.getsize(path) for path in info.filepaths)
         if size != info.num_bytes:
@@ -353,11 +374,11 @@ def _list_files(folder: str) -> set[str]:
 
 
 def _drop_rows(rows: Mapping[str, Sequence[lists.Row]], bad: BadImages) -> dict[str, list[lists.Row]]:
-    return {split: [row for row in rows[split] if (split, row.file) not in bad] for split in lists.SPLITS}
+    return {split: [row for row in rows[split] if (split, row.file) not in bad] for split in rows}
 
 
 def _raise_bad_images(bad: BadImages, rows: Mapping[str, Sequence[lists.Row]], images: str) -> None:
-    order = {(split, row.file): i for i, (split, row) in enumerate((s, row) for s in lists.SPLITS for row in rows[s])}
+    order = {(split, row.file): i for i, (split, row) in enumerate((s, row) for s in rows for row in rows[s])}
     faults = [f'{key[1]} ({bad[key]})' for key in sorted(bad, key=order.get)]
     raise UserError(
         f'images listed but missing or unreadable in {images}: {join_faults(faults)}: restore them, or drop them '
@@ -365,11 +386,14 @@ def _raise_bad_images(bad: BadImages, rows: Mapping[str, Sequence[lists.Row]], i
     )
 
 
-def _check_remaining(listed: Mapping[str, Sequence], kept: Mapping[str, Sequence], images: str) -> None:
-    """Raises UserError if, without the bad images, a split is empty or train lacks a class that its list has."""
-    lost = [f'{split} is empty' for split in lists.SPLITS if not kept[split]]
-    absent = {row.label for row in listed['train']} - {row.label for row in kept['train']}
-    lost += [f'train has no {lists.CLASSES[label]}' for label in sorted(absent)] if kept['train'] else []
+def _check_remaining(
+    listed: Mapping[str, Sequence], kept: Mapping[str, Sequence], images: str, for_training: bool
+) -> None:
+    """Raises UserError if, without the bad images, a split is empty or, for training, train loses a class."""
+    lost = [f'{split} is empty' for split in kept if not kept[split]]
+    if for_training and kept['train']:
+        absent = {row.label for row in listed['train']} - {row.label for row in kept['train']}
+        lost += [f'train has no {lists.CLASSES[label]}' for label in sorted(absent)]
     if lost:
         raise UserError(f'too many images are missing or unreadable in {images}: without them, {", ".join(lost)}')
 

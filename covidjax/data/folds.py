@@ -1,4 +1,4 @@
-"""Folds of a dataset: every patient of the training and validation lists is held out once.
+"""Folds of a dataset: every patient of the training and validation lists, or every source, is held out once.
 
 The test list takes no part: it stays held out for all folds, so that their ensemble can be tested on it.
 """
@@ -6,15 +6,14 @@ The test list takes no part: it stays held out for all folds, so that their ense
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.model_selection import StratifiedKFold
 
 from covidjax.data.covidx_ct import Prepared
-from covidjax.data.lists import CLASSES, Row
+from covidjax.data.lists import CLASSES, Row, read_metadata
 from covidjax.errors import UserError
 from covidjax.files import write_json
 
@@ -26,7 +25,7 @@ class Fold(NamedTuple):
     """One division of the pool, which is the training and validation lists together.
 
     Attributes:
-      name: e.g. 'fold 1 of 5'.
+      name: e.g. 'fold 1 of 5', 'without MosMedData'.
       held_out: patients that the fold tests, sorted.
       validation: patients for early stopping and calibration, sorted. All others are trained on.
     """
@@ -54,6 +53,8 @@ def divide_patients(rows: Sequence[Row], num_folds: int, seed: int) -> list[Fold
     Raises:
       UserError: there are fewer than two folds, or a class has too few patients for as many.
     """
+    from sklearn.model_selection import StratifiedKFold  # slow to import
+
     if num_folds < 2:
         raise UserError(f'--folds={num_folds}: it must be at least 2')
     num_parts = 4 if num_folds == 2 else num_folds
@@ -81,6 +82,75 @@ def divide_patients(rows: Sequence[Row], num_folds: int, seed: int) -> list[Fold
         )
         for number in range(num_folds)
     ]
+
+
+def read_sources(data: Prepared) -> dict[str, str]:
+    """Returns the source of every patient, from metadata.csv.
+
+    Raises:
+      UserError: metadata.csv is missing or damaged, or gives no source for a patient of the lists.
+    """
+    metadata = read_metadata(str(data.raw_dir / 'metadata.csv'))
+    sources = {patient: (columns.get('source') or '').strip() for patient, columns in metadata.items()}
+    patients = sorted({row.patient for rows in data.rows.values() for row in rows})
+    unknown = [patient for patient in patients if not sources.get(patient)]
+    if unknown:
+        raise UserError(
+            f'{data.raw_dir / "metadata.csv"} gives no source for {len(unknown)} patients of the lists, {unknown[0]} '
+            'first: fill the column source, or leave out --by=source'
+        )
+    return {patient: sources[patient] for patient in patients}
+
+
+def parse_groups(text: str) -> list[tuple[str, ...]]:
+    """Parses groups of sources: 'A;B,C' is A, and B with C."""
+    groups = [tuple(name.strip() for name in part.split(',') if name.strip()) for part in text.split(';')]
+    return [group for group in groups if group]
+
+
+def divide_sources(
+    rows: Sequence[Row], sources: Mapping[str, str], groups: Sequence[tuple[str, ...]], seed: int
+) -> list[Fold]:
+    """Returns a fold for every group of sources: all its patients are held out.
+
+    Of the patients of each other source and class, about one in five validates, and at least one of two.
+
+    Args:
+      rows: the pool.
+      sources: source of every patient.
+      groups: names of sources; empty for every source on its own.
+      seed: of the shuffling.
+
+    Raises:
+      UserError: a source is unknown or in two groups, or without a group one class is left.
+    """
+    patients, labels = list_patients(rows)
+    known = sorted({sources[patient] for patient in patients})
+    groups = groups or [(name,) for name in known]
+    named = [name for group in groups for name in group]
+    wrong = [name for name in named if name not in known or named.count(name) > 1]
+    if wrong:
+        raise UserError(
+            f'--groups: {wrong[0]!r} is {"in two groups" if wrong[0] in known else "no source of train and val"}; '
+            f'sources are {", ".join(known)}, written as A;B,C'
+        )
+    folds = []
+    for group in groups:
+        rng = np.random.default_rng(seed)
+        strata: dict[tuple[str, int], list[str]] = {}
+        for patient, label in zip(patients, labels.tolist(), strict=True):
+            if sources[patient] not in group:
+                strata.setdefault((sources[patient], label), []).append(patient)
+        if len({label for _, label in strata}) < 2:
+            raise UserError(f'without {", ".join(group)} fewer than two classes are left to train on')
+        chosen = [
+            str(patient)
+            for _, members in sorted(strata.items())
+            for patient in rng.permutation(members)[: max(round(len(members) / 5), len(members) > 1)]
+        ]
+        held_out = tuple(patient for patient in patients if sources[patient] in group)
+        folds.append(Fold(f'without {", ".join(group)}', held_out, tuple(sorted(chosen))))
+    return folds
 
 
 def list_patients(rows: Sequence[Row]) -> tuple[list[str], np.ndarray]:

@@ -61,7 +61,7 @@ def read_lesion_folder(folder: Path, size: int, region: str = 'body') -> list[Le
         with path.open(newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}): --lesions needs a folder with it') from error
+        raise UserError(f'{path} cannot be read ({error.strerror}): --outlines needs a folder with it') from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is not a CSV file in UTF-8 ({error}): save it as one') from error
     absent = [name for name in ('image', 'lesion') if not rows or name not in rows[0]]

@@ -130,22 +130,37 @@ def read_list(path: str) -> list[Row]:
     return rows
 
 
-def read_lists(raw_dir: str) -> dict[str, list[Row]]:
-    """Reads the three lists of a raw directory.
+def find_splits(raw_dir: str) -> tuple[str, ...]:
+    """Returns the splits whose lists a raw directory holds, at least one.
+
+    Raises:
+      UserError: see `find_version`.
+    """
+    version, names = find_version(raw_dir), set(_list_directory(raw_dir))
+    return tuple(split for split in SPLITS if get_list_name(split, version) in names)
+
+
+def read_lists(raw_dir: str, splits: Sequence[str] = SPLITS, *, for_training: bool = True) -> dict[str, list[Row]]:
+    """Reads the lists of a raw directory.
+
+    Args:
+      raw_dir: the directory.
+      splits: which lists to read; every one must exist.
+      for_training: whether train must have two classes.
 
     Returns:
       Rows by split ('train', 'val', 'test'), in list order.
 
     Raises:
-      UserError: as in `find_version` and `read_list`, but one message covers all three lists; also if a file is listed
-        twice or train has fewer than two classes.
+      UserError: as in `find_version` and `read_list`, but one message covers all lists; also if a file is listed twice
+        or train has too few classes.
     """
     version = find_version(raw_dir)
     first_seen: dict[str, str] = {}
     rows, faults = {}, []
-    for split in SPLITS:
+    for split in splits:
         rows[split], list_faults, _ = parse_list(os.path.join(raw_dir, get_list_name(split, version)), first_seen)
-        if split == 'train' and not list_faults:
+        if for_training and split == 'train' and not list_faults:
             absent = find_absent_classes(rows[split])
             if len(CLASSES) - len(absent) < 2:
                 list_faults = [f'{get_list_name(split, version)}: no row of {" or ".join(absent)}']
@@ -157,7 +172,7 @@ def read_lists(raw_dir: str) -> dict[str, list[Row]]:
 def compute_fingerprint(rows: Mapping[str, Sequence[Row]], **settings: str | int | bool) -> str:
     """Returns the SHA-256, in hex, of the rows in order and the preparation settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for split in SPLITS:
+    for split in (split for split in SPLITS if split in rows):
         # Scan, patient and slice index are derived from the file name.
         lines = (f'{split}\t{row.file}\t{row.label}\t{row.box}\n' for row in rows[split])
         digest.update(''.join(lines).encode())
@@ -191,6 +206,15 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is not a CSV file in UTF-8 ({error}): save it as one') from error
     return patients
+
+
+def name_age(text: str) -> str:
+    """Returns the band of 20 years of an age: '40-59', or 'not a number'."""
+    try:
+        band = int(float(text)) // 20 * 20
+    except (ValueError, OverflowError):
+        return 'not a number'
+    return f'{band:02}-{band + 19}'
 
 
 def parse_list(path: str, first_seen: dict[str, str]) -> tuple[list[Row], list[str], set[str]]:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from covidjax.data import lists, phantom, preprocess
 from covidjax.data.masked_folder import LIST_NAME, list_phantoms, list_raw, list_table
-from covidjax.data.masked_nifti import ENDINGS, list_volumes
 from covidjax.data.masked_slices import CONSOLIDATION, LESION, LUNGS, Outlined, Unit
 from covidjax.errors import WORKER_KILLED, UserError, join_faults
 from covidjax.progress import track
@@ -197,6 +196,8 @@ def _list_units(folder: Path) -> list[Unit]:
         raise UserError(f'{folder} cannot be read ({error.strerror}): name a folder of outlined slices') from error
     if not names:
         raise UserError(f'{folder} is empty: name a folder of outlined slices')
+    from covidjax.data.masked_nifti import ENDINGS, list_volumes  # loads nibabel and pydicom
+
     is_raw = any(lists.get_list_name(split, version) in names for split in lists.SPLITS for version in lists.VERSIONS)
     is_phantom = is_raw and {phantom.OPTIONS_FILE, phantom.MASK_FOLDER} <= names
     kinds = {

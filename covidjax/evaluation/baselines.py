@@ -28,26 +28,72 @@ def compute_thumbnails(source: Sequence[dict], *, name: str) -> np.ndarray:
     return np.stack(list(track(thumbnails, f'thumbnails {name}', len(source), 'slice')))
 
 
-def compute_thumbnail_scores(
+def fit_thumbnails(
     sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]
-) -> tuple[np.ndarray, float]:
-    """Fits ridge regression to the 'train' thumbnails, chooses its penalty on 'val' and scores 'test'.
+) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """Fits ridge regression to the 'train' thumbnails and chooses its penalty on 'val'.
 
     Returns:
-      Scores [N, K] of the test split and the penalty. The scores are not probabilities; the largest is the prediction.
-      A class without training examples scores below all others.
+      A function thumbnails [N, 32 * 32] -> scores [N, K], and the penalty. The scores are not probabilities; the
+      largest is the prediction. A class without training examples scores below all others.
     """
     from sklearn.linear_model import RidgeClassifier  # slow to import
 
-    thumbnails = {split: compute_thumbnails(source, name=split) for split, source in sources.items()}
+    thumbnails = {split: compute_thumbnails(sources[split], name=split) for split in ('train', 'val')}
     models = [RidgeClassifier(alpha=alpha).fit(thumbnails['train'], labels['train']) for alpha in RIDGE_ALPHAS]
     best = max(models, key=lambda model: model.score(thumbnails['val'], labels['val']))
-    found = best.decision_function(thumbnails['test'])
-    if found.ndim == 1:  # of the second of two classes against the first
-        found = np.stack([-found, found], axis=1)
-    scores = np.full((len(found), len(CLASSES)), found.min() - 1)
-    scores[:, best.classes_] = found
-    return scores, best.alpha
+
+    def predict(thumbnails: np.ndarray) -> np.ndarray:
+        found = best.decision_function(thumbnails)
+        if found.ndim == 1:  # of the second of two classes against the first
+            found = np.stack([-found, found], axis=1)
+        scores = np.full((len(found), len(CLASSES)), found.min() - 1)
+        scores[:, best.classes_] = found
+        return scores
+
+    return predict, best.alpha
+
+
+def compute_thumbnail_scores(
+    sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]
+) -> tuple[np.ndarray, float]:
+    """Returns the scores [N, K] of the 'test' thumbnails by `fit_thumbnails`, and its penalty."""
+    predict, alpha = fit_thumbnails(sources, labels)
+    return predict(compute_thumbnails(sources['test'], name='test')), alpha
+
+
+class _Mapped:
+    """Records whose image is replaced by a function of it."""
+
+    def __init__(self, source: Sequence[dict], change: Callable[[np.ndarray], np.ndarray]):
+        self._source, self._change = source, change
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._source[index]
+        return {**record, 'image': self._change(record['image'])}
+
+
+def compute_shape_scores(sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores test slices by their silhouette, and by their mean grey, as `compute_thumbnail_scores` does by thumbnails.
+
+    The silhouette is what is not black: of slices that are cut to the lungs, the lungs without their greys. The mean
+    grey is that of the silhouette.
+    """
+
+    def draw_silhouette(image: np.ndarray) -> np.ndarray:
+        return np.where(image > 0, 255, 0).astype(np.uint8)
+
+    def average(image: np.ndarray) -> np.ndarray:
+        inside = image[image > 0]
+        return np.full_like(image, inside.mean() if len(inside) else 0)
+
+    return {
+        name: compute_thumbnail_scores({split: _Mapped(s, change) for split, s in sources.items()}, labels)[0]
+        for name, change in (('silhouette ridge', draw_silhouette), ('mean grey', average))
+    }
 
 
 def compute_majority_scores(train_labels: np.ndarray, num_examples: int, num_classes: int) -> np.ndarray:

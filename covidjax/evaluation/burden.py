@@ -53,10 +53,9 @@ class SliceBurden(NamedTuple):
       lungs_cm2, lesions_cm2: areas; None without a spacing.
       lungs_percent: of the slice.
       lesions_percent: of the lungs in the slice; 0 without lungs.
-      expected_percent: expected area of the lesions, which is the sum of the lesion probability over the lungs, as a
-        percentage of the lungs in the slice where they are largest. It ranks slices better than the area above the
-        threshold, which is 0 in many.
       is_infected: see `INFECTED_RULE`.
+      score: to rank slices by; mean lesion probability in the lungs, times their area, over the area of the lungs in
+        the slice where these are largest. The area above the threshold, which is 0 in many slices, ranks them worse.
     """
 
     number: int
@@ -64,8 +63,8 @@ class SliceBurden(NamedTuple):
     lesions_cm2: float | None
     lungs_percent: float
     lesions_percent: float
-    expected_percent: float
     is_infected: bool
+    score: float
 
 
 class Burden(NamedTuple):
@@ -99,11 +98,6 @@ class Burden(NamedTuple):
     def infected(self) -> list[int]:
         """Numbers of the infected slices, from 1."""
         return [s.number for s in self.slices if s.is_infected]
-
-    def get_areas(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the areas of the lungs and of the lesions in every slice, [T], as shares of the slice."""
-        lungs_T = np.array([s.lungs_percent / 100 for s in self.slices])
-        return lungs_T, lungs_T * [s.lesions_percent / 100 for s in self.slices]
 
     def describe_lungs(self) -> str:
         """Returns how the lungs were found."""
@@ -304,8 +298,8 @@ def _describe_slices(
             None if pixel_mm2 is None else lesions * pixel_mm2 / 100,
             100 * lungs / math.prod(size),
             100 * lesions / lungs if lungs else 0.0,
-            100 * expected / largest if largest else 0.0,
             bool(lesions and lesions >= INFECTED_SHARE * largest),
+            expected / largest if largest else 0.0,
         )
         for place, ((lungs, lesions, _), expected) in enumerate(
             zip(areas_Tx3.tolist(), expected_T.tolist(), strict=True)

@@ -12,6 +12,8 @@ import numpy as np
 
 from covidjax.data.lists import CLASSES
 
+MAX_LISTED = 1000  # suspects that a result names
+
 
 class Suspects(NamedTuple):
     """Examples whose label is probably wrong, most suspicious first.
@@ -75,9 +77,9 @@ def describe_label_errors(
 
     Returns:
       A JSON-able dict: 'slices' (without them, absent) and 'scans', each {num_examples, num_suspects, thresholds by
-      class, joint, suspects: [{name, patient, label, suggested, margin, shown}]}, most suspicious first. 'shown' is the
-      index of the example that shows the suspect: of a scan, the slice that speaks most for the suggested class. A scan
-      with two labels counts as two.
+      class, joint, suspects: [{name, patient, label, suggested, margin, shown}]}, the `MAX_LISTED` most suspicious
+      first. 'shown' is the index of the example that shows the suspect: of a scan, the slice that speaks most for the
+      suggested class. A scan with two labels counts as two.
     """
     if scans is None:
         return {'scans': _describe(find_suspects(probabilities_NxK, labels_N), labels_N, names, patients)}
@@ -119,11 +121,12 @@ def _describe(
                 'patient': patients[place],
                 'label': CLASSES[labels_N[place]],
                 'suggested': CLASSES[suggested],
-                'margin': float(margin),
+                'margin': margin,
                 'shown': place,
             }
             for place, suggested, margin in zip(
-                suspects.places.tolist(), suspects.suggested.tolist(), suspects.margins, strict=True
+                *(values[:MAX_LISTED].tolist() for values in (suspects.places, suspects.suggested, suspects.margins)),
+                strict=True,
             )
         ],
     }

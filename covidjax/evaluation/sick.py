@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 _WORST = 0.2  # share of the slices of a scan
 _FLOOR = 1e-4  # of a share, before its logarithm: 0.01 % of the lungs
@@ -66,6 +65,8 @@ def fit_sick(features_Nx2: np.ndarray, is_sick_N: np.ndarray) -> SickRule:
     Raises:
       ValueError: all are sick, or none is.
     """
+    from sklearn.linear_model import LogisticRegression  # slow to import
+
     if is_sick_N.all() or not is_sick_N.any():
         raise ValueError('sick and normal examples are needed')
     fitted = LogisticRegression(class_weight='balanced').fit(_take_logarithms(features_Nx2), is_sick_N)

@@ -25,12 +25,14 @@ from covidjax.data import covidx_ct, phantom
 from covidjax.data.folds import read_fold, select_fold
 from covidjax.data.lists import CLASSES, find_absent_classes
 from covidjax.errors import UserError, join_faults
-from covidjax.evaluation.curves import compute_curves
-from covidjax.evaluation.metrics import compute_metrics, format_score
+from covidjax.evaluation.calibration import apply_temperature
+from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
-from covidjax.evaluation.predictions import softmax, write_predictions
-from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.evaluation.predictions import write_predictions
+from covidjax.evaluation.screening import fit_rules
+from covidjax.evaluation.subgroups import compute_subgroups, read_columns
+from covidjax.evaluation.summary import summarise
 from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
 from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk, write_json
@@ -208,8 +210,8 @@ def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = N
     Args:
       config: config of the run.
       workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
-        results.json, predictions.csv, calibration.json, report.html and figures, of a classification also novelty.npz;
-        with phantoms also phantoms/.
+        results.json, predictions.csv, calibration.json, report.html and figures; of a classification also novelty.npz,
+        preprocessing.json and checklist.html; with phantoms also phantoms/.
       procedure: of the kind of experiment.
       data: the data of `config.data`, if already loaded.
 
@@ -438,7 +440,10 @@ def test(
       The content of results.json. With several processes, only the first writes and returns it; others return {}.
     """
     # Imported here: matplotlib takes a third of a second, which would delay the first training step.
+    from covidjax.experiment.preprocessing import describe_preprocessing
     from covidjax.report import figures, sections
+    from covidjax.report.checklist import write_checklist
+    from covidjax.report.subgroups import build_subgroups
 
     start = time.perf_counter()
     config, data, unit = experiment.config, experiment.data, experiment.unit
@@ -452,7 +457,6 @@ def test(
     log.info('computing statistics, baselines and explanations of %d test %s', len(labels), unit)
 
     logits = predictions['test'].logits
-    probabilities = softmax(logits)
     rules = fit_rules(predictions['val'].logits, val_labels, experiment.get_patients('val'), CLASSES)
     findings = experiment.examine(variables, predictions, rules)
     rules |= findings.rules
@@ -461,20 +465,23 @@ def test(
         **describe_data(config.data, data),
         'model': experiment.title,
         'split': 'test',
-        **compute_metrics(labels, probabilities.argmax(1), patients, CLASSES),
-        'baselines': {
-            name: compute_metrics(labels, scores.argmax(1), patients, CLASSES)
-            for name, scores in findings.baselines.items()
-        },
-        **findings.comparisons,
-        'curves': compute_curves(labels, probabilities, patients, CLASSES),
-        'screening': evaluate_rules(
+        **summarise(
             rules,
             logits,
             labels,
             patients,
             CLASSES,
+            baselines=findings.baselines,
             train_shares_K=np.bincount(train_labels, minlength=len(CLASSES)) / len(train_labels),
+        ),
+        **findings.comparisons,
+        'subgroups': compute_subgroups(
+            read_columns(data.raw_dir, experiment.examples['test'], data.rows['test']),
+            labels,
+            apply_temperature(logits, rules['temperature']),
+            patients,
+            CLASSES,
+            {target: chosen['threshold'] for target, chosen in rules['thresholds'].items()},
         ),
         **findings.results,
         'training': describe_training(experiment, history),
@@ -484,6 +491,7 @@ def test(
     of_slices = experiment.get_slice_variables(variables)
     save_usual(workdir / 'novelty.npz', experiment.slice_model, of_slices, data)
     write_json(workdir / 'calibration.json', rules)
+    write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
     drawn = {
         'training_curves.png': figures.render_training_curves(history, results['training']['best_epoch']),
         'confusion_matrix.png': figures.render_confusion_matrix(
@@ -498,11 +506,13 @@ def test(
     parts = [
         *sections.build_scores(results, published, table=experiment.paper.name, unit=unit, others=findings.others),
         *sections.build_statistics(results, rules, unit=unit),
+        *build_subgroups(results['subgroups'], unit=unit),
         *findings.sections,
         sections.build_training(results, flatten_config(config), history),
         sections.build_limits(results),
     ]
     sections.write_report(workdir / 'report.html', results, parts, unit=unit)
+    write_checklist(workdir / 'checklist.html', results, flatten_config(config), [])
     results['training']['test_seconds'] = round(time.perf_counter() - start, 1)
     write_json(workdir / 'results.json', results)
     return results

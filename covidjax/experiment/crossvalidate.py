@@ -20,27 +20,43 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data import covidx_ct
-from covidjax.data.folds import FOLD, POOL, Fold, divide_patients, get_pool, parse_fold, select_fold, write_fold
+from covidjax.data.folds import (
+    FOLD,
+    POOL,
+    Fold,
+    divide_patients,
+    divide_sources,
+    get_pool,
+    parse_fold,
+    read_sources,
+    select_fold,
+    write_fold,
+)
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import group_scans
 from covidjax.errors import UserError
+from covidjax.evaluation.baselines import compute_shape_scores
 from covidjax.evaluation.calibration import apply_temperature, compute_calibration
 from covidjax.evaluation.curves import compute_curves
 from covidjax.evaluation.disagreement import compute_disagreement, fit_limit
 from covidjax.evaluation.label_errors import describe_label_errors
-from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, format_table
+from covidjax.evaluation.left_out import describe_score, score_sick, subtract_scores
+from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, format_score, format_table
 from covidjax.evaluation.over_seeds import Estimate, subtract
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import write_predictions
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
+from covidjax.evaluation.subgroups import compute_subgroups, read_columns
 from covidjax.evaluation.voting import compute_vote_logits, fit_vote_rules
 from covidjax.experiment import ablation, common, scans, slices
 from covidjax.experiment.common import Classification, Example
-from covidjax.experiment.config import check_config, check_workdir, load_config, save_config
+from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.experiment.runs import EXPERIMENTS
 from covidjax.experiment.workdir import FOLDS, list_folds
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.report import folds as report
+from covidjax.report.checklist import write_checklist
 from covidjax.training.checkpoints import open_checkpoints
 
 log = logging.getLogger(__name__)
@@ -48,15 +64,29 @@ log = logging.getLogger(__name__)
 SCORES = ('accuracy', 'auc', 'auc_covid19_pneumonia')  # of `ablation.estimate`
 
 
+class Division(NamedTuple):
+    """How patients are divided.
+
+    Attributes:
+      by: 'patient', or 'source' to leave out each source or group of sources once.
+      num_folds: by patient, see `folds.divide_patients`.
+      groups: by source, see `folds.divide_sources`.
+    """
+
+    by: str = 'patient'
+    num_folds: int = 5
+    groups: Sequence[tuple[str, ...]] = ()
+
+
 def crossvalidate(
-    config: ConfigDict, workdir: Path, *, num_folds: int = 5, fold: int | None = None
+    config: ConfigDict, workdir: Path, *, division: Division, fold: int | None = None
 ) -> dict[str, Any] | None:
     """Trains the folds that are not finished, one after the other, then tests and reports all of them together.
 
     Args:
       config: config of every fold.
       workdir: of the cross-validation; created if absent.
-      num_folds: see `folds.divide_patients`; the shuffling takes `config.seed`.
+      division: into which folds; the shuffling takes `config.seed`.
       fold: trains this fold only, from 1, and does not join; so several processes can share the folds.
 
     Returns:
@@ -67,7 +97,7 @@ def crossvalidate(
     """
     _check(config, workdir)
     with report_full_disk(workdir):
-        data, folds = _plan(config, workdir, num_folds)
+        data, folds = _plan(config, workdir, division)
         if fold is not None and not 1 <= fold <= len(folds):
             raise UserError(f'--fold={fold}: it must be from 1 to {len(folds)}')
         if fold is None and (workdir / 'results.json').exists():
@@ -101,6 +131,12 @@ def evaluate(workdir: Path) -> dict[str, Any]:
 
 def _check(config: ConfigDict, workdir: Path) -> None:
     check_config(config)
+    if config.name == 'lesions':
+        raise UserError('crossvalidate is for models of classes: --config=lesions outlines lungs and lesions')
+    if config.get('lesions'):
+        raise UserError(
+            f'config.lesions={config.lesions} may have been trained on patients that the folds hold out: leave it out'
+        )
     if config.get('extractor'):
         raise UserError(
             f'config.extractor={config.extractor} was trained on patients that the folds hold out: leave it out, so '
@@ -110,7 +146,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f'{workdir} holds a single run, not a cross-validation: choose another --workdir')
 
 
-def _plan(config: ConfigDict, workdir: Path, num_folds: int) -> tuple[covidx_ct.Prepared, list[Fold]]:
+def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx_ct.Prepared, list[Fold]]:
     """Loads the data and writes folds.json and the workdirs of the folds, or checks that they are the same."""
     with report_write_errors(workdir, '--workdir'):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -118,17 +154,19 @@ def _plan(config: ConfigDict, workdir: Path, num_folds: int) -> tuple[covidx_ct.
     with lock:  # commands for single folds may start at once: they wait for the first one
         check_workdir(workdir, config)
         data = common.load_data(config.data, workdir)
-        folds = divide_patients(get_pool(data), num_folds, config.seed)
+        if division.by == 'source':
+            folds = divide_sources(get_pool(data), read_sources(data), division.groups, config.seed)
+        else:
+            folds = divide_patients(get_pool(data), division.num_folds, config.seed)
         if (workdir / FOLDS).exists():
             before = _read_folds(workdir)
             if before != folds:
-                number = (
-                    f'{len(before)} folds, now {len(folds)}' if len(before) != len(folds) else 'folds of other lists'
-                )
-                raise UserError(f'{workdir} holds {number}: pass --folds={len(before)}, or choose another --workdir')
+                names = [f'{f[0].name} to {f[-1].name}' for f in (before, folds)]
+                what = f'{names[0]}, not {names[1]}' if names[0] != names[1] else 'the same folds of other lists'
+                raise UserError(f'{workdir} holds {what}: pass the same flags again, or choose another --workdir')
         else:
             save_config(workdir, config)
-            write_json(workdir / FOLDS, {'by': 'patient', 'folds': [fold._asdict() for fold in folds]})
+            write_json(workdir / FOLDS, {'by': division.by, 'folds': [fold._asdict() for fold in folds]})
         for fold, folder in zip(folds, list_folds(workdir), strict=True):
             _create_folder(config, folder, fold)
     return data, folds
@@ -145,9 +183,13 @@ def _create_folder(config: ConfigDict, folder: Path, fold: Fold) -> None:
         phantoms.symlink_to(Path('..', 'phantoms'))  # the folds share them
 
 
+def _read_division(workdir: Path) -> dict[str, Any]:
+    return json.loads((workdir / FOLDS).read_text())
+
+
 def _read_folds(workdir: Path) -> list[Fold]:
     try:
-        return [parse_fold(fold) for fold in json.loads((workdir / FOLDS).read_text())['folds']]
+        return [parse_fold(fold) for fold in _read_division(workdir)['folds']]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{workdir / FOLDS} is unreadable ({error}): choose another --workdir') from error
 
@@ -160,6 +202,7 @@ class Opinions(NamedTuple):
       folds: number of the fold that holds out the example, from 0, int [N].
       logits: of the member that holds it out, over the member's temperature [N, K].
       second: of the member that validates on it; NaN without one [N, K].
+      is_known: whether the training of the member that holds it out had its class, bool [N].
       baselines: name -> scores [N, K].
     """
 
@@ -167,7 +210,15 @@ class Opinions(NamedTuple):
     folds: np.ndarray
     logits: np.ndarray
     second: np.ndarray
+    is_known: np.ndarray
     baselines: dict[str, np.ndarray]
+
+    def take(self, chosen_N: np.ndarray) -> 'Opinions':
+        """Returns the examples of a bool mask."""
+        examples = [example for example, is_chosen in zip(self.examples, chosen_N, strict=True) if is_chosen]
+        arrays = (self.folds, self.logits, self.second, self.is_known)
+        baselines = {name: scores[chosen_N] for name, scores in self.baselines.items()}
+        return Opinions(examples, *(values[chosen_N] for values in arrays), baselines)
 
 
 def _create_experiment(config: ConfigDict, data: covidx_ct.Prepared, folder: Path) -> Classification:
@@ -185,7 +236,8 @@ def _collect(
       The experiment on the whole lists, the opinions, and the calibrated logits of the members on its test split
       [M, N, K].
     """
-    examples, numbers, logits, of_test, seconds, scores = [], [], [], [], {}, []
+    examples, numbers, logits, of_test, seconds, known, scores = [], [], [], [], {}, [], []
+    by_source = _read_division(workdir)['by'] == 'source'
     for number, (fold, folder) in enumerate(zip(folds, list_folds(workdir), strict=True)):
         log.info('testing %s', fold.name)
         temperature = np.float32(common.load_output(folder, 'calibration.json')['temperature'])
@@ -198,14 +250,19 @@ def _collect(
         seconds |= {_get_key(e): x for e, x in zip(experiment.examples['val'], validation, strict=True)}
         examples += experiment.examples['test']
         numbers += [number] * len(held_out)
+        known.append(np.isin(experiment.get_labels('test'), experiment.get_labels('train')))
         logits.append(held_out)
         scores.append(experiment.compute_baselines())
+        if by_source and whole.unit == 'slices':
+            split_labels = {split: experiment.get_labels(split) for split in experiment.examples}
+            scores[-1] |= compute_shape_scores(experiment.data.sources, split_labels)
     none = np.full(len(CLASSES), np.nan, np.float32)
     opinions = Opinions(
         examples,
         np.array(numbers),
         np.concatenate(logits),
         np.stack([seconds.get(_get_key(e), none) for e in examples]),
+        np.concatenate(known),
         {name: np.concatenate([of_fold[name] for of_fold in scores]) for name in scores[0]},
     )
     return whole, opinions, np.stack(of_test)
@@ -236,13 +293,15 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     test, test_labels, test_patients = whole.examples['test'], whole.get_labels('test'), whole.get_patients('test')
     log.info('computing statistics of %d out-of-fold and %d test %s', len(labels), len(test), whole.unit)
 
-    rules = _fit_rules(opinions, labels, patients, whole.unit)
+    known = opinions.take(opinions.is_known)  # a model cannot tell a class that its training lacks
+    rules = _fit_rules(known, whole.unit)
     ensemble_logits = of_test_MxNxK.mean(0)
     probabilities = apply_temperature(ensemble_logits, rules['temperature'])
     out_of_fold = apply_temperature(opinions.logits, rules['temperature'])
     baselines = whole.compute_baselines()
     of_folds = [common.load_output(folder, 'results.json') for folder in folders]
-    title, unit = whole.title.split(' (')[0], whole.unit
+    title, unit, by = whole.title.split(' (')[0], whole.unit, _read_division(workdir)['by']
+    thresholds = {target: chosen['threshold'] for target, chosen in rules['thresholds'].items()}
     results = {
         **common.describe_data(config.data, data),
         'model': f'{title} ensemble of {len(folds)} ({unit})',
@@ -257,16 +316,37 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
             CLASSES,
             train_shares_K=np.bincount(labels, minlength=len(CLASSES)) / len(labels),
         ),
+        'subgroups': compute_subgroups(
+            read_columns(data.raw_dir, test, data.rows['test']),
+            test_labels,
+            probabilities,
+            test_patients,
+            CLASSES,
+            thresholds,
+        ),
         'explanations': {'leading_map': _choose_lead(of_folds)},
         'out_of_fold': {
-            'by': 'patient',
+            'by': by,
             **_score(out_of_fold, labels, patients, opinions.baselines),
             'curves': compute_curves(labels, out_of_fold, patients, CLASSES),
             'calibration': compute_calibration(apply_temperature(opinions.logits, 1.0), labels),
+            'subgroups': compute_subgroups(
+                read_columns(data.raw_dir, opinions.examples, get_pool(data)),
+                labels,
+                out_of_fold,
+                patients,
+                CLASSES,
+                thresholds,
+            ),
             **_compare_folds(opinions, out_of_fold, folds, of_folds),
         },
+        **(
+            {}
+            if by == 'patient'
+            else {'left_out': _compare_sources(workdir, data, folds, opinions, test, of_test_MxNxK)}
+        ),
         'ensemble': _compare_members(of_test_MxNxK, test, probabilities, rules),
-        'label_errors': _find_label_errors(opinions, out_of_fold, labels, patients, unit),
+        'label_errors': _find_label_errors(known, out_of_fold[opinions.is_known], unit),
         'training': {
             'pretrained': of_folds[0]['training']['pretrained'],
             'num_folds': len(folds),
@@ -276,8 +356,10 @@ def join(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared, folds: Seq
     }
     _write_tables(workdir, opinions, out_of_fold, test, probabilities, of_test_MxNxK, rules)
     write_json(workdir / 'calibration.json', rules)
+    write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
+    write_checklist(workdir / 'checklist.html', results, flatten_config(config), [])
     report.write_folds_report(
-        workdir / 'report.html', results, rules, unit=unit, load_image=_create_image_loader(data, opinions)
+        workdir / 'report.html', results, rules, unit=unit, load_image=_create_image_loader(data, known)
     )
     write_json(workdir / 'results.json', results)
     return results
@@ -287,9 +369,10 @@ def _get_labels(examples: Sequence[Example]) -> np.ndarray:
     return np.array([example.label for example in examples])
 
 
-def _fit_rules(opinions: Opinions, labels: np.ndarray, patients: Sequence[str], unit: str) -> dict[str, Any]:
+def _fit_rules(opinions: Opinions, unit: str) -> dict[str, Any]:
     """Returns the content of calibration.json, fitted on out-of-fold examples."""
-    rules = fit_rules(opinions.logits, labels, patients, CLASSES)
+    patients = [example.patient for example in opinions.examples]
+    rules = fit_rules(opinions.logits, _get_labels(opinions.examples), patients, CLASSES)
     twice = ~np.isnan(opinions.second[:, 0])
     pair = np.stack([opinions.logits[twice], opinions.second[twice]])
     of_pair = np.stack([apply_temperature(one, rules['temperature']) for one in pair])
@@ -395,6 +478,74 @@ def _compare_members(
     }
 
 
+def _compare_sources(
+    workdir: Path,
+    data: covidx_ct.Prepared,
+    folds: Sequence[Fold],
+    opinions: Opinions,
+    test: Sequence[Example],
+    of_test_MxNxK: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Scores every group of sources by the member that left it out and by the members that trained with it.
+
+    Sick against normal, by each member's own temperature and screening threshold. Inside and left out are compared on
+    the group's examples of the test list, which no member used. A class that the member's training lacks is not scored.
+    """
+    sources = read_sources(data)
+    normal = CLASSES.index('normal')
+    thresholds = [
+        common.load_output(folder, 'calibration.json')['thresholds']['disease']['threshold']
+        for folder in list_folds(workdir)
+    ]
+
+    def score(logits_MxNxK: np.ndarray, members: Sequence[int], examples: Sequence[Example], chosen: np.ndarray) -> Any:
+        p_MxNxK = np.stack([apply_temperature(logits, 1.0) for logits in logits_MxNxK[:, chosen]])
+        scores = 1 - p_MxNxK[..., normal]
+        called = [
+            p.argmax(1) != normal if thresholds[m] is None else s >= thresholds[m]
+            for m, s, p in zip(members, scores, p_MxNxK, strict=True)
+        ]
+        labels, patients = _get_labels(examples)[chosen], np.array([e.patient for e in examples])[chosen]
+        return score_sick(scores, np.stack(called), labels != normal, patients)
+
+    rows = []
+    for number, fold in enumerate(folds):
+        trained = {row.label for row in select_fold(data, fold).rows['train']}
+        labels = _get_labels(opinions.examples)
+        scored = (opinions.folds == number) & np.isin(labels, list(trained))
+        patients = np.array([example.patient for example in opinions.examples])[scored]
+        group = {sources[patient] for patient in fold.held_out}
+        on_test = np.array([sources[e.patient] in group for e in test]) & np.isin(_get_labels(test), list(trained))
+        others = [m for m in range(len(folds)) if m != number]
+        left = score(of_test_MxNxK[[number]], [number], test, on_test)
+        inside = score(of_test_MxNxK[others], others, test, on_test) if others else None
+        rows.append(
+            {
+                'sources': sorted(group),
+                'num_patients': len(set(patients.tolist())),
+                'classes': common.count_classes(labels[scored]),
+                'not_scored': [CLASSES[label] for label in sorted(set(range(len(CLASSES))) - trained)],
+                'left_out': describe_score(score(opinions.logits[np.newaxis], [number], opinions.examples, scored)),
+                'num_test_patients': len({e.patient for e, is_chosen in zip(test, on_test, strict=True) if is_chosen}),
+                'inside_on_test': describe_score(inside),
+                'left_out_on_test': describe_score(left),
+                'difference': subtract_scores(left, inside) if left and inside else None,
+                'baselines': {
+                    name: describe_score(
+                        score_sick(
+                            -values[np.newaxis, scored, normal],
+                            values[np.newaxis, scored].argmax(-1) != normal,
+                            labels[scored] != normal,
+                            patients,
+                        )
+                    )
+                    for name, values in opinions.baselines.items()
+                },
+            }
+        )
+    return rows
+
+
 def _choose_lead(of_folds: Sequence[dict]) -> dict[str, Any] | None:
     """Returns the leading map that most members have, as one of them describes it; None if none scored its maps."""
     leads = [(one.get('explanations') or {}).get('leading_map') for one in of_folds]
@@ -405,9 +556,8 @@ def _choose_lead(of_folds: Sequence[dict]) -> dict[str, Any] | None:
     return next(lead for lead in leads if lead['name'] == name)
 
 
-def _find_label_errors(
-    opinions: Opinions, probabilities: np.ndarray, labels: np.ndarray, patients: Sequence[str], unit: str
-) -> dict[str, Any]:
+def _find_label_errors(opinions: Opinions, probabilities: np.ndarray, unit: str) -> dict[str, Any]:
+    labels, patients = _get_labels(opinions.examples), [example.patient for example in opinions.examples]
     scan_names = [example.scan for example in opinions.examples]
     if unit == 'scans':
         return describe_label_errors(probabilities, labels, scan_names, patients, None)
@@ -476,6 +626,8 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
             f'{report.SCORES[name]}: mean {shown}, {of_score["lowest"]:.3f} to {of_score["highest"]:.3f} '
             f'in {of_score["num_folds"]} folds'
         )
+    for row in results.get('left_out', ()):
+        lines.append(f'Without {", ".join(row["sources"])}: {_describe_left_out(row)}')
     lines += [
         '',
         f'Ensemble on the test list, {results["num_examples"]:,} {unit} of {results["num_patients"]} patients',
@@ -500,6 +652,18 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
             f'Results, predictions and the folds: {workdir}',
         ]
     )
+
+
+def _describe_left_out(row: dict[str, Any]) -> str:
+    """Returns the scores of a group of sources as text."""
+    if row['left_out'] is None:
+        return 'no class that training has, not scored'
+    text = f'{row["left_out"]["kind"]} {format_score(row["left_out"]["value"], row["left_out"]["interval"])} of '
+    text += f'{row["num_patients"]} patients'
+    if row['difference'] is not None:
+        inside, left = row['inside_on_test'], row['left_out_on_test']
+        text += f'; on the test list {left["kind"]} {left["value"]:.3f}, inside {inside["value"]:.3f}'
+    return text + (f'; without {" and ".join(row["not_scored"])} in training' if row['not_scored'] else '')
 
 
 def _get_unit(results: dict[str, Any]) -> str:

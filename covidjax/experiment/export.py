@@ -4,6 +4,7 @@ Shapes: B slices or scans, T slices of a scan, N slices, S side of a slice, E em
 """
 
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -24,22 +25,25 @@ from covidjax.errors import UserError
 from covidjax.experiment.common import load_output
 from covidjax.experiment.config import load_config
 from covidjax.experiment.lesions import load_lesions
+from covidjax.experiment.preprocessing import NORMALISATION, describe_preprocessing
 from covidjax.experiment.runs import Member, Run, load_run
 from covidjax.explain.evidence import combine_evidence
-from covidjax.files import replace_file
+from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.lesion_weights import LesionModel, write_lesion_weights
 from covidjax.models.lesions import PLANES
 from covidjax.models.seq import HEADS
 from covidjax.models.torch_names import to_torch
 
-NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _AT_ONCE = 16  # slices per call of the extractor: bounds the memory for scans of any length
 
 
 def export_run(workdir: Path, output: Path) -> None:
     """Writes the best model of a finished run to one file, atomically, and prints what was written.
+
+    `<name>.preprocessing.json` beside it says how its inputs are prepared (see `preprocessing`), which of these steps
+    the file takes itself, and which file it belongs to.
 
     Args:
       workdir: workdir of the run.
@@ -50,7 +54,8 @@ def export_run(workdir: Path, output: Path) -> None:
     """
     if output.suffix not in WRITERS:
         raise UserError(f'--output={output} must end in {" or ".join(WRITERS)}')
-    if load_config(workdir).name == 'lesions':
+    config = load_config(workdir)
+    if config.name == 'lesions':
         model, results = load_lesions(str(workdir)), load_output(workdir, 'results.json')
         write = {
             '.safetensors': lambda path: write_lesion_safetensors(path, model, results),
@@ -62,7 +67,10 @@ def export_run(workdir: Path, output: Path) -> None:
     try:
         with replace_file(output) as temporary:
             what = write(temporary)
-            size = temporary.stat().st_size
+            size, digest = temporary.stat().st_size, hashlib.sha256(temporary.read_bytes()).hexdigest()
+        contract = describe_preprocessing(config, results['dataset']['fingerprint'])
+        contract['exported'] = {'file': output.name, 'sha256': digest, 'scales': output.suffix == '.stablehlo'}
+        write_json(output.with_suffix('.preprocessing.json'), contract)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'cannot write --output={output} ({error}): choose another file') from error
     print(f'{output}: {results["model"]}, {what}, {size / 1e6:.1f} MB')
@@ -74,7 +82,7 @@ def export_run(workdir: Path, output: Path) -> None:
 
 def write_lesion_safetensors(path: Path, lesions: LesionModel, results: dict[str, Any]) -> str:
     """Writes the weights of a lesion model in half precision (see `lesion_weights`); returns their number as text."""
-    facts = {'model': results['model'], 'data': results['data'], 'sources': results['dataset']['sources']}
+    facts = {'model': results['model'], 'sources': results['dataset']['sources']}
     return f'{write_lesion_weights(path, lesions, facts)} arrays in half precision'
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from covidjax.evaluation.segmentation import (
 from covidjax.experiment import common
 from covidjax.experiment.common import PHANTOM_NOTICE, Experiment, Procedure, write_phantoms_once
 from covidjax.experiment.config import flatten_config, load_config
+from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
@@ -41,14 +42,15 @@ from covidjax.models.lesion_weights import (
 )
 from covidjax.models.lesions import LesionNet
 from covidjax.models.pretrained import find_weights, load_pretrained
-from covidjax.report import sections
-from covidjax.report.lesions import SCORES, OutlinedSlice, describe, write_lesion_report
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
 from covidjax.training.hosts import is_first
 from covidjax.training.losses import create_mask_objective
 from covidjax.training.state import TrainState
 from covidjax.training.step import pool_masks
+
+if TYPE_CHECKING:
+    from covidjax.report.lesions import OutlinedSlice
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +246,9 @@ def load_lesions(name: str) -> LesionModel:
     with open_checkpoints(path) as checkpoints:
         variables = jax.device_get(restore_best(config, checkpoints))
     model, size = create_model(config.model), config.data.image_size
-    return LesionModel(name, model, variables, size, rules['threshold'], results['notice'], rules['digest'])
+    return LesionModel(
+        name, model, variables, size, rules['threshold'], results['notice'], rules['digest'], results['data']
+    )
 
 
 def measure(
@@ -291,6 +295,8 @@ def evaluate_outside(workdir: Path, folders: Sequence[Path], split: str) -> dict
     Raises:
       UserError: the run or a folder can't be read, or no slice is left.
     """
+    from covidjax.report.lesions import write_lesion_report  # see `common.test`
+
     lesions, config = load_lesions(str(workdir)), load_config(workdir)
     inside = load_data(config.data, workdir)
     outside, num_left_out = exclude_seen(read_masked(folders, lesions.image_size, for_training=False), inside, split)
@@ -370,6 +376,9 @@ def test(experiment: Outlining, checkpoints: Checkpoints, history: Sequence[dict
     Returns:
       The content of results.json. With several processes, only the first writes and returns it; others return {}.
     """
+    from covidjax.report import sections  # see `common.test`
+    from covidjax.report.lesions import write_lesion_report
+
     start = time.perf_counter()
     config, data = experiment.config, experiment.data
     variables = restore_best(config, checkpoints)
@@ -399,6 +408,7 @@ def test(experiment: Outlining, checkpoints: Checkpoints, history: Sequence[dict
     }
     write_predictions(workdir / 'predictions.csv', tabulate(data.rows['test'], of_test, threshold))
     write_json(workdir / 'calibration.json', {'threshold': threshold, 'digest': compute_digest(variables)})
+    write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
     examples = choose_examples(data, 'test', shown, threshold)
     training = sections.build_training(results, flatten_config(config), history, experiment.objective.score)
     write_lesion_report(workdir / 'report.html', results, examples, [training])
@@ -420,8 +430,10 @@ def count_slices(data: MaskedData, split: str) -> dict[str, int]:
 
 def choose_examples(
     data: MaskedData, split: str, shown: dict[int, np.ndarray], threshold: float
-) -> list[OutlinedSlice]:
+) -> 'list[OutlinedSlice]':
     """Returns the slices to show, given their lesion probabilities by number."""
+    from covidjax.report.lesions import OutlinedSlice  # see `common.test`
+
     records, examples = data.sources[split], []
     for i, probabilities in sorted(shown.items()):
         image, masks = records[i]['image'][..., 0], records[i]['masks'][..., 0]
@@ -450,6 +462,8 @@ def tabulate(rows: Sequence[MaskedRow], measures: Sequence[SliceMeasures], thres
 
 def format_scores(results: dict[str, Any]) -> list[str]:
     """Returns the lines of a table of the scores, of all slices and of each source."""
+    from covidjax.report.lesions import SCORES, describe  # see `common.test`
+
     groups = {'all': results, **results['sources']}
     width = max(len(text) for text in SCORES.values()) + 2
     lines = ['', f'{"":<{width}}' + ''.join(f'{name:<22}' for name in groups)]

@@ -7,12 +7,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from covidjax.errors import UserError
 from covidjax.evaluation.novelty import Novelty, compute_novelty, load_novelty
 from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
 from covidjax.experiment import common, lesions, scans, slices
 from covidjax.experiment.config import load_config
+from covidjax.experiment.lesions import load_lesions
 from covidjax.experiment.workdir import list_folds
 from covidjax.models.att2 import Att2
+from covidjax.models.lesion_weights import LesionModel
 from covidjax.training.checkpoints import open_checkpoints
 
 EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
@@ -54,18 +57,21 @@ class Run(NamedTuple):
       config: config of the run.
       results: content of results.json.
       rules: content of calibration.json.
-      members: one model, or those of the folds; all have the same architecture.
+      members: one model, or those of the folds; all have the same architecture. Empty for a lesion model alone, which
+        knows no classes.
+      lesions: the model that outlines lungs and lesions; None if the run has none.
     """
 
     config: ConfigDict
     results: dict[str, Any]
     rules: dict[str, Any]
     members: tuple[Member, ...]
+    lesions: LesionModel | None = None
 
     @property
     def is_scan_run(self) -> bool:
         """Whether a sequence model classifies whole scans."""
-        return self.members[0].sequence is not None
+        return bool(self.members) and self.members[0].sequence is not None
 
     @property
     def min_slices(self) -> int:
@@ -83,22 +89,51 @@ class Run(NamedTuple):
         return self.rules['temperature']
 
 
-def load_run(workdir: Path) -> Run:
+def load_run(workdir: Path | None) -> Run:
     """Loads the best model of a run, or those of all folds, and the rules chosen on validation or out-of-fold examples.
+
+    Args:
+      workdir: of a finished run or cross-validation, also of a lesion model; None for the lesion model that comes with
+        this package.
 
     Raises:
       UserError: the folder is not the workdir of a finished run, or its files are damaged.
     """
-    config = load_config(workdir)
+    config = None if workdir is None else load_config(workdir)
+    if config is None or config.name == 'lesions':
+        return create_lesion_run(load_lesions('box' if workdir is None else str(workdir)))
     results, rules = (common.load_output(workdir, name) for name in ('results.json', 'calibration.json'))
+    outlining = load_lesions(config.lesions) if config.get('lesions') else None
+    if outlining is not None:
+        check_lesions(outlining, rules, workdir)
     folds = list_folds(workdir)
     if not folds:
-        return Run(config, results, rules, (_load_member(config, workdir),))
+        return Run(config, results, rules, (_load_member(config, workdir),), outlining)
     members = []
     for folder in folds:
         temperature = common.load_output(folder, 'calibration.json')['temperature']
         members.append(_load_member(config, folder)._replace(temperature=temperature))
-    return Run(config, results, rules, tuple(members))
+    return Run(config, results, rules, tuple(members), outlining)
+
+
+def create_lesion_run(outlining: LesionModel) -> Run:
+    """Returns a run without classes: it outlines lungs and lesions."""
+    config = ConfigDict({'name': 'lesions', 'data': {'image_size': outlining.image_size, 'region': 'body'}})
+    results = {'model': f'{lesions.TITLE}, {outlining.name}', 'data': outlining.data, 'notice': outlining.notice}
+    return Run(config, results, {}, (), outlining)
+
+
+def check_lesions(outlining: LesionModel, rules: dict[str, Any], workdir: Path) -> None:
+    """Checks that the lesion model is the one that the rules of a run were fitted with.
+
+    Raises:
+      UserError: it is another one.
+    """
+    if rules.get('sick', {}).get('digest') != outlining.digest:
+        raise UserError(
+            f'{workdir} was tested with another lesion model than {outlining.name} is now: run --mode=evaluate to fit '
+            'its rules again'
+        )
 
 
 def _load_member(config: ConfigDict, workdir: Path) -> Member:

@@ -75,7 +75,7 @@ def get_slice_config(config: ConfigDict) -> ConfigDict:
     """Returns the config of the slice experiment, from the section `att2` of a scan config."""
     data = config.data.copy_and_resolve_references().unlock()
     del data.min_slices, data.cached_draws
-    return ConfigDict({'name': 'att2', 'data': data, **config.att2}).lock()
+    return ConfigDict({'name': 'att2', 'lesions': '', 'data': data, **config.att2}).lock()
 
 
 def adopt_extractor(config: ConfigDict, extractor_dir: Path) -> ConfigDict:

@@ -44,6 +44,12 @@ def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) ->
     return Areas(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
+def compute_slice_sick(rule: SickRule, areas: Areas) -> np.ndarray:
+    """Returns the probability of sick of every slice on its own, [N]."""
+    pairs = zip(*areas, strict=True)
+    return compute_sick(rule, np.stack([compute_features(np.array([a]), np.array([b])) for a, b in pairs]))
+
+
 class Judge:
     """Tells sick from normal by the lesions of the slices of a dataset; outlines a split when it is first asked for.
 
@@ -70,8 +76,7 @@ class Judge:
 
     def compute_slice_sick(self, split: str) -> np.ndarray:
         """Returns the probability of sick of every slice on its own, [N]."""
-        areas = zip(*self.get_areas(split), strict=True)
-        return compute_sick(self.rule, np.stack([compute_features(np.array([a]), np.array([b])) for a, b in areas]))
+        return compute_slice_sick(self.rule, self.get_areas(split))
 
     def compute_scan_sick(self, scans: Sequence[Scan], split: str) -> np.ndarray:
         """Returns the probability of sick of every scan, [N]."""

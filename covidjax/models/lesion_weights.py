@@ -34,6 +34,7 @@ class LesionModel(NamedTuple):
       threshold: probability from which a position counts as lesion, chosen on validation.
       notice: not empty for a model trained on phantoms.
       digest: SHA-256 of the weights, in hex.
+      data: what it was trained on.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LesionModel(NamedTuple):
     threshold: float
     notice: str
     digest: str
+    data: str
 
 
 def compute_digest(variables: dict[str, Any]) -> str:
@@ -62,7 +64,12 @@ def write_lesion_weights(path: Path, lesions: LesionModel, facts: dict[str, Any]
       facts: what else the metadata shall hold, JSON-serialisable.
     """
     tensors = {name: tensor.astype(np.float16) for name, tensor in to_torch(lesions.variables).items()}
-    used = {'image_size': lesions.image_size, 'threshold': lesions.threshold, 'mirror': lesions.model.mirror}
+    used = {
+        'image_size': lesions.image_size,
+        'threshold': lesions.threshold,
+        'mirror': lesions.model.mirror,
+        'data': lesions.data,
+    }
     texts = {name: json.dumps(value) for name, value in {**used, **facts}.items()}
     metadata = {'format': 'pt', 'covidjax': covidjax.__version__, 'notice': lesions.notice, **texts}
     safetensors.numpy.save_file(tensors, path, metadata)
@@ -79,7 +86,7 @@ def read_lesion_weights(path: Path, name: str) -> LesionModel:
         with safetensors.safe_open(path, 'numpy') as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, the file is no dict
-        facts = {key: json.loads(metadata[key]) for key in ('image_size', 'threshold', 'mirror')}
+        facts = {key: json.loads(metadata[key]) for key in ('image_size', 'threshold', 'mirror', 'data')}
     except FileNotFoundError as error:
         raise UserError(f'{path} does not exist: it holds the weights of the lesion model') from error
     except (OSError, safetensors.SafetensorError) as error:
@@ -96,6 +103,7 @@ def read_lesion_weights(path: Path, name: str) -> LesionModel:
         facts['threshold'],
         metadata.get('notice', ''),
         compute_digest(variables),
+        facts['data'],
     )
 
 

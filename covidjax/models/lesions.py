@@ -18,7 +18,7 @@ _MOMENTUM = 0.9  # of the batch statistics, as in `att2`: fine-tuning is short
 
 
 class LesionNet(nn.Module):
-    """Outlines lungs, lesions and, within lesions, consolidation: 3,521,043 parameters, without batch statistics.
+    """Outlines lungs, lesions and, within lesions, consolidation: 3,273,731 parameters.
 
     Each decoder step doubles the resolution, appends the encoder's features of that resolution, and applies a 3x3
     convolution, batch normalisation and ReLU.

@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
 
 def predict_archive(
-    workdir: Path,
+    workdir: Path | None,
     archive: Path,
     output: Path,
     *,
@@ -75,7 +75,7 @@ def predict_archive(
     its id. The same command goes on where an earlier one ended.
 
     Args:
-      workdir: of a finished run.
+      workdir: see `runs.load_run`.
       archive: folder, or text file of paths.
       output: folder for all results.
       pages: scans that get a page, one of `PAGES`.
@@ -122,6 +122,8 @@ def compute_version(run: Run) -> str:
     digest.update(repr(run.rules).encode())
     for leaf in jax.tree.leaves([(member.variables, member.novelty) for member in run.members]):
         digest.update(np.ascontiguousarray(leaf).tobytes())
+    if run.lesions:
+        digest.update(run.lesions.digest.encode())
     return digest.hexdigest()[:12]
 
 
@@ -131,7 +133,7 @@ class _Job:
     def __init__(
         self,
         run: Run,
-        workdir: Path,
+        workdir: Path | None,
         output: Path,
         suffix: str,
         versions: dict[str, str],
@@ -206,7 +208,8 @@ class _Job:
             call = joblib.delayed(tasks.prepare_unit)
             return call(unit, create_recipe(self._run), known, force=self._force, main_pid=os.getpid())
         call = joblib.delayed(tasks.predict_unit)
-        return call(unit, str(self._workdir.resolve()), known, force=self._force, pages=self._pages)
+        workdir = self._workdir and str(self._workdir.resolve())
+        return call(unit, workdir, known, force=self._force, pages=self._pages)
 
     def _take(self, task: Task, result: Any, pool: '_Pool') -> None:
         """Takes the result of a task: a `UnitResult`, or the (key, `Finished`) of a page."""
@@ -244,7 +247,13 @@ class _Job:
                 share = seconds / count * len(prepared.scan.images)
                 prepared = prepared._replace(seconds=prepared.seconds | {'model': share})
                 prediction = conclude(self._run, prepared.scan, outputs)
-                light = prepared._replace(scan=prepared.scan._replace(images=prepared.scan.images[:0]))
+                # A page needs neither the slices nor the grids, which would be copied to its worker.
+                scan = prepared.scan._replace(images=prepared.scan.images[:0], whole=None)
+                light = prepared._replace(scan=scan._replace(volume=scan.volume._replace(lungs=None)))
+                if prediction.outlined:
+                    prediction = prediction._replace(
+                        outlined=prediction.outlined._replace(burden=None, probabilities=None)
+                    )
                 finish = functools.partial(tasks.finish_scan, light, prediction, self._run.results)
                 if tasks.has_page(prediction.summary, self._pages):
                     pool.add_page(joblib.delayed(_finish)(key, finish, self._pages))

@@ -35,15 +35,29 @@ def create_labels(
     """
     labels = []
     for place, (probabilities_hxwx3, shape) in enumerate(zip(probabilities_Txhxwx3, shapes, strict=True)):
-        lungs_HxW, lesion_HxW, dense_HxW = np.moveaxis(resize_probabilities(probabilities_hxwx3, shape), -1, 0)
-        if grid is None:
-            lungs_HxW = lungs_HxW > LUNGS_THRESHOLD
-        else:
-            lungs_HxW = grid.enlarge(burden.lungs_txGxV[place // grid.steps[0]])
-        of_slice = lungs_HxW.astype(np.uint8)
-        of_slice[lungs_HxW & (lesion_HxW >= burden.threshold)] = 2
-        of_slice[(of_slice == 2) & (dense_HxW >= CONSOLIDATION_THRESHOLD)] = 3
-        labels.append(of_slice)
+        lungs = None if grid is None else grid.enlarge(burden.lungs_txGxV[place // grid.steps[0]])
+        labels.append(label_slice(probabilities_hxwx3, lungs, burden.threshold, shape))
+    return labels
+
+
+def label_slice(
+    probabilities_hxwx3: np.ndarray, lungs: np.ndarray | None, threshold: float, shape: tuple[int, int]
+) -> np.ndarray:
+    """Returns the mask of one slice: uint8 [H, W], 0 or a key of `LABELS`.
+
+    Args:
+      probabilities_hxwx3: of the slice.
+      lungs: its lungs, bool of any size; None takes those of the model.
+      threshold: of the lesion probability.
+      shape: H, W.
+    """
+    lungs_HxW, lesion_HxW, dense_HxW = np.moveaxis(resize_probabilities(probabilities_hxwx3, shape), -1, 0)
+    is_lungs = lungs_HxW > LUNGS_THRESHOLD
+    if lungs is not None:
+        is_lungs = lungs if lungs.shape == shape else resize_probabilities(lungs[..., np.newaxis], shape)[..., 0] >= 0.5
+    labels = is_lungs.astype(np.uint8)
+    labels[is_lungs & (lesion_HxW >= threshold)] = 2
+    labels[(labels == 2) & (dense_HxW >= CONSOLIDATION_THRESHOLD)] = 3
     return labels
 
 

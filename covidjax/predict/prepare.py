@@ -24,24 +24,32 @@ class Recipe(NamedTuple):
       region: 'body' or 'lungs'.
       min_slices: the fewest slices of a scan.
       is_thinned: the model sees the slices that `sequences.thin_scans` selects, not all.
+      outline_size: side of the whole slices for the model of lesions; 0: there is none.
     """
 
     image_size: int
     region: str
     min_slices: int
     is_thinned: bool
+    outline_size: int = 0
+
+    @property
+    def with_lungs(self) -> bool:
+        """Whether the lungs are wanted where there are Hounsfield units."""
+        return self.region == 'lungs' or self.outline_size > 0
 
 
 class PreparedScan(NamedTuple):
     """A scan as a model sees it.
 
     Attributes:
-      volume: the scan, of its slices only the middle one, without lungs.
+      volume: the scan, of its slices only the middle one.
       boxes: crop boxes of all slices.
       used: indices of the prepared slices in the scan, from 0, int [N].
       images: these slices, uint8 [N, S, S].
       notes: what was left out.
       doubts: reasons not to use the scan; without force there are none.
+      whole: all slices, whole, for the model of lesions, uint8 [T, s, s]; None without one.
     """
 
     volume: Volume
@@ -50,6 +58,7 @@ class PreparedScan(NamedTuple):
     images: np.ndarray
     notes: list[str]
     doubts: list[str]
+    whole: np.ndarray | None = None
 
 
 def prepare_scan(volume: Volume, recipe: Recipe, *, force: bool) -> PreparedScan:
@@ -84,12 +93,13 @@ def prepare_scan(volume: Volume, recipe: Recipe, *, force: bool) -> PreparedScan
     whole = sequences.Scan('', '', 0, tuple(shown), tuple(shown))
     used = np.array(sequences.thin_scans([whole], recipe.min_slices)[0].records if recipe.is_thinned else shown)
     return PreparedScan(
-        volume._replace(slices=[volume.slices[count // 2]], lungs=None),
+        volume._replace(slices=[volume.slices[count // 2]], lungs=volume.lungs if recipe.outline_size else None),
         boxes,
         used,
         np.stack([prepared[place] for place in used]),
         note_lungs(volume, shown, recipe.region),
         doubts,
+        np.stack([resize(grey, recipe.outline_size) for grey in volume.slices]) if recipe.outline_size else None,
     )
 
 

@@ -21,30 +21,44 @@ from covidjax.evaluation.disagreement import compute_disagreement
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
+from covidjax.evaluation.sick import SickRule, compute_sick, describe_disagreement, join
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import Run, average_outputs, compute_mean_novelty, compute_member_outputs, load_run
 from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
+from covidjax.predict.masks import create_labels, write_nifti, write_overlays
+from covidjax.predict.outline import choose_slices, outline_scan
 from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
-from covidjax.report.prediction import Prediction, do_members_disagree, is_unusual, write_prediction_page
+from covidjax.report.burden import LesionPrediction, Outlined, describe_burden
+from covidjax.report.prediction import Prediction, do_members_disagree, is_unusual, write_page
 
 log = logging.getLogger(__name__)
 
 NUM_TOP = 5
 FALLBACK_RULE = 'mean'
+DEFAULT_OUTPUT = Path('covidjax-predictions')  # without a workdir
 
 
-def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, series: str | None, force: bool) -> bool:
+def predict_all(
+    workdir: Path | None,
+    inputs: Sequence[Path],
+    output: Path | None,
+    *,
+    series: str | None,
+    force: bool,
+    masks: bool = False,
+) -> bool:
     """Writes prediction.json and prediction.html of every input and prints a line for each; says whether all went well.
 
     Args:
-      workdir: of a finished run.
+      workdir: see `runs.load_run`.
       inputs: see `volume.read_volume`.
       output: folder of the results of a single input, or of a folder for each of several; None is predictions/ of the
-        workdir, with a folder for each.
+        workdir, or covidjax-predictions/ without one, with a folder for each.
       series: see `volume.read_volume`.
       force: goes on in spite of doubts, and says so on the report.
+      masks: see `predict_one`.
 
     Raises:
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
@@ -56,21 +70,33 @@ def predict_all(workdir: Path, inputs: Sequence[Path], output: Path | None, *, s
             'several inputs are called %s: the SHA-256 of the contents tells their folders apart', ', '.join(shared)
         )
     run = load_run(workdir)
-    parent = output or workdir / 'predictions'
+    if masks and run.lesions is None:
+        raise UserError(f'--masks needs a lesion model, and {workdir} was trained without --config.lesions')
+    parent = output or (DEFAULT_OUTPUT if workdir is None else workdir / 'predictions')
     all_well = True
     for path, name in zip(inputs, names, strict=True):
         folder = output if output is not None and len(inputs) == 1 else parent / name
         try:
             is_shared = name in shared
-            print(predict_one(run, path, folder, series=series, force=force, is_shared=is_shared), flush=True)
+            line = predict_one(run, path, folder, series=series, force=force, is_shared=is_shared, masks=masks)
+            print(line, flush=True)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr, flush=True)
             all_well = False
     return all_well
 
 
-def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force: bool, is_shared: bool = False) -> str:
-    """Reads a scan, classifies it, writes prediction.json and prediction.html, and returns a line that says it.
+def predict_one(
+    run: Run,
+    path: Path,
+    folder: Path,
+    *,
+    series: str | None,
+    force: bool,
+    is_shared: bool = False,
+    masks: bool = False,
+) -> str:
+    """Reads a scan, predicts it, writes prediction.json and prediction.html, and returns a line that says it.
 
     Args:
       run: the model.
@@ -78,12 +104,14 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
       folder: where the files go.
       force: goes on in spite of doubts.
       is_shared: appends the start of the SHA-256 of the contents to the name of the folder, which another scan has too.
+      masks: also writes masks.nii.gz, in the geometry of the scan, and overlays/, slices with outlines; the run needs a
+        lesion model.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
     """
     start = time.perf_counter()
-    volume = read_volume(path, series, with_lungs=run.config.data.region == 'lungs')
+    volume = read_volume(path, series, with_lungs=create_recipe(run).with_lungs)
     seconds = {'reading': time.perf_counter() - start}
     if is_shared:
         folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
@@ -91,15 +119,34 @@ def predict_one(run: Run, path: Path, folder: Path, *, series: str | None, force
     start = time.perf_counter()
     with report_write_errors(folder, '--output'), report_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_prediction_page(folder / 'prediction.html', volume, prediction, run.results)
+        write_page(folder / 'prediction.html', volume, prediction, run.results)
+        if masks:
+            write_masks(folder, volume, prediction.outlined)
         seconds['report'] = time.perf_counter() - start
         summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
         write_json(folder / 'prediction.json', summary)
     return format_line(summary, folder)
 
 
-def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path) -> Prediction:
-    """Prepares the slices of a scan as for training and classifies them.
+def write_masks(folder: Path, volume: Volume, outlined: Outlined) -> None:
+    """Writes the outlines of a scan: masks.nii.gz, if the scan has a geometry, and overlays/ of its infected slices."""
+    labels = create_labels(
+        outlined.probabilities, outlined.burden, volume.lungs, [grey.shape for grey in volume.slices]
+    )
+    if volume.affine is not None:
+        write_nifti(folder / 'masks.nii.gz', labels, volume.affine)
+    overlays = folder / 'overlays'
+    overlays.mkdir(exist_ok=True)
+    for stale in overlays.glob('slice_*.png'):
+        stale.unlink()
+    places = [number - 1 for number in outlined.burden.infected] or choose_slices(outlined.burden)
+    write_overlays(overlays, volume.slices, labels, places)
+
+
+def predict_scan(
+    run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path
+) -> Prediction | LesionPrediction:
+    """Prepares the slices of a scan as for training and predicts them.
 
     Args:
       run: the model.
@@ -128,36 +175,20 @@ def predict_scan(run: Run, volume: Volume, seconds: dict[str, float], *, force: 
 def create_recipe(run: Run) -> Recipe:
     """Returns how scans are prepared for a run."""
     data = run.config.data
-    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run)
+    outline_size = run.lesions.image_size if run.lesions else 0
+    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run, outline_size)
 
 
-def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ...]) -> Prediction:
-    """Returns the prediction for a scan from the outputs of every member of the run for its slices."""
-    volume, used, boxes = prepared.volume, prepared.used, prepared.boxes
-    outputs = average_outputs(run, by_member)
-    if not run.is_scan_run:
-        stored = run.rules.get('scans')
-        rule = stored['rule'] if stored else FALLBACK_RULE
-        attention, temperature = None, run.temperature
-        shares, bias = sum_evidence(run, outputs)
-        scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
-        votes = [
-            compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
-            for member, of_member in zip(run.members, by_member, strict=True)
-        ]
-    else:
-        stored, rule, temperature = run.rules, None, 1.0
-        scan_logits, attention, shares, bias, votes = _classify_sequence(run, by_member)
-    # Slices of a slice run are calibrated; votes of them need a calibration of their own.
-    probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
-    of_slices = apply_temperature(outputs.logits, temperature)
-    novelty = compute_mean_novelty(run, by_member)
-
-    called = int(probabilities[0].argmax())
-    weight = of_slices[:, called] if attention is None else attention
-    top = np.argsort(-weight, kind='stable')[:NUM_TOP]
-    summary = {
-        'input': {'name': volume.name, 'sha256': volume.sha256, 'kind': volume.kind, 'num_slices': len(boxes)},
+def describe_scan(run: Run, prepared: PreparedScan) -> dict[str, Any]:
+    """Returns the parts of prediction.json about the scan, how it was read, and the model."""
+    volume = prepared.volume
+    return {
+        'input': {
+            'name': volume.name,
+            'sha256': volume.sha256,
+            'kind': volume.kind,
+            'num_slices': len(prepared.boxes),
+        },
         'reading': {
             **dict(volume.facts),
             'region': run.config.data.region,
@@ -169,6 +200,55 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         'trained_on': run.results['data'],
         'notice': run.results['notice'],
         'warnings': run.results.get('warnings', []),
+    }
+
+
+def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ...]) -> Prediction | LesionPrediction:
+    """Returns the prediction for a scan from the outputs of every member of the run for its slices."""
+    outlined = outline_scan(run.lesions, prepared) if run.lesions else None
+    if not run.members:
+        warnings = ['this model outlines lungs and lesions; it gives no verdict on COVID-19']
+        summary = describe_scan(run, prepared) | {'warnings': warnings, 'lesions': outlined.summary}
+        return LesionPrediction(summary, prepared.boxes, outlined)
+    volume, used, boxes = prepared.volume, prepared.used, prepared.boxes
+    outputs = average_outputs(run, by_member)
+    if not run.is_scan_run:
+        stored = run.rules.get('scans')
+        rule = stored['rule'] if stored else FALLBACK_RULE
+        attention = None
+        temperature = run.rules['sick']['classifier_temperature'] if outlined else run.temperature
+        shares, bias = sum_evidence(run, outputs)
+        scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
+        votes = [
+            compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
+            for member, of_member in zip(run.members, by_member, strict=True)
+        ]
+    else:
+        stored, rule, temperature = run.rules, None, 1.0
+        scan_logits, attention, shares, bias, votes = classify_sequence(run, by_member)
+    joined = {}
+    if outlined:
+        sick = compute_sick(SickRule(*(run.rules['sick'][name] for name in SickRule._fields)), outlined.features[None])
+        alone = softmax(scan_logits[np.newaxis])
+        scan_logits, *votes = (np.log(join(sick, softmax(x[np.newaxis])))[0] for x in (scan_logits, *votes))
+        joined = {
+            'lesions': outlined.summary,
+            'sick': {
+                'probability': float(sick[0]),
+                'classifier_alone': dict(zip(CLASSES, alone[0].tolist(), strict=True)),
+                'disagreement': describe_disagreement(join(sick, alone)[0], alone[0]),
+            },
+        }
+    # Slices of a slice run are calibrated; votes of them need a calibration of their own.
+    probabilities = apply_temperature(scan_logits[np.newaxis], stored['temperature'] if stored else 1.0)
+    of_slices = apply_temperature(outputs.logits, temperature)
+    novelty = compute_mean_novelty(run, by_member)
+
+    called = int(probabilities[0].argmax())
+    weight = of_slices[:, called] if attention is None else attention
+    top = np.argsort(-weight, kind='stable')[:NUM_TOP]
+    summary = {
+        **describe_scan(run, prepared),
         'verdict': 'uncertain',
         'class': CLASSES[called],
         'probabilities': dict(zip(CLASSES, probabilities[0].tolist(), strict=True)),
@@ -197,6 +277,7 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
             for i, place in enumerate(used.tolist())
         ],
     }
+    summary |= joined
     summary['verdict'] = _find_verdict(summary)
     explained = Explanations(softmax(outputs.logits), outputs.attention, outputs.evidence)
     return Prediction(
@@ -210,6 +291,7 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         explained=explained,
         combination=run.slice_model.combination,
         novelty=novelty,
+        outlined=outlined,
     )
 
 
@@ -229,7 +311,7 @@ def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarra
     return sums / len(names), np.mean(biases, axis=0)
 
 
-def _classify_sequence(
+def classify_sequence(
     run: Run, by_member: tuple[SliceOutputs, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """Returns logits [K], attention [T], evidence [T, K] and bias [K], means over members, and the logits of each."""
@@ -337,14 +419,18 @@ def format_verdict(summary: dict[str, Any]) -> str:
 
 def format_line(summary: dict[str, Any], folder: Path) -> str:
     """Returns what is printed of an input."""
-    seconds = summary['seconds']
+    seconds, lesions = summary['seconds'], summary.get('lesions')
     stages = ', '.join(f'{stage} {s:.1f}' for stage, s in seconds.items())
-    rests = ', '.join(map(str, summary['rests_on']))
-    left_out = f'; left out: {format_counts(summary["left_out"])}' if summary['left_out'] else ''
     marks = [', FORCED'] * bool(summary['forced']) + [' [model trained on phantoms]'] * bool(summary['notice'])
     marks += [f' [{warning}]' for warning in summary['warnings']]
-    return (
-        f'{summary["input"]["name"]}: {format_verdict(summary)}{"".join(marks)}; rests on slices {rests} of '
-        f'{summary["input"]["num_slices"]}{left_out}; {sum(seconds.values()):.1f} s ({stages}); '
-        f'{folder / "prediction.html"}'
-    )
+    parts = [f'{format_verdict(summary)}{"".join(marks)}'] if 'verdict' in summary else []
+    if lesions is not None:
+        described = describe_burden(lesions)
+        parts.append(f'{described[0].lower()}{described[1:]}{"" if parts else "".join(marks)}')
+    if 'rests_on' in summary:
+        rests = ', '.join(map(str, summary['rests_on']))
+        parts.append(f'rests on slices {rests} of {summary["input"]["num_slices"]}')
+    if summary['left_out']:
+        parts.append(f'left out: {format_counts(summary["left_out"])}')
+    parts += [f'{sum(seconds.values()):.1f} s ({stages})', str(folder / 'prediction.html')]
+    return f'{summary["input"]["name"]}: {"; ".join(parts)}'

@@ -23,6 +23,12 @@ PREDICTIONS = (
     'novelty',
     'share_unusual',
     'disagreement',
+    'lungs_ml',
+    'lesions_ml',
+    'lesions_percent',
+    'consolidation_percent',
+    'infected_slices',
+    'grade',
     'slices',
     'left_out',
     'doubts',
@@ -128,20 +134,23 @@ def create_row(path: str, series: str, summary: dict[str, Any]) -> dict[str, Any
     Args:
       path: of the scan in the archive.
       series: its DICOM series, '' without one.
-      summary: prediction.json.
+      summary: prediction.json. Cells of what it does not have stay empty.
     """
-    conformal, novelty = summary['conformal'], summary['novelty'] or {}
+    conformal, novelty, lesions = summary.get('conformal'), summary.get('novelty') or {}, summary.get('lesions', {})
     return {
         'path': path,
         'series': series,
         'id': get_id(summary['input']['sha256']),
-        'verdict': summary['verdict'],
-        'class': summary['class'],
-        **summary['probabilities'],
+        'verdict': summary.get('verdict'),
+        'class': summary.get('class'),
+        **summary.get('probabilities', {}),
         'conformal_set': None if conformal is None else ' '.join(conformal['set']),
         'novelty': novelty.get('median'),
         'share_unusual': novelty.get('share_unusual'),
-        'disagreement': (summary['members'] or {}).get('disagreement'),
+        'disagreement': (summary.get('members') or {}).get('disagreement'),
+        **{name: lesions.get(name) for name in ('lungs_ml', 'lesions_ml', 'lesions_percent', 'consolidation_percent')},
+        'infected_slices': lesions.get('num_infected'),
+        'grade': lesions.get('grade'),
         'slices': summary['input']['num_slices'],
         'left_out': format_counts(summary['left_out']),
         'doubts': '; '.join(summary['forced']),

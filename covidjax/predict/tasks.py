@@ -99,8 +99,8 @@ def prepare_unit(unit: Unit, recipe: Recipe, known: Known, *, force: bool, main_
     return _limit(functools.partial(_prepare_unit, unit, recipe, known, force), unit, READ_SECONDS)
 
 
-def predict_unit(unit: Unit, workdir: str, known: Known, *, force: bool, pages: str) -> UnitResult:
-    """Reads, prepares and predicts the scans of a unit with the run in `workdir`, which each process loads once."""
+def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str) -> UnitResult:
+    """Reads, prepares and predicts the scans of a unit with the run of `workdir`, which each process loads once."""
     result = prepare_unit(unit, _load_recipe(workdir), known, force=force, main_pid=None)
     from covidjax.experiment.runs import compute_member_outputs
     from covidjax.predict.scan import conclude
@@ -119,27 +119,28 @@ def predict_unit(unit: Unit, workdir: str, known: Known, *, force: bool, pages: 
 _loading = threading.Lock()  # a worker of a cluster may have several threads
 
 
-def _load_run(workdir: str) -> Any:
+def _load_run(workdir: str | None) -> Any:
     with _loading:
         return _load_run_once(workdir)
 
 
 @functools.cache
-def _load_run_once(workdir: str) -> Any:
+def _load_run_once(workdir: str | None) -> Any:
     from covidjax.experiment.runs import load_run
 
-    return load_run(Path(workdir))
+    return load_run(workdir and Path(workdir))
 
 
-def _load_recipe(workdir: str) -> Recipe:
+def _load_recipe(workdir: str | None) -> Recipe:
     from covidjax.predict.scan import create_recipe
 
     return create_recipe(_load_run(workdir))
 
 
 def has_page(summary: dict[str, Any], pages: str) -> bool:
-    """Returns whether a scan gets a page: with 'positive' unless its verdict is normal."""
-    return pages == 'all' or (pages == 'positive' and summary['verdict'] != 'normal')
+    """Returns whether a scan gets a page: with 'positive' unless it is normal, or without a verdict, not infected."""
+    is_positive = summary['verdict'] != 'normal' if 'verdict' in summary else summary['lesions']['num_infected'] > 0
+    return pages == 'all' or (pages == 'positive' and is_positive)
 
 
 def finish_scan(prepared: Prepared, prediction: 'Prediction', results: dict[str, Any], pages: str) -> Finished:
@@ -154,12 +155,12 @@ def finish_scan(prepared: Prepared, prediction: 'Prediction', results: dict[str,
     seconds, page = dict(prepared.seconds), None
     summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
     if has_page(summary, pages):
-        from covidjax.report.prediction import write_prediction_page  # it takes seconds to import
+        from covidjax.report.prediction import write_page  # it takes seconds to import
 
         start = time.perf_counter()
         with TemporaryDirectory() as folder:
             path = Path(folder, 'prediction.html')
-            write_prediction_page(path, prepared.scan.volume, prediction._replace(summary=summary), results)
+            write_page(path, prepared.scan.volume, prediction._replace(summary=summary), results)
             page = path.read_text()
         seconds['report'] = time.perf_counter() - start
         summary['seconds'] = {stage: round(s, 2) for stage, s in seconds.items()}
@@ -190,7 +191,7 @@ def _prepare_unit(unit: Unit, recipe: Recipe, known: Known, force: bool) -> Unit
     except UserError as error:
         result.refusals.append(Refusal(unit.name, '', _shorten(error, unit)))
     except Exception as error:  # one scan must not end the archive
-        result.refusals.append(Refusal(unit.name, '', _describe(error)))
+        result.refusals.append(Refusal(unit.name, '', describe_error(error)))
     return result
 
 
@@ -204,7 +205,7 @@ def _prepare_group(
     name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, result: UnitResult
 ) -> UnitResult:
     start = time.perf_counter()
-    scans = find_scans(entries, Path(name).name, with_lungs=recipe.region == 'lungs')
+    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs)
     finding = time.perf_counter() - start
     num_known = result.num_known
     for scan in scans:
@@ -221,7 +222,7 @@ def _prepare_group(
         except UserError as error:
             result.refusals.append(Refusal(name, scan.series, str(error)))
         except Exception as error:
-            result.refusals.append(Refusal(name, scan.series, _describe(error)))
+            result.refusals.append(Refusal(name, scan.series, describe_error(error)))
         else:
             result.scans.append(Prepared(name, scan.series, prepared, seconds))
     return result._replace(num_known=num_known)
@@ -231,7 +232,7 @@ def _shorten(error: UserError, unit: Unit) -> str:
     return str(error).removeprefix(f'{unit.path}: ')
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Returns where an unexpected error arose. Its message may quote a header, and is left out."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f'unexpected {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}'

@@ -84,6 +84,25 @@ def render_accuracies(scores: Mapping[str, dict]) -> Figure:
         return figure
 
 
+def render_sides(scores: Mapping[str, tuple[dict, dict]]) -> Figure:
+    """Draws scores between 0 and 1 inside and outside, each {value, interval}, with their intervals."""
+    with use_style():
+        figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(scores)), layout='constrained')
+        axes = figure.subplots()
+        for side, (name, colour, shift) in enumerate((('inside', GREY, -0.14), ('outside', FIRST, 0.14))):
+            for place, sides in enumerate(scores.values()):
+                if sides[side]['interval']:
+                    axes.plot(sides[side]['interval'], [place + shift] * 2, color=colour, linewidth=2)
+            values = [sides[side]['value'] for sides in scores.values()]
+            axes.plot(values, [place + shift for place in range(len(values))], 'o', color=colour, label=name)
+        axes.set_yticks(range(len(scores)), list(scores))
+        axes.set_ylim(len(scores) - 0.5, -0.5)
+        axes.set_xlim(-0.02, 1.02)
+        axes.grid(visible=False, axis='y')
+        axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
+        return figure
+
+
 def render_curves(per_class: Mapping[str, dict]) -> Figure:
     """Draws one-vs-rest ROC and precision-recall curves; `per_class` is from `compute_curves`."""
     with use_style():

@@ -1,7 +1,7 @@
 """report.html of a cross-validation: out-of-fold scores, the folds, the ensemble on the test list, and labels."""
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ from covidjax.report.charts import create_picture
 from covidjax.report.label_errors import build_label_errors
 from covidjax.report.page import Table, write_page
 from covidjax.report.sections import Section, describe_interval
+from covidjax.report.subgroups import build_subgroups
 
 SCORES = {
     'accuracy': 'accuracy',
     'auc': 'mean AUC of the classes',
     'auc_covid19_pneumonia': 'AUC, COVID-19 against pneumonia, per patient',
+}
+
+
+_DIVISIONS = {
+    'patient': 'The next fold validated that model (of two folds, half of the other one), and all others trained it.',
+    'source': 'A fifth of the patients of every other source and class validated that model, and the rest trained it.',
 }
 
 
@@ -49,8 +56,13 @@ def write_folds_report(
         warnings=[f'{warning[0].upper()}{warning[1:]}.' for warning in results.get('warnings', ())],
         headline=headline,
         sections=[
+            *([build_left_out(results['left_out'])] if 'left_out' in results else []),
             _build_out_of_fold(out, unit),
             _build_folds(out, unit),
+            *[
+                section._replace(title='Subgroups, out of fold')
+                for section in build_subgroups(out['subgroups'], unit=unit)
+            ],
             _build_ensemble(results, unit),
             *sections.build_scores(results, None, table='Table III', unit=unit, others={}),
             *sections.build_statistics(results, rules, unit=unit),
@@ -88,9 +100,8 @@ def _build_out_of_fold(out: dict[str, Any], unit: str) -> Section:
         'out-of-fold',
         'Out-of-fold scores',
         [
-            f'Every patient of the training and validation lists is predicted by the fold that held the patient out. '
-            f'The next fold validated that model, and all others trained it. Intervals resample '
-            f'{out["num_patients"]:,} patients.',
+            f'Every patient is predicted by the fold that held the patient out. {_DIVISIONS[out["by"]]} Intervals '
+            f'resample {out["num_patients"]:,} patients.',
             create_picture(figures.render_accuracies(every), 'Accuracy of each classifier with its 95 % interval'),
             Table(
                 f'Accuracy over out-of-fold {unit}',
@@ -118,6 +129,72 @@ def _build_out_of_fold(out: dict[str, Any], unit: str) -> Section:
 
 def _get_score(out: dict[str, Any], name: str, key: str) -> tuple:
     return out['per_class'][name][key], out['intervals']['per_class'][name][key]
+
+
+def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
+    """Returns the section 'left-out'; `rows` is `left_out` of results.json."""
+    names = list(rows[0]['baselines'])
+    scores, beside = [], []
+    for row in rows:
+        title = ', '.join(row['sources'])
+        scores.append(
+            (
+                title,
+                (row['left_out_on_test'] or row['left_out'] or {}).get('kind', 'none'),
+                row['num_test_patients'],
+                *_show(row['inside_on_test']),
+                *_show(row['left_out_on_test']),
+                *_show(row['difference']),
+            )
+        )
+        counts = ', '.join(f'{count:,} {name}' for name, count in row['classes'].items() if count)
+        beside.append(
+            (
+                title,
+                (row['left_out'] or {}).get('kind', 'none'),
+                row['num_patients'],
+                counts,
+                *_show(row['left_out']),
+                *((row['baselines'][name] or {}).get('value') for name in names),
+            )
+        )
+    absent = [
+        f'Without {", ".join(row["sources"])}, training has no {" and no ".join(row["not_scored"])}: examples of that '
+        'class are not scored.'
+        for row in rows
+        if row['not_scored']
+    ]
+    return Section(
+        'left-out',
+        'Sources left out',
+        [
+            'Each source or group of sources was left out once, from training, early stopping, calibration and '
+            'thresholds. Sick against normal: a group that has both is scored by the area under the ROC curve of 1 - p '
+            'of normal, and a group that has one by the share of right calls at the threshold that the member chose on '
+            'its own validation.',
+            *absent,
+            Table(
+                "The group's patients on the test list, by members that trained with the group (inside) and by the one "
+                'that did not; intervals by patient',
+                (
+                    *('sources', 'score', 'patients', 'inside', 'interval', 'left out', 'interval'),
+                    *('difference', 'interval'),
+                ),
+                scores,
+            ),
+            Table(
+                "All of the group's patients in the training and validation lists, left out",
+                ('sources', 'score', 'patients', 'examples', 'model', 'interval', *names),
+                beside,
+            ),
+            'The baselines were fitted on the same sources as the model. By the ridge regression and the file names '
+            'there is no threshold: a group of one class counts their most probable class.',
+        ],
+    )
+
+
+def _show(score: dict[str, Any] | None) -> tuple:
+    return (None, None) if score is None else (score['value'], score['interval'])
 
 
 def _build_folds(out: dict[str, Any], unit: str) -> Section:

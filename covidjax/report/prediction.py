@@ -1,6 +1,5 @@
 """prediction.html: the prediction for one scan, its top slices, how the input was read, and limits of use."""
 
-import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 import covidjax
 from covidjax.data.lists import CLASSES
@@ -18,19 +16,16 @@ from covidjax.evaluation.novelty import QUANTILE
 from covidjax.explain import catalogue
 from covidjax.explain.evidence import combine_evidence, contrast, scale_signed
 from covidjax.explain.maps import Explanations, segment
+from covidjax.report import page
+from covidjax.report.burden import LesionPrediction, Outlined, build_burden, write_lesion_page
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.leading import get_shown_map
-from covidjax.report.page import Table, write_page
+from covidjax.report.page import Table
 from covidjax.report.pictures import Example, arrange_maps, render_maps, render_panels
+from covidjax.report.reading import build_reading
 from covidjax.report.sections import TARGETS, Section, describe_interval
 
 _NUM_MONTAGE, _COLUMNS = 16, 4
-
-
-CROPS = {
-    'body': "each slice to the body, the largest region above Otsu's threshold",
-    'lungs': 'each slice to the lungs, black outside them',
-}
 
 
 class Prediction(NamedTuple):
@@ -48,6 +43,7 @@ class Prediction(NamedTuple):
       explained: attention and evidence maps of the slices.
       combination: of the slice model, one of `att2.COMBINATIONS`.
       novelty: distance / threshold of each slice [T]; None if the run has no novelty statistics.
+      outlined: outlines of lungs and lesions; None if the run has no lesion model.
     """
 
     summary: dict[str, Any]
@@ -60,6 +56,13 @@ class Prediction(NamedTuple):
     explained: Explanations
     combination: str
     novelty: np.ndarray | None
+    outlined: Outlined | None = None
+
+
+def write_page(path: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]) -> None:
+    """Writes prediction.html of a classifier or of a lesion model alone; see `write_prediction_page`."""
+    write = write_lesion_page if isinstance(prediction, LesionPrediction) else write_prediction_page
+    write(path, volume, prediction, results)
 
 
 def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, results: dict[str, Any]) -> None:
@@ -76,7 +79,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
     warnings += [f'{warning[0].upper()}{warning[1:]}.' for warning in summary['warnings']]
     if is_unusual(summary):
         warnings.append('Do not trust the numbers below: this scan is unlike the training data.')
-    write_page(
+    page.write_page(
         path,
         'prediction.html',
         title=f'{summary["input"]["name"]}: {summary["verdict"]}',
@@ -88,11 +91,12 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
         ],
         sections=[
             _build_verdict(summary),
+            *([build_burden(prediction.outlined)] if prediction.outlined else []),
             _build_course(prediction),
             _build_top(prediction, results),
             _build_montage(prediction),
             _build_novelty(prediction),
-            _build_reading(volume, prediction),
+            build_reading(volume, summary, prediction.boxes),
             _build_limits(summary, results),
         ],
     )
@@ -133,6 +137,15 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         for name, share in summary['probabilities'].items()
     ]
     parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
+    if 'sick' in summary:
+        sick = summary['sick']
+        alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
+        parts.append(
+            f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
+            f'which disease; alone it gives {alone}.'
+        )
+        if sick['disagreement']:
+            parts.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
     basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
         parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
@@ -316,38 +329,6 @@ def _build_novelty(prediction: Prediction) -> Section:
             f'{found["share_unusual"]:.0%} of the slices are above 1. A small distance does not mean that the '
             'prediction is right.',
             create_picture(figure, 'Distance of each slice from the training data'),
-        ],
-    )
-
-
-def _build_reading(volume: Volume, prediction: Prediction) -> Section:
-    count, reading = prediction.summary['input']['num_slices'], prediction.summary['reading']
-    facts = [
-        ('input', volume.name),
-        ('sha256', volume.sha256),
-        ('kind', volume.kind),
-        ('slices', f'{count:,}'),
-        *volume.facts,
-        ('crop', CROPS[reading['region']]),
-        ('written', datetime.datetime.now().astimezone().isoformat(' ', 'minutes')),
-        ('seconds', ', '.join(f'{stage} {s:.1f}' for stage, s in prediction.summary['seconds'].items())),
-    ]
-    left, top, right, bottom = prediction.boxes[count // 2]
-    with use_style():
-        figure = Figure(figsize=(3.2, 3.2), layout='constrained')
-        axes = figure.subplots()
-        axes.imshow(volume.slices[len(volume.slices) // 2], cmap='gray', vmin=0, vmax=255)
-        corner, *sides = (left - 0.5, top - 0.5), right - left, bottom - top
-        axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor='#ff5a4d', linewidth=1.2))
-        axes.axis('off')
-    return Section(
-        'reading',
-        'Input and cropping',
-        [
-            *(f'{note[0].upper()}{note[1:]}.' for note in reading['notes']),
-            Table('Input', ('property', 'value'), facts),
-            'The middle slice and its crop box:',
-            create_picture(figure, 'The uncropped middle slice with its crop box'),
         ],
     )
 

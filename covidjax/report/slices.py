@@ -203,7 +203,7 @@ def _build_worth(explanations: dict[str, Any]) -> Section:
     if localisation is None:
         parts.append(
             'Not scored against lesions: these data have no masks. To score the maps on slices with masks, run '
-            '--mode=evaluate --lesions=<folder>.'
+            '--mode=evaluate --outlines=<folder>.'
         )
     else:
         columns = ['map']

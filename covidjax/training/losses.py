@@ -91,7 +91,7 @@ def compute_mask_losses(logits_BxhxhxM: jax.Array, targets_BxhxhxM: jax.Array, k
       targets_BxhxhxM: share of each position that is outlined, in [0, 1].
       known_BxM: 1 where the plane of an example is outlined, else 0.
     """
-    logits, targets = logits_BxhxhxM.astype(jnp.float32), targets_BxhxhxM.astype(jnp.float32)
+    logits, targets = jnp.asarray(logits_BxhxhxM, jnp.float32), jnp.asarray(targets_BxhxhxM, jnp.float32)
     lesion = targets[..., 1]
     shares = jnp.stack([jnp.ones_like(lesion), jnp.ones_like(lesion), lesion], axis=-1)
     # Consolidation is a part of the lesion: its share within the lesion.

@@ -226,6 +226,17 @@ def test_all_faults_are_counted(tmp_path):
         masked.read_masked([folder], 8)
 
 
+def test_workers_give_the_same(tmp_path, monkeypatch):
+    folder = write_slices(tmp_path / 'in', [{}] * 10)
+    alone = masked.read_masked([folder], 8)
+    monkeypatch.setattr(masked, '_MIN_PARALLEL', 1)
+    together = masked.read_masked([folder], 8)
+    assert (together.rows, together.fingerprint) == (alone.rows, alone.fingerprint)
+    (folder / '3.png').write_bytes(b'')
+    with pytest.raises(UserError, match=r'in/slices\.csv:5: 3\.png: not an image'):
+        masked.read_masked([folder], 8)
+
+
 def test_equal_slices_within_one_side_are_fine(tmp_path):
     rows = [{'split': split, 'patient': f'p{i}'} for i, split in enumerate(['train', 'train', 'val', 'test', 'test'])]
     folder = write_slices(tmp_path / 'in', rows)

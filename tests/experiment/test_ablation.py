@@ -19,7 +19,7 @@ def create_tiny_config(raw_dir):
     config.model.update(
         {'stage_sizes': (1, 1), 'width': 4, 'block': 'basic', 'stem': 'small', 'tail_blocks': 1, 'pretrained': ''}
     )
-    config.train.update({'batch_size': 8, 'steps_per_epoch': 2, 'num_epochs': 1, 'augment': False})
+    config.train.update({'batch_size': 8, 'steps_per_epoch': 2, 'num_epochs': 1, 'augment': 'none'})
     return config.lock()
 
 

@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -102,8 +103,8 @@ def cached(extractor, data, tmp_path_factory):
 
 
 def test_without_augmentation_a_cached_run_is_the_uncached_one(extractor, tmp_path):
-    plain, plain_variables = run(tmp_path / 'plain', extractor[2], train__augment=False)
-    history, variables = run(tmp_path / 'cached', extractor[2], train__augment=False, data__cached_draws=3)
+    plain, plain_variables = run(tmp_path / 'plain', extractor[2], train__augment='none')
+    history, variables = run(tmp_path / 'cached', extractor[2], train__augment='none', data__cached_draws=3)
     assert len(history) == 3
     for one, other in zip(plain, history, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
@@ -135,8 +136,10 @@ def test_draws_are_those_of_their_keys(extractor):
     for number in (2**32 - 1, draw, scan):
         key = jax.random.fold_in(key, number)
     images = np.concatenate([source[record]['image'] for record in chosen[scan].records], axis=-1)
-    augmented = augment(key, np.float32(images) / 255, options=AugmentOptions()).transpose(2, 0, 1)[..., None]
-    expected = model.apply(variables, normalise(255 * augmented), train=False).embedding
+    augment_scan = jax.jit(functools.partial(augment, options=AugmentOptions()))
+    augmented = augment_scan(key, np.float32(images) / 255).transpose(2, 0, 1)[..., None]
+    embed = jax.jit(functools.partial(model.apply, train=False))
+    expected = embed(variables, normalise(255 * augmented)).embedding
     place = locate_slices(chosen)[scan]
     np.testing.assert_allclose(embeddings[draw, place], expected, atol=1e-5)
 

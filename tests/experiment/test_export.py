@@ -1,3 +1,4 @@
+import hashlib
 import json
 import types
 
@@ -16,7 +17,7 @@ from covidjax.evaluation.predictions import softmax
 from covidjax.experiment import scans, slices
 from covidjax.experiment.config import save_config
 from covidjax.experiment.export import export_run, write_stablehlo
-from covidjax.experiment.runs import Run
+from covidjax.experiment.runs import Member, Run
 from covidjax.explain.evidence import combine_evidence
 from covidjax.files import write_json
 from covidjax.models.att2 import normalise
@@ -24,7 +25,12 @@ from covidjax.models.pretrained import load_pretrained
 from covidjax.models.torch_names import from_torch
 from tests.variables import draw_variables
 
-RESULTS = {'model': 'ResNet50-ATT2 (slices)', 'data': 'phantoms', 'notice': 'not patients'}
+RESULTS = {
+    'model': 'ResNet50-ATT2 (slices)',
+    'data': 'phantoms',
+    'notice': 'not patients',
+    'dataset': {'fingerprint': 'abc'},
+}
 
 
 @pytest.fixture
@@ -56,6 +62,13 @@ def test_there_and_back_is_exact(tmp_path, name, capsys, make_run):
     variables = make_run(tmp_path / 'run', name)
     path = tmp_path / 'model.safetensors'
     export_run(tmp_path / 'run', path)
+    contract = json.loads((tmp_path / 'model.preprocessing.json').read_text())
+    assert contract['exported'] == {
+        'file': 'model.safetensors',
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+        'scales': False,
+    }
+    assert contract['hashes']['prepared_data'] == 'abc'
     back = from_torch(safetensors.numpy.load_file(path), variables)
     assert jax.tree.structure(back) == jax.tree.structure(variables)
     for before, after in zip(jax.tree.leaves(variables), jax.tree.leaves(back), strict=True):
@@ -95,7 +108,7 @@ def test_program_of_a_slice_model_takes_any_number_of_slices(tmp_path):
     shrink(config, config.model)
     model = slices.create_model(config.model)
     variables = draw_variables(model, np.zeros((1, 32, 32, 1), np.float32), train=False, full=True)
-    run = Run(config, RESULTS, {'temperature': 2.0}, None, model, variables, None)
+    run = Run(config, RESULTS, {'temperature': 2.0}, (Member(model, variables, None, None),))
     write_stablehlo(tmp_path / 'a.stablehlo', run)
     program = load_program(tmp_path / 'a.stablehlo')
     assert program.fun_name == 'ResNet50_ATT2_normal_pneumonia_covid19_trained_on_phantoms'
@@ -121,7 +134,7 @@ def test_program_of_a_scan_model_ignores_what_the_mask_leaves_out(tmp_path):
     model = scans.create_model(config)
     variables = draw_variables(model, np.zeros((1, 32, 32, 1), np.float32), np.ones(1, np.int32))
     of_slices, sequence = scans.get_extractor(variables), variables['params']['sequence']
-    run = Run(config, RESULTS, {'temperature': 2.0}, None, model.extractor, of_slices, sequence)
+    run = Run(config, RESULTS, {'temperature': 2.0}, (Member(model.extractor, of_slices, sequence, None),))
     write_stablehlo(tmp_path / 's.stablehlo', run)
     images = np.random.default_rng(0).integers(0, 256, (2, 19, 32, 32), dtype=np.uint8)
     mask = np.ones((2, 19), bool)

@@ -24,7 +24,7 @@ def create_config(raw_dir, weights):
     config.model.update(stage_sizes=(1, 1), width=4, block='basic', stem='small', tail_blocks=1)
     config.model.pretrained = str(weights)
     config.train.update(
-        batch_size=4, steps_per_epoch=4, num_epochs=1, checkpoint_steps=2, learning_rate=1e-5, augment=False
+        batch_size=4, steps_per_epoch=4, num_epochs=1, checkpoint_steps=2, learning_rate=1e-5, augment='none'
     )
     return config.lock()
 

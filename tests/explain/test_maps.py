@@ -1,5 +1,7 @@
 """Maps of tiny models against hand-computed maps, and their controls."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def model_and_variables(request):
 def test_explanations_are_those_of_the_model(model_and_variables, images):
     model, variables = model_and_variables
     explained = maps.explain(model, variables, images)
-    outputs = model.apply(variables, normalise(jnp.asarray(images)), train=False)
+    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, normalise(jnp.asarray(images)))
     np.testing.assert_allclose(explained.probabilities, jax.nn.softmax(outputs.logits), atol=1e-5)
     for ours, theirs in zip(explained.attention, outputs.attention, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -45,9 +47,8 @@ def test_grad_cam_says_nothing_that_evidence_does_not(images):
     """
     model = create_model()
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False, full=True)
-    _, found = model.apply(
-        variables, normalise(jnp.asarray(images)), train=False, capture_intermediates=True, mutable=['intermediates']
-    )
+    evaluate = functools.partial(model.apply, train=False, capture_intermediates=True, mutable=['intermediates'])
+    _, found = jax.jit(evaluate)(variables, normalise(jnp.asarray(images)))
     x1, x2 = (np.asarray(x, np.float64) for x in found['intermediates']['backbone']['__call__'][0][-2:])
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables['params'])
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from covidjax.models.att2 import COMBINATIONS, Att2, is_dead, normalise
+from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
 from covidjax.training.losses import create_cross_entropy
 from covidjax.training.optimizer import create_optimizer
@@ -18,9 +18,20 @@ from tests.variables import draw_variables
 SMALL = functools.partial(Att2, stage_sizes=(1, 1, 1), width=8, block='basic', stem='small', tail_blocks=1)
 
 
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 1)).astype(np.float32)
+
+
 @pytest.fixture(scope='module')
 def images():
-    return np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 1)).astype(np.float32)
+    return IMAGES
+
+
+@functools.cache
+def compile_small(**options):
+    """Returns variables and compiled evaluation of a small model. Compiling takes most of the time of a test."""
+    model = SMALL(**options)
+    variables = draw_variables(model, IMAGES, train=False, full=True)
+    return variables, jax.jit(functools.partial(model.apply, train=False))
 
 
 def init_shapes(model, size=224):
@@ -69,12 +80,10 @@ def test_average_has_a_classifier_for_each_module():
     assert (parts['classifier1'], parts['classifier2']) == (1024 * 3 + 3, 2048 * 3 + 3)
 
 
-@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
-@pytest.mark.parametrize('combination', COMBINATIONS)
-def test_attention_sums_to_one(images, compatibility, combination):
-    model = SMALL(compatibility=compatibility, combination=combination)
-    variables = draw_variables(model, images, train=False, full=True)
-    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+@pytest.mark.parametrize('options', [*({'compatibility': c} for c in COMPATIBILITIES), {'combination': 'average'}])
+def test_attention_sums_to_one(images, options):
+    variables, evaluate = compile_small(**options)
+    outputs = evaluate(variables, images)
     for attention in outputs.attention:
         np.testing.assert_allclose(attention.sum((1, 2)), 1, rtol=1e-5)
         assert (attention >= 0).all()
@@ -82,9 +91,8 @@ def test_attention_sums_to_one(images, compatibility, combination):
 
 
 def test_average_is_the_mean_of_probabilities(images):
-    model = SMALL(combination='average')
-    variables = draw_variables(model, images, train=False, full=True)
-    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    variables, evaluate = compile_small(combination='average')
+    outputs = evaluate(variables, images)
     contexts = outputs.embedding[:, :16], outputs.embedding[:, 16:]  # stage widths 16 and 32
     probabilities = []
     for i, context in enumerate(contexts):
@@ -150,12 +158,11 @@ def test_dead_parameters_are_those_of_the_tail(compatibility):
 
 @pytest.mark.parametrize('compatibility', COMPATIBILITIES)
 def test_dead_tail_is_not_computed(images, compatibility):
-    model = SMALL(compatibility=compatibility)
-    variables = draw_variables(model, images, train=False, full=True)
+    variables, evaluate = compile_small(compatibility=compatibility)
     broken = jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.full_like(leaf, np.nan) if path[1].key.startswith('tail_') else leaf, variables
     )
-    logits = jax.jit(functools.partial(model.apply, train=False))(broken, images).logits
+    logits = evaluate(broken, images).logits
     assert np.isnan(logits).any() == (compatibility in NEED_GLOBAL_FEATURE)
 
 
@@ -200,10 +207,10 @@ def test_dead_tail_is_not_trained(compatibility):
 
 @pytest.mark.parametrize('compatibility', ['additive', 'uniform'])
 def test_leaving_the_tail_out_changes_nothing(images, compatibility):
+    variables, evaluate = compile_small(compatibility=compatibility)
     model = SMALL(compatibility=compatibility)
-    variables = draw_variables(model, images, train=False, full=True)
     full = jax.jit(functools.partial(model.apply, train=False, full=True))(variables, images)
-    pruned = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    pruned = evaluate(variables, images)
     for name, tolerance in (('logits', 1e-6), ('embedding', 1e-5), ('attention', 1e-5)):
         for found, expected in zip(*(jax.tree.leaves(getattr(o, name)) for o in (pruned, full)), strict=True):
             np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
@@ -275,22 +282,19 @@ def test_dropout_needs_keys_in_training_and_only_there(images):
             SMALL(dropout=dropout).init(jax.random.key(0), images, train=train, dropout_keys_B=keys)
 
 
-@pytest.mark.parametrize('compatibility', COMPATIBILITIES)
-@pytest.mark.parametrize('mirror', [False, True])
-def test_evidence_of_both_modules_adds_up_to_the_logits(images, compatibility, mirror):
-    model = SMALL(compatibility=compatibility, mirror=mirror)
-    variables = draw_variables(model, images, train=False, full=True)
-    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+@pytest.mark.parametrize('options', [*({'compatibility': c} for c in COMPATIBILITIES), {'mirror': True}])
+def test_evidence_of_both_modules_adds_up_to_the_logits(images, options):
+    variables, evaluate = compile_small(**options)
+    outputs = evaluate(variables, images)
     sums = sum(np.asarray(of_module).sum((1, 2)) for of_module in outputs.evidence)
     np.testing.assert_allclose(sums + variables['params']['classifier']['bias'], outputs.logits, atol=1e-5)
     assert min(of_module.min() for of_module in outputs.evidence) < 0  # signed
 
 
-@pytest.mark.parametrize('mirror', [False, True])
-def test_evidence_of_each_module_adds_up_to_its_own_logits(images, mirror):
-    model = SMALL(combination='average', mirror=mirror)
-    variables = draw_variables(model, images, train=False, full=True)
-    outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+@pytest.mark.parametrize('options', [{}, {'mirror': True}])
+def test_evidence_of_each_module_adds_up_to_its_own_logits(images, options):
+    variables, evaluate = compile_small(combination='average', **options)
+    outputs = evaluate(variables, images)
     logits = [
         np.asarray(of_module).sum((1, 2)) + variables['params'][f'classifier{i + 1}']['bias']
         for i, of_module in enumerate(outputs.evidence)
@@ -331,13 +335,16 @@ def test_mirrored_evaluation_averages_a_slice_and_its_mirror_image(combination):
     model = Att2((1, 1), width=4, block='basic', stem='small', tail_blocks=1, combination=combination)
     images = jax.random.uniform(jax.random.key(3), (2, 32, 32, 1), minval=-1)
     variables = draw_variables(model, images, train=False, full=True)
-    both = model.clone(mirror=True).apply(variables, images, train=False)
-    one, other = (model.apply(variables, x, train=False) for x in (images, images[:, :, ::-1]))
+    evaluate, evaluate_both = (
+        jax.jit(functools.partial(m.apply, train=False)) for m in (model, model.clone(mirror=True))
+    )
+    both = evaluate_both(variables, images)
+    one, other = (evaluate(variables, x) for x in (images, images[:, :, ::-1]))
     np.testing.assert_allclose(both.embedding, (one.embedding + other.embedding) / 2, atol=1e-6)
     for mean, a, b in zip(both.attention, one.attention, other.attention, strict=True):
         np.testing.assert_allclose(mean, (a + b[:, :, ::-1]) / 2, atol=1e-6)
     if combination == 'concat':
         np.testing.assert_allclose(both.logits, (one.logits + other.logits) / 2, atol=1e-5)
     # A slice and its mirror image get the same logits.
-    mirrored = model.clone(mirror=True).apply(variables, images[:, :, ::-1], train=False)
+    mirrored = evaluate_both(variables, images[:, :, ::-1])
     np.testing.assert_allclose(mirrored.logits, both.logits, atol=1e-5)

@@ -15,13 +15,13 @@ from tests.variables import draw_variables
 def lesions():
     model = LesionNet(mirror=False)
     variables = draw_variables(model, jnp.zeros((1, 32, 32, 1)), train=False)
-    return LesionModel('run', model, variables, 64, 0.4, 'phantoms', compute_digest(variables))
+    return LesionModel('run', model, variables, 64, 0.4, 'phantoms', compute_digest(variables), 'folder')
 
 
 @pytest.fixture(scope='module')
 def path(lesions, tmp_path_factory):
     path = tmp_path_factory.mktemp('weights') / 'lesions.safetensors'
-    write_lesion_weights(path, lesions, {'data': 'phantoms'})
+    write_lesion_weights(path, lesions, {'sources': ['a']})
     return path
 
 

@@ -117,7 +117,8 @@ def test_slices_are_classified_as_by_the_extractor_alone(scan_model):
     model, variables, images, lengths = scan_model
     outputs = jax.jit(model.apply)(variables, images, lengths)
     alone = {name: variables[name]['extractor'] for name in ('params', 'batch_stats')}
-    expected = model.extractor.apply(alone, images[1, :, :, 2][None, :, :, None], train=False).logits[0]
+    evaluate = jax.jit(functools.partial(model.extractor.apply, train=False))
+    expected = evaluate(alone, images[1, :, :, 2][None, :, :, None]).logits[0]
     np.testing.assert_allclose(outputs.slice_logits[1, 2], expected, atol=1e-6)
     assert outputs.attention.shape == (2, 5)
     assert (outputs.attention[1, 3:] == 0).all()

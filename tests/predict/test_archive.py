@@ -2,6 +2,7 @@ import csv
 import functools
 import json
 import os
+import shutil
 import time
 import types
 
@@ -13,6 +14,7 @@ import pytest
 from covidjax.data.preprocess import apply_window
 from covidjax.errors import UserError
 from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue, compute_outputs
+from covidjax.experiment.runs import Member
 from covidjax.predict import archive, scan, tables, tasks, units
 from tests.predict import crashing
 from tests.predict.test_scan import EXTRACTOR, RESULTS, RULES
@@ -29,7 +31,9 @@ def run():
     config = att2.get_config()
     config.data.image_size = 32
     variables = draw_variables(EXTRACTOR, np.zeros((1, 32, 32, 1), np.float32), train=False)
-    return scan.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, EXTRACTOR, variables, None)
+    return scan.Run(
+        config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, (Member(EXTRACTOR, variables, None, None),)
+    )
 
 
 class Threads:
@@ -41,10 +45,10 @@ class Threads:
         monkeypatch.setattr(archive, 'BACKEND', 'threading')
 
 
-@pytest.fixture
-def tree(tmp_path):
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
     """Five scans in four layouts, and three failures."""
-    root = tmp_path / 'pacs'
+    root = tmp_path_factory.mktemp('source') / 'pacs'
     for number in range(3):
         hu = np.roll(HU, number, axis=2)
         write_series(root / f'p{number}' / 'CT', hu, study=f'1.2.{number}', series=f'1.2.{number}.1', SOPInstanceUID='')
@@ -66,6 +70,26 @@ def tree(tmp_path):
     write_images(root / 'pictures', apply_window(HU[:3]))
     (root / 'readme.txt').write_text('hello')
     return root
+
+
+@pytest.fixture
+def tree(source, tmp_path):
+    """A copy that a test may change; writing the scans takes longer than copying them."""
+    return shutil.copytree(source, tmp_path / 'pacs')
+
+
+TABLES = ('predictions.csv', 'failures.csv')
+
+
+@pytest.fixture(scope='module')
+def expected(source, run, tmp_path_factory):
+    """The tables of the whole tree."""
+    folder = tmp_path_factory.mktemp('expected')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive, 'load_run', lambda workdir: run)
+        patch.setattr(archive, 'BACKEND', 'threading')
+        archive.predict_archive(folder, source, folder / 'out', pages='none')
+    return {name: read(folder / 'out' / name) for name in TABLES}
 
 
 PATHS = ['both kernels', 'both kernels', 'p0/CT', 'p1/CT', 'p2/CT']
@@ -125,12 +149,10 @@ class TestTables(Threads):
         assert [row['path'] for row in read(tmp_path / 'out' / 'failures.csv')] == ['cut.zip', 'no lungs']
         assert '6 scans in' in capsys.readouterr().out
 
-    def test_shards_give_the_same_table(self, tmp_path, tree):
-        self.predict(tmp_path, tree, pages='none')
+    def test_shards_give_the_same_table(self, tmp_path, tree, expected):
         for shard in ('2/3', '3/3', '1/3'):
             self.predict(tmp_path, tree, 'shards', pages='none', shard=shard)
-        for name in ('predictions.csv', 'failures.csv'):
-            assert read(tmp_path / 'shards' / name) == read(tmp_path / 'out' / name)
+        assert {name: read(tmp_path / 'shards' / name) for name in TABLES} == expected
         with pytest.raises(UserError, match='--shard=4/3'):
             self.predict(tmp_path, tree, 'shards', shard='4/3')
 
@@ -154,8 +176,7 @@ class TestTables(Threads):
         with pytest.raises(UserError, match='holds predictions of another run'):
             self.predict(tmp_path, tree / 'p0', pages='none')
 
-    def test_a_full_disk_loses_no_row(self, tmp_path, tree, monkeypatch):
-        self.predict(tmp_path, tree, 'whole', pages='none')
+    def test_a_full_disk_loses_no_row(self, tmp_path, tree, expected, monkeypatch):
         append, count = tables.Table.append, []
 
         def fail(table, values):
@@ -171,7 +192,7 @@ class TestTables(Threads):
         assert len(read(tmp_path / 'out' / 'predictions.csv')) == 2
         monkeypatch.setattr(tables.Table, 'append', append)
         self.predict(tmp_path, tree, pages='none')
-        assert read(tmp_path / 'out' / 'predictions.csv') == read(tmp_path / 'whole' / 'predictions.csv')
+        assert read(tmp_path / 'out' / 'predictions.csv') == expected['predictions.csv']
 
     def test_a_file_server_that_hangs_costs_one_unit(self, tmp_path, tree, monkeypatch):
         find = tasks.find_scans
@@ -213,7 +234,7 @@ def test_torn_rows_are_cut(tmp_path):
 def test_batches_that_mix_scans_give_the_outputs_of_each(run):
     rng = np.random.default_rng(0)
     scans = {key: rng.integers(0, 256, (n, 32, 32, 1), dtype=np.uint8) for key, n in enumerate((5, 40, 1, 16, 20))}
-    queue, found = OutputQueue(EXTRACTOR, run.slice_variables), {}
+    queue, found = OutputQueue([(EXTRACTOR, run.members[0].slice_variables)]), {}
     for key, images in scans.items():
         queue.add(key, images)
         while queue.num_slices >= BATCH_SIZE:
@@ -223,8 +244,8 @@ def test_batches_that_mix_scans_give_the_outputs_of_each(run):
         found |= queue.compute_batch()
     assert len(queue) == 0
     for key, images in scans.items():
-        expected = compute_outputs(EXTRACTOR, run.slice_variables, images)
-        jax.tree.map(np.testing.assert_array_equal, found[key], expected)
+        expected = compute_outputs(EXTRACTOR, run.members[0].slice_variables, images)
+        jax.tree.map(np.testing.assert_array_equal, found[key], (expected,))
 
 
 def test_units_are_found_by_headers(tmp_path):
@@ -280,25 +301,24 @@ def test_a_worker_that_dies_costs_the_unit_that_killed_it():
     assert 'a worker died while it read this' in refusal.reason
 
 
-def test_a_cluster_gives_the_same_table(tmp_path, tree, run, monkeypatch):
+def test_a_cluster_gives_the_same_table(tmp_path, tree, run, expected, monkeypatch):
     distributed = pytest.importorskip('distributed')
     monkeypatch.setattr(archive, 'load_run', lambda workdir: run)
-    monkeypatch.setattr(archive, 'BACKEND', 'threading')
-    archive.predict_archive(tmp_path, tree, tmp_path / 'out', pages='none')
     monkeypatch.setattr(tasks, '_load_run', lambda workdir: run)
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, protocol='tcp', host='127.0.0.1'
     ) as cluster:
         archive.predict_archive(tmp_path, tree, tmp_path / 'dask', pages='none', scheduler=cluster.scheduler_address)
-    for name in ('predictions.csv', 'failures.csv'):
-        assert read(tmp_path / 'dask' / name) == read(tmp_path / 'out' / name)
+    assert {name: read(tmp_path / 'dask' / name) for name in TABLES} == expected
 
 
 def test_flags_of_the_command_line(tmp_path):
     from covidjax import cli
 
     defaults = dict.fromkeys(('series', 'pages', 'shard', 'scheduler', 'output', 'archive'))
-    values = functools.partial(types.SimpleNamespace, **defaults | {'workdir': str(tmp_path), 'force': False})
+    values = functools.partial(
+        types.SimpleNamespace, **defaults | {'workdir': str(tmp_path), 'force': False, 'masks': False}
+    )
     with pytest.raises(UserError, match='needs --output'):
         cli._predict_archive(_set(values(), archive='x', input=[]), tmp_path)
     with pytest.raises(UserError, match='takes no --input'):

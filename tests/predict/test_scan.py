@@ -18,6 +18,7 @@ from covidjax.errors import UserError
 from covidjax.evaluation.novelty import fit_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.experiment import common, slices
+from covidjax.experiment.runs import Member
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.seq import Seq, SequenceClassifier
 from covidjax.predict import scan
@@ -50,7 +51,9 @@ def run():
     config = att2.get_config()
     model = slices.create_model(config.model)
     variables = draw_variables(model, np.zeros((1, 64, 64, 1), np.float32), train=False, full=True)
-    return scan.Run(config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, None, model, variables, None)
+    return scan.Run(
+        config, RESULTS, RULES | {'scans': {'rule': 'top-3', **RULES}}, (Member(model, variables, None, None),)
+    )
 
 
 def test_a_slice_is_prepared_as_for_training(tmp_path):
@@ -191,7 +194,7 @@ def test_a_sequence_model_sees_sixteen_slices_or_all(tmp_path, min_slices):
     config = seq.get_config()
     config.data.image_size, config.data.min_slices, config.model.hidden = 32, min_slices, 8
     of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
-    run = scan.Run(config, RESULTS, RULES, None, EXTRACTOR, of_extractor, variables['params']['sequence'])
+    run = scan.Run(config, RESULTS, RULES, (Member(EXTRACTOR, of_extractor, variables['params']['sequence'], None),))
     scan.predict_one(run, write_series(tmp_path / 'scan', HU), tmp_path / 'out', series=None, force=False)
     slices = json.loads((tmp_path / 'out' / 'prediction.json').read_text())['slices']
     spread = np.linspace(1, 20, 16).round() if min_slices == 16 else np.arange(1, 21)
@@ -229,7 +232,9 @@ def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
     verdicts = []
     for found in (None, novelty):
         series = write_series(tmp_path / 'scan', HU[:3])
-        changed = run._replace(novelty=found, rules=RULES | {'scans': {'rule': 'mean', **sure}})
+        changed = run._replace(
+            members=(run.members[0]._replace(novelty=found),), rules=RULES | {'scans': {'rule': 'mean', **sure}}
+        )
         verdicts.append(scan.predict_one(changed, series, tmp_path / 'out', series=None, force=False))
     assert 'scan: uncertain' not in verdicts[0]
     assert 'scan: uncertain' in verdicts[1]

@@ -1,16 +1,15 @@
-import jax
 import numpy as np
 import pytest
 
 from covidjax.data.sequences import Scan
-from covidjax.experiment import slices
 from covidjax.models.att2 import Att2
 from covidjax.report.scans import create_examples
+from tests.variables import draw_variables
 
 
 def test_the_slice_of_highest_attention_keeps_its_map():
     model = Att2((1, 1), width=4, block='basic', stem='small', tail_blocks=1)
-    variables = slices.create_variables(model, 32, jax.random.key(0))
+    variables = draw_variables(model, np.zeros((1, 32, 32, 1), np.float32), train=False, full=True)
     rng = np.random.default_rng(0)
     source = [{'image': rng.integers(0, 256, (32, 32, 1), np.uint8)} for _ in range(40)]
     scan = Scan('s', 'p', 1, tuple(range(100, 120)), tuple(range(5, 25)))

@@ -162,9 +162,9 @@ def make_scanner(**changes):
         translation=0,
         gamma=0,
         gain=(1, 1),
-        offset=0,
+        offset=(0, 0),
         sharpness=0,
-        half_resolution=0,
+        half_resolution=0.0,
         noise=0,
     )
     return dataclasses.replace(still, **changes)
@@ -186,7 +186,7 @@ def test_still_scanner_only_mirrors(image):
 def test_scanner_stays_in_range_and_keeps_black(image):
     cut = image.copy()
     cut[:6] = 0
-    seen = scan_many(cut, make_scanner(gamma=0.6, gain=(0.6, 1.4), offset=0.15, noise=0.06))
+    seen = scan_many(cut, make_scanner(gamma=0.6, gain=(0.6, 1.4), offset=(-0.15, 0.15), noise=0.06))
     assert seen.min() >= 0
     assert seen.max() <= 1
     assert (seen[:, :6] == 0).all()
@@ -194,7 +194,7 @@ def test_scanner_stays_in_range_and_keeps_black(image):
 
 
 def test_gamma_gain_and_offset_are_an_increasing_map(image):
-    seen = scan_many(image, make_scanner(gamma=0.6, gain=(0.6, 1.4), offset=0.15))
+    seen = scan_many(image, make_scanner(gamma=0.6, gain=(0.6, 1.4), offset=(-0.15, 0.15)))
     order = np.argsort(image.ravel())
     mirrored = np.argsort(image[:, ::-1].ravel())
     steps = np.minimum(

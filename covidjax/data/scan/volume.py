@@ -59,6 +59,7 @@ class Volume(NamedTuple):
       notes: what was left out or assumed.
       doubts: reasons not to use the scan without --force.
       left_out: how many files or slices were left out, by reason.
+      thickness_mm: of a slice, from the header; None if it is not there.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Volume(NamedTuple):
     notes: list[str]
     doubts: list[str]
     left_out: dict[str, int]
+    thickness_mm: float | None = None
 
 
 def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
@@ -299,7 +301,17 @@ def _read_series(
         *_WINDOWED,
     ]
     return Volume(
-        *identity, 'DICOM', slices, depths, lungs, _swap_axes(affine), facts, notes + geometry, doubts, dict(counts)
+        *identity,
+        'DICOM',
+        slices,
+        depths,
+        lungs,
+        _swap_axes(affine),
+        facts,
+        notes + geometry,
+        doubts,
+        dict(counts),
+        kept[0].thickness,
     )
 
 

@@ -1,0 +1,50 @@
+"""Outlines the lungs and lesions of a scan and measures what it carries.
+
+Shapes: T slices of a scan, S side of a slice as the model sees it, h = S / 4.
+"""
+
+import numpy as np
+
+from covidjax.evaluation.burden import Burden, measure_burden
+from covidjax.evaluation.outlines import outline_slices
+from covidjax.evaluation.sick import compute_features
+from covidjax.models.lesion_weights import LesionModel
+from covidjax.predict.masks import label_slice
+from covidjax.predict.prepare import PreparedScan
+from covidjax.report.burden import Outlined, ShownSlice
+
+_NUM_SHOWN = 8
+
+
+def outline_scan(lesions: LesionModel, prepared: PreparedScan) -> Outlined:
+    """Outlines the whole slices of a scan that was prepared for it.
+
+    Args:
+      lesions: the model.
+      prepared: with `whole` slices.
+    """
+    grid = prepared.volume.lungs
+    probabilities = outline_slices(lesions, prepared.whole)
+    burden = measure_burden(probabilities, grid, prepared.volume.depths_mm, threshold=lesions.threshold)
+    lungs, affected = np.array([(s.lungs_percent, s.lungs_percent * s.lesions_percent / 100) for s in burden.slices]).T
+    shown = []
+    for place in choose_slices(burden):
+        of_slice = None if grid is None else grid.enlarge(burden.lungs_txGxV[place // grid.steps[0]])
+        labels = label_slice(probabilities[place], of_slice, burden.threshold, prepared.whole[place].shape)
+        shown.append(ShownSlice(place + 1, prepared.whole[place], labels))
+    summary = {
+        'model': lesions.name,
+        'digest': lesions.digest,
+        'trained_on_phantoms': bool(lesions.notice),
+        **burden.to_json(),
+    }
+    return Outlined(summary, burden, probabilities, compute_features(lungs, affected), shown)
+
+
+def choose_slices(burden: Burden) -> list[int]:
+    """Returns the indices of the slices to show: spread over the infected ones, or else over those with lungs."""
+    chosen = [s.number - 1 for s in burden.slices if s.is_infected]
+    chosen = chosen or [s.number - 1 for s in burden.slices if s.lungs_percent > 0]
+    chosen = chosen or [s.number - 1 for s in burden.slices]
+    places = np.unique(np.linspace(0, len(chosen) - 1, _NUM_SHOWN).round().astype(int))
+    return [chosen[i] for i in places]
