@@ -265,10 +265,12 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
         Table(f'Evidence in {of}', columns, rows),
     ]
     shown = get_shown_map(results)
-    if shown is None:
+    if shown is None or shown.startswith(catalogue.LESIONS):
         examples = [Example(title, image) for title, image in zip(titles, images, strict=True)]
         parts += [
-            'No map of this run beat chance when its maps were scored, so none is shown as an explanation.',
+            'No map of this run beat chance when its maps were scored, so none is shown as an explanation.'
+            if shown is None
+            else 'The best map of this run is that of the lesion model: see the outlines above.',
             create_picture(render_panels({'': examples}, len(examples)), 'The top slices'),
         ]
         return Section('slices', 'Top slices', parts)
