@@ -39,8 +39,8 @@ def write_pictures(
       results: results.json of the run.
 
     Returns:
-      'map', the name of the leading map, None if none beats chance or the best is that of the lesion model; 'has_lungs' and 'has_lesions';
-      'is_windowed', whether the greys are Hounsfield units in the window of COVIDx.
+      'map', the name of the leading map, None if none beats chance or the best is that of the lesion model; 'has_lungs'
+      and 'has_lesions'; 'is_windowed', whether the greys are Hounsfield units in the window of COVIDx.
     """
     everywhere = range(len(volume.slices))
     _write(folder / 'slices', everywhere, volume.slices.__getitem__)
