@@ -125,6 +125,27 @@ def test_words(run, tmp_path):
         assert part in text
 
 
+def test_words_of_a_lesion_model_alone():
+    lesions = {'lesions_percent': 2.34, 'lungs_ml': 3650.0, 'lesions_ml': 84.0, 'num_infected': 45, 'grade': 1}
+    lesions |= {'grade_says': 'up to 25 %', 'remarks': ['few slices']}
+    found = words.describe_prediction(
+        {
+            'lesions': lesions,
+            'forced': [],
+            'notice': None,
+            'warnings': ['no verdict'],
+            'left_out': {},
+            'reading': {'notes': []},
+        }
+    )
+    assert found == {
+        'verdict': None,
+        'headline': 'Lesions in 2.3 % of the lungs (84 of 3,650 ml), 45 infected slices, grade 1 (up to 25 %).',
+        'warnings': ['No verdict.'],
+        'reasons': ['Few slices.'],
+    }
+
+
 def test_gzip_bombs_are_too_large(run, tmp_path):
     (tmp_path / 'source').mkdir()
     buffer = io.BytesIO()

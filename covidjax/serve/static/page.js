@@ -302,6 +302,7 @@ async function renderDone(result, scan) {
   find('.warnings').replaceChildren(...view.warnings.map((text) => create('p', text, 'banner')));
   find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict ?? 'Lungs and lesions';
   find('.headline').textContent = view.headline;
+  find('details').hidden = !view.reasons.length;
   find('.reasons').replaceChildren(...view.reasons.map((text) => create('li', text)));
   renderBars(find('.bars tbody'), summary.probabilities ?? {});
   renderDownloads(find('.downloads'), scan, files);
@@ -422,7 +423,7 @@ function renderMore(root, summary) {
   if (!rest.length) return;
   const list = create('dl', undefined, 'facts');
   const put = (name, value) => {
-    if (Array.isArray(value) && (value.length > 12 || typeof value[0] === 'object')) return;
+    if (Array.isArray(value) && (!value.length || value.length > 12 || typeof value[0] === 'object')) return;
     if (value !== null && typeof value === 'object' && !Array.isArray(value)) {
       for (const [key, inner] of Object.entries(value)) put(`${name}, ${key.replaceAll('_', ' ')}`, inner);
     } else {
