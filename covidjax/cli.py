@@ -360,9 +360,7 @@ COMMANDS = {
         'Serve a page that classifies the scans that are dropped on it.',
         '--workdir=/tmp/run',
         (
-            Flag(
-                'workdir', 'DIR', 'Folder of a finished run; default: the model of lungs and lesions in this package.'
-            ),
+            Flag('workdir', 'DIR', 'Folder of a finished run; default: the lesion model in this package.'),
             Flag('host', 'ADDRESS', 'Address to listen on; default: 127.0.0.1, for this machine only.'),
             Flag('port', 'N', 'Port to listen on; default: 8765; 0 for a free one.'),
             Flag('token_file', 'FILE', 'File with a secret that clients must send; needed with another --host.'),

@@ -105,9 +105,11 @@ class Scans:
         """Puts a scan at the end of the queue.
 
         Raises:
-          Refused: it waits or runs already.
+          Refused: it waits or runs already, or was deleted.
         """
         with self._changed:
+            if scan.is_deleted:
+                raise self._miss()
             if scan.state in ('queued', 'running'):
                 raise Refused(409, 'busy', 'This scan is waiting or being predicted already.')
             busy = sum(other.state in ('uploading', 'queued', 'running') for other in self._scans.values())

@@ -33,7 +33,7 @@ class Client(TestClient):
 
     def wait(self, name, *states):
         """Returns the status of a scan once it is in one of these states, by default 'done' or 'refused'."""
-        for _ in range(600):
+        for _ in range(3_000):
             status = self.get(f'/api/scans/{name}').json()
             if status['state'] in (states or ('done', 'refused')):
                 return status

@@ -72,7 +72,7 @@ class TestPredicting:
         assert get_error(client.upload(b'x', params={'force': 'maybe'}), 400)['code'] == 'force'
 
     def test_the_queue_tells_the_place_and_runs_one_at_a_time(self, client):
-        names = [client.upload(b'slow').json()['id'] for _ in range(3)]
+        names = [client.upload(wish).json()['id'] for wish in (b'hang', b'slow', b'slow')]
         client.wait(names[0], 'running')
         states = [client.get(f'/api/scans/{name}').json() for name in names]
         assert [(one['state'], one['place']) for one in states] == [('running', None), ('queued', 1), ('queued', 2)]
@@ -81,6 +81,7 @@ class TestPredicting:
         assert get_error(client.post(f'/api/scans/{names[1]}/predict'), 409)['code'] == 'busy'
         assert client.delete(f'/api/scans/{names[1]}').status_code == 204
         assert client.get(f'/api/scans/{names[2]}').json()['place'] == 1
+        client.delete(f'/api/scans/{names[0]}')
         assert client.wait(names[2])['state'] == 'done'
 
     def test_unexpected_errors_do_not_quote_headers(self, client, caplog, capfd):
@@ -104,7 +105,7 @@ class TestDeleting:
         before, start = client.worker.num_starts, time.monotonic()
         assert client.delete(f'/api/scans/{name}').status_code == 204
         assert client.predict(b'good')['state'] == 'done'
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 50  # and not the minute that it would have run
         assert client.worker.num_starts == before + 1
         assert not any(file.startswith(name) for file in client.list_files())
 
@@ -134,10 +135,11 @@ class TestLimits:
 
     def test_the_queue(self, tmp_path):
         with open_client(tmp_path, num_waiting=2) as client:
-            names = [client.upload(b'slow').json()['id'] for _ in range(2)]
+            names = [client.upload(wish).json()['id'] for wish in (b'hang', b'slow')]
             answer = client.upload(b'good')
             assert get_error(answer, 429)['code'] == 'queue'
             assert answer.headers['retry-after'] == '10'
+            client.delete(f'/api/scans/{names[0]}')
             client.wait(names[1])
             assert client.predict(b'good')['state'] == 'done'
 
@@ -150,7 +152,7 @@ class TestLimits:
 
     @pytest.mark.parametrize(('wish', 'code', 'status'), [('hang', 'time', 422), ('hungry', 'memory', 413)])
     def test_time_and_memory(self, tmp_path, wish, code, status):
-        with open_client(tmp_path, predict_seconds=1, memory_bytes=300_000_000) as client:
+        with open_client(tmp_path, predict_seconds=20 if wish == 'hungry' else 5, memory_bytes=300_000_000) as client:
             error = client.predict(wish.encode())['error']
             assert (error['code'], error['status']) == (code, status)
             assert client.predict(b'good')['state'] == 'done'

@@ -128,7 +128,7 @@ def test_words(run, tmp_path):
 def test_gzip_bombs_are_too_large(run, tmp_path):
     import gzip
 
-    from covidjax.data.scan import volume
+    from covidjax.data.scan import nifti
     from covidjax.errors import TooLargeError
 
     (tmp_path / 'source').mkdir()
@@ -137,6 +137,6 @@ def test_gzip_bombs_are_too_large(run, tmp_path):
         file.write(bytes(20_000))
     (tmp_path / 'source' / '00001.nii.gz').write_bytes(buffer.getvalue())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(volume, 'MAX_BYTES', 10_000)
+        patch.setattr(nifti, 'MAX_BYTES', 10_000)
         with pytest.raises(TooLargeError, match='unpacks to more than'):
             predict(run, tmp_path)

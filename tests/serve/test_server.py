@@ -68,7 +68,7 @@ def get(port, path):
 
 
 def wait(port, name):
-    for _ in range(300):
+    for _ in range(1_200):
         status = json.loads(get(port, f'/api/scans/{name}')[1])
         if status['state'] in ('done', 'refused'):
             return status
@@ -120,7 +120,7 @@ def test_slow_uploads_are_ended(port):
         start = time.monotonic()
         answer = client.recv(10_000)
     assert answer.startswith(b'HTTP/1.1 408')
-    assert 0.8 < time.monotonic() - start < 5
+    assert 0.8 < time.monotonic() - start < 20
     with socket.create_connection(('127.0.0.1', port), timeout=20) as client:
         client.sendall(
             b'POST /api/scans HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n'
