@@ -9,13 +9,14 @@ The paper's two experiments; after the colon, the raw COVIDx-CT directory
   python main.py --config=configs/seq.py:/data/covidx-ct \
     --config.extractor=/tmp/run --workdir=/tmp/seq
 
-Other modes: --mode=train|crossvalidate|evaluate|predict|audit|export
+Other modes: --mode=train|crossvalidate|evaluate|predict|audit|serve|export
   python main.py --mode=crossvalidate --config=configs/lite.py:/data/my-ct \
     --folds=5 --workdir=/tmp/folds
   python main.py --mode=audit --input=/data/covidx-ct
   python main.py --mode=evaluate --workdir=/tmp/run
   python main.py --mode=predict --workdir=/tmp/run --input=/scans/1 \
     --input=/scans/2.nii.gz
+  python main.py --mode=serve --workdir=/tmp/run
   python main.py --mode=export --workdir=/tmp/run --output=model.stablehlo
 
 A training command that is repeated in its workdir resumes; SIGTERM and Ctrl-C

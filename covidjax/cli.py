@@ -150,18 +150,24 @@ def predict(values: flags.FlagValues) -> None:
         if values[name].value is not None:
             raise UserError(f'--{name} is for --archive')
     _start_jax(values)
+    from covidjax.predict.dicom_results import check_package
     from covidjax.predict.scan import predict_all
 
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
-    if not predict_all(workdir, inputs, output, series=values.series, force=values.force, masks=values.masks):
+    if values.dicom:
+        check_package()
+    if not predict_all(
+        workdir, inputs, output, series=values.series, force=values.force, masks=values.masks, dicom=values.dicom
+    ):
         sys.exit(1)
 
 
 def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
-    if values.input or values.series is not None or values.masks:
+    if values.input or values.series is not None or values.masks or values.dicom:
         raise UserError(
-            '--archive takes no --input, --series or --masks: it finds every scan and series itself, and writes tables'
+            '--archive takes no --input, --series, --masks or --dicom: it finds every scan and series itself, and '
+            'writes tables'
         )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
@@ -200,6 +206,23 @@ def export(values: flags.FlagValues) -> None:
     from covidjax.experiment.export import export_run
 
     export_run(workdir, Path(values.output))
+
+
+def serve(values: flags.FlagValues) -> None:
+    """Serves a page that predicts scans, until it is stopped."""
+    try:
+        from covidjax.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs the package {error.name}: pip install 'covidjax[serve]'") from error
+
+    serve(
+        None if values.workdir is None else Path(values.workdir),
+        host=values.host,
+        port=values.port,
+        token_file=None if values.token_file is None else Path(values.token_file),
+        keep_minutes=values.keep_minutes,
+        dicom=values.dicom,
+    )
 
 
 def _get_config(values: flags.FlagValues, command: str) -> Any:
@@ -319,6 +342,7 @@ COMMANDS = {
             ),
             Flag('masks', '', 'Write masks.nii.gz in the geometry of the scan, and slices with outlines, too.'),
             Flag('force', '', 'Predict even if the input may not be a chest CT; the report says so.'),
+            Flag('dicom', '', 'Also write results in DICOM, which name the patient as the scan does.'),
         ),
         predict,
     ),
@@ -332,6 +356,19 @@ COMMANDS = {
         ),
         audit,
     ),
+    'serve': Command(
+        'Serve a page that classifies the scans that are dropped on it.',
+        '--workdir=/tmp/run',
+        (
+            Flag('workdir', 'DIR', 'Folder of a finished run; default: the lesion model in this package.'),
+            Flag('host', 'ADDRESS', 'Address to listen on; default: 127.0.0.1, for this machine only.'),
+            Flag('port', 'N', 'Port to listen on; default: 8765; 0 for a free one.'),
+            Flag('token_file', 'FILE', 'File with a secret that clients must send; needed with another --host.'),
+            Flag('dicom', '', 'Offer results in DICOM, which name the patient as the scan does.'),
+            Flag('keep_minutes', 'N', 'Minutes after which a scan and its results are deleted; default: 30.'),
+        ),
+        serve,
+    ),
     'export': Command(
         'Write the model of a run as one file, for jax alone or for PyTorch.',
         '--workdir=/tmp/run --output=model.stablehlo',
@@ -343,8 +380,8 @@ COMMANDS = {
     ),
 }
 _HELP = ('--help', '-help', '-h')
-_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks'), ('input',)
-_NUMBERS = ('num_processes', 'process_id', 'folds', 'fold')
+_SWITCHES, _REPEATED = ('occlusion', 'force', 'masks', 'dicom'), ('input',)
+_NUMBERS, _FRACTIONS = ('num_processes', 'process_id', 'folds', 'fold', 'port'), ('keep_minutes',)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -398,6 +435,7 @@ def run_command(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
     """Parses the flags of a command and runs it; does not return."""
     # ml_collections reads overrides of config fields from sys.argv.
     try:
+        arguments = spell_flags(arguments, [flag.name for flag in COMMANDS[name].flags])
         sys.argv = [program, *resolve_config_names(arguments)]
     except UserError as error:
         sys.exit(f'error: {error}')
@@ -418,10 +456,22 @@ def define_flags(wanted: Sequence[Flag], values: flags.FlagValues) -> None:
             flags.DEFINE_bool(flag.name, False, flag.help, flag_values=values)
         elif flag.name in _NUMBERS:
             flags.DEFINE_integer(flag.name, None, flag.help, flag_values=values)
+        elif flag.name in _FRACTIONS:
+            flags.DEFINE_float(flag.name, None, flag.help, flag_values=values)
         elif flag.name in _REPEATED:
             flags.DEFINE_multi_string(flag.name, [], flag.help, flag_values=values)
         else:
             flags.DEFINE_string(flag.name, None, flag.help, flag_values=values)
+
+
+def spell_flags(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Replaces hyphens in the names of flags, as in --token-file, by underscores."""
+    spelt = []
+    for argument in arguments:
+        flag, equals, value = argument.partition('=')
+        name = flag.lstrip('-').replace('-', '_')
+        spelt.append(f'--{name}{equals}{value}' if flag.startswith('--') and name in names else argument)
+    return spelt
 
 
 def resolve_config_names(arguments: Sequence[str]) -> list[str]:

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class TooLargeError(UserError):
+    """An input is larger than this project reads."""
+
+
 def join_faults(faults: Sequence[str]) -> str:
     """Returns the first 20 faults on one line, and the total count if there are several."""
     shown = '; '.join(faults[:MAX_FAULTS_SHOWN])

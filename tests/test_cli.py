@@ -381,6 +381,10 @@ def test_user_mistakes_are_one_line_each(refuse, raw_dir, slice_run, tmp_path):
         (('--mode=export', '--output=a.safetensors'), ('--workdir',)),
         (('--mode=export', f'--workdir={slice_run[0]}', f'--output={blocked}'), (blocked, '.safetensors')),
         (('--mode=predict', f'--workdir={slice_run[0]}'), ('--input',)),
+        (('--mode=serve',), ('--workdir',)),
+        (('--mode=serve', f'--workdir={slice_run[0]}', '--host=0.0.0.0'), ('--host=0.0.0.0', '--token_file')),
+        (('--mode=serve', f'--workdir={slice_run[0]}', f'--token-file={empty}/none'), (f'{empty}/none',)),
+        (('--mode=serve', f'--workdir={empty}', '--port=0'), (empty, 'not the workdir')),
         (('--mode=predict', f'--workdir={empty}', f'--input={empty}'), (empty, 'not the workdir')),
         ((), ('--config',)),
         ((att2, workdir, *TINY, '--config.name=dance'), ('dance',)),
@@ -458,12 +462,37 @@ def test_bad_data_are_one_line_each(refuse, call, raw_dir, tmp_path):
     assert {entry['file'] for entry in dropped} == {file, bomb.name}
 
 
+def test_the_served_prediction_is_that_of_predict(slice_run, call, environment, tmp_path):
+    requests = pytest.importorskip('requests')
+    pytest.importorskip('starlette', reason='the page needs covidjax[serve]')
+    source = write_series(tmp_path / 'source', make_chest())
+    result = call('--mode=predict', f'--workdir={slice_run[0]}', f'--input={source}', f'--output={tmp_path / "out"}')
+    assert result.returncode == 0, result.stderr
+    command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={slice_run[0]}', '--port=0', '--keep-minutes=5']
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment | {'TMPDIR': str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    ) as server:
+        url = f'http://127.0.0.1:{server.stdout.readline().split(":")[2].split("/")[0]}'
+        files = [('files', (path.name, path.read_bytes())) for path in source.iterdir()]
+        scan = f'{url}/api/scans/{requests.post(f"{url}/api/scans", files=files).json()["id"]}'
+        while (state := requests.get(scan).json()['state']) in ('queued', 'running'):
+            time.sleep(0.2)
+        served = requests.get(f'{scan}/prediction.json').json()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert state == 'done'
+    predicted = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    assert served['probabilities'] == predicted['probabilities']
+    assert served['slices'] == predicted['slices']
+    assert not list(tmp_path.glob('covidjax-serve-*/server-*'))
+
+
 def test_help_names_every_mode_and_flag(call_freshly):
     result = call_freshly('--help')
     for word in (
         *(
             '--mode',
-            'train|crossvalidate|evaluate|predict|audit|export',
+            'train|crossvalidate|evaluate|predict|audit|serve|export',
             '--workdir',
             '--input',
             '--output',

@@ -30,7 +30,7 @@ _MAX_CONTACT = 2.3  # pixels of a region at the edge of the field of view, over 
 _MIN_PART = 0.05  # size of a part, as a share of the largest
 _MIN_HALF = 0.2  # share of a part on each side of the body, if it holds both lungs
 _THIN_STACK_MM = 40.0  # in a thinner stack, a lung may have several parts
-_REACH_MM = 20.0  # how far a model may enlarge the lungs
+_REACH_MM = 40.0  # how far a model may enlarge the lungs in a slice
 _RIM_MM = 5.0  # radius; thinner additions are differences of two outlines, unless they are lesions
 
 # For slices without Hounsfield units.
@@ -182,9 +182,10 @@ def _find_on_grid(hu_txhxw: np.ndarray, grid_mm: np.ndarray) -> np.ndarray:
 def enlarge_lungs(grid: LungsGrid, model_txhxw: np.ndarray, lesions_txhxw: np.ndarray) -> np.ndarray:
     """Adds to the lungs of a grid what a model calls lungs beside them: dense lesions at the chest wall.
 
-    An addition is dense, connected to the lungs, and within 20 mm of them. Therefore gas of the bowel, the table and
-    organs below the lungs stay outside. Additions that are less than 10 mm thick count only where the model sees
-    lesions: elsewhere they are the difference of two outlines.
+    An addition is dense, and in its slice connected to the lungs and within 40 mm of them. Therefore gas of the bowel,
+    the table, the shoulders above the lungs and the organs below them stay outside; so does a lung that has no air in
+    the slice. Additions that are less than 10 mm thick count only where the model sees lesions: elsewhere they are the
+    difference of two outlines.
 
     Args:
       grid: of the scan, with lungs.
@@ -195,25 +196,20 @@ def enlarge_lungs(grid: LungsGrid, model_txhxw: np.ndarray, lesions_txhxw: np.nd
       The enlarged lungs, bool [t, h, w].
     """
     lungs_txhxw = grid.lungs_txhxw
-    found = scipy.ndimage.find_objects(lungs_txhxw.astype(np.uint8))
-    if not found:
+    added_txhxw = model_txhxw & ~lungs_txhxw & (grid.hu_txhxw >= _AIR_HU)
+    added_txhxw &= _open(added_txhxw, _RIM_MM, grid.cell_mm[1:]) | lesions_txhxw
+    for lungs_hxw, added_hxw in zip(lungs_txhxw, added_txhxw, strict=True):
+        if added_hxw.any():
+            if lungs_hxw.any():
+                added_hxw &= scipy.ndimage.distance_transform_edt(~lungs_hxw, grid.cell_mm[1:]) <= _REACH_MM
+            else:
+                added_hxw[:] = False
+    if not added_txhxw.any():
         return lungs_txhxw
-    margins = [math.ceil(_REACH_MM / mm) for mm in grid.cell_mm]
-    box = tuple(slice(max(0, axis.start - n), axis.stop + n) for axis, n in zip(found[0], margins, strict=True))
-    lungs = lungs_txhxw[box]
-    added = model_txhxw[box] & ~lungs & (grid.hu_txhxw[box] >= _AIR_HU)
-    added = _open(added, _RIM_MM, grid.cell_mm[1:]) | (added & lesions_txhxw[box])
-    # Half the resolution is enough for a distance.
-    near = scipy.ndimage.distance_transform_edt(~lungs[:, ::2, ::2], np.multiply(grid.cell_mm, (1, 2, 2))) <= _REACH_MM
-    added &= near.repeat(2, 1).repeat(2, 2)[:, : lungs.shape[1], : lungs.shape[2]]
-    if not added.any():
-        return lungs_txhxw
-    regions, count = scipy.ndimage.label(added | lungs)
+    regions, count = scipy.ndimage.label(added_txhxw | lungs_txhxw, _IN_PLANE)
     is_connected = np.zeros(count + 1, bool)
-    is_connected[regions[lungs]] = True
-    added &= is_connected[regions]
-    result_txhxw = lungs_txhxw.copy()
-    result_txhxw[box] |= added
+    is_connected[regions[lungs_txhxw]] = True
+    result_txhxw = lungs_txhxw | (added_txhxw & is_connected[regions])
     # What an addition encloses, such as an air bronchogram, but not the airways that the lungs alone enclose.
     return result_txhxw | (_fill_holes(result_txhxw) & ~_fill_holes(lungs_txhxw))
 

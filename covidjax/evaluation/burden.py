@@ -54,8 +54,8 @@ class SliceBurden(NamedTuple):
       lungs_percent: of the slice.
       lesions_percent: of the lungs in the slice; 0 without lungs.
       is_infected: see `INFECTED_RULE`.
-      score: to rank slices by; mean lesion probability in the lungs, times their area, over the area of the lungs in the
-        slice where these are largest.
+      score: to rank slices by; mean lesion probability in the lungs, times their area, over the area of the lungs in
+        the slice where these are largest. The area above the threshold, which is 0 in many slices, ranks them worse.
     """
 
     number: int
@@ -156,21 +156,15 @@ def measure_burden(
     tall, wide = (np.diff(np.arange(0, n, step), append=n) for n, step in zip(size, steps[1:], strict=True))
     rows, columns = _locate(tall, height), _locate(wide, width)
 
+    def resize(part_hxw: np.ndarray) -> np.ndarray:
+        return _interpolate(_interpolate(part_hxw.astype(np.float32), rows).T, columns).T
+
     layers_T = np.arange(num_slices) // steps[0]
     slices_t = np.bincount(layers_T)
-    shape = (len(tall), len(wide))
-    lesions_TxGxV, dense_TxGxV = (np.zeros((num_slices, *shape), bool) for _ in range(2))
-    rounded_TxGxV = np.zeros((num_slices, *shape), np.uint8)  # lesion probability times 255
-    means_txGxVx2 = np.zeros((len(slices_t), *shape, 2), np.float32)
-    for place, (layer, of_slice) in enumerate(zip(layers_T, probabilities_Txhxwx3, strict=True)):
-        lungs, lesion, consolidation = (
-            _interpolate(_interpolate(part.astype(np.float32), rows).T, columns).T
-            for part in np.moveaxis(of_slice, -1, 0)
-        )
-        lesions_TxGxV[place] = lesion >= threshold
-        rounded_TxGxV[place] = np.round(255 * lesion)
-        dense_TxGxV[place] = lesions_TxGxV[place] & (consolidation >= CONSOLIDATION_THRESHOLD)
-        means_txGxVx2[layer] += np.stack([lungs, lesion], -1) / slices_t[layer]
+    means_txGxVx2 = np.zeros((len(slices_t), len(tall), len(wide), 2), np.float32)
+    for layer, of_slice in zip(layers_T, probabilities_Txhxwx3, strict=True):
+        for i in range(2):
+            means_txGxVx2[layer, ..., i] += resize(of_slice[..., i]) / slices_t[layer]
     model_txGxV, called_txGxV = means_txGxVx2[..., 0] > LUNGS_THRESHOLD, means_txGxVx2[..., 1] >= threshold
     del means_txGxVx2
     is_from_hu = grid is not None and bool(grid.lungs_txhxw.any())
@@ -186,15 +180,17 @@ def measure_burden(
     right_V = np.clip((midline - (np.cumsum(wide) - wide)) / wide, 0, 1)  # share of each column of cells
 
     areas_Tx3x2 = np.zeros((num_slices, 3, 2))  # of lungs, lesions and consolidation, right and left, in pixels
-    num_outside_T, sums_T, hu_sum, num_hu = np.zeros(num_slices), np.zeros(num_slices), 0.0, 0.0
-    for place, layer in enumerate(layers_T):
-        lungs_GxV = lungs_txGxV[layer]
-        inside_GxV = lesions_TxGxV[place] & lungs_GxV
-        for i, mask_GxV in enumerate((lungs_GxV, inside_GxV, dense_TxGxV[place] & lungs_GxV)):
+    expected_T, outside_T, hu_sum, num_hu = np.zeros(num_slices), np.zeros(num_slices), 0.0, 0.0
+    for place, (layer, of_slice) in enumerate(zip(layers_T, probabilities_Txhxwx3, strict=True)):
+        lungs_GxV, lesion_GxV = lungs_txGxV[layer], resize(of_slice[..., 1])
+        called_GxV = lesion_GxV >= threshold
+        inside_GxV = called_GxV & lungs_GxV
+        dense_GxV = inside_GxV & (resize(of_slice[..., 2]) >= CONSOLIDATION_THRESHOLD)
+        for i, mask_GxV in enumerate((lungs_GxV, inside_GxV, dense_GxV)):
             columns_V = (tall @ mask_GxV) * wide
             areas_Tx3x2[place, i] = columns_V @ right_V, columns_V @ (1 - right_V)
-        sums_T[place] = tall @ np.where(lungs_GxV, rounded_TxGxV[place] / 255, 0) @ wide
-        num_outside_T[place] = tall @ (lesions_TxGxV[place] & ~lungs_GxV) @ wide
+        expected_T[place] = (tall[:, np.newaxis] * wide * lesion_GxV)[lungs_GxV].sum()
+        outside_T[place] = (tall @ (called_GxV & ~lungs_GxV)) @ wide
         if has_mm and inside_GxV.any():
             weights = np.outer(tall, wide)[inside_GxV] * thickness_T[place]
             hu_sum += float(weights @ grid.hu_txhxw[layer][inside_GxV].astype(np.float64))
@@ -205,14 +201,14 @@ def measure_burden(
     areas_Tx3 = areas_Tx3x2.sum(2)
     depths_T = np.cumsum(thickness_T) - thickness_T / 2
     thirds_T = _split_height(depths_T, thickness_T, areas_Tx3[:, 0] > 0)
-    slices = _describe_slices(areas_Tx3, sums_T, size, pixel_mm2 if has_mm else None)
+    slices = _describe_slices(areas_Tx3, expected_T, size, pixel_mm2 if has_mm else None)
     grade = None
     if whole.lesions_percent is not None:
         # Rounding errors must not push 25 % into the next grade.
         reached = sum(round(whole.lesions_percent, 6) > limit for limit in (25, 50, 75))
         grade = 1 + reached if any(s.is_infected for s in slices) else 0
     agreement = compute_dice(grid.lungs_txhxw, model_txGxV) if is_from_hu else None
-    outside_ml = float((num_outside_T * thickness_T).sum() * pixel_mm2 / 1000)
+    outside_ml = float((outside_T * thickness_T).sum() * pixel_mm2 / 1000)
     return Burden(
         is_from_hu,
         threshold,
@@ -292,7 +288,7 @@ def _create_amount(volumes_3: Sequence[float], has_mm: bool) -> Amount:
 
 
 def _describe_slices(
-    areas_Tx3: np.ndarray, sums_T: np.ndarray, size: tuple[int, int], pixel_mm2: float | None
+    areas_Tx3: np.ndarray, expected_T: np.ndarray, size: tuple[int, int], pixel_mm2: float | None
 ) -> list[SliceBurden]:
     largest = areas_Tx3[:, 0].max()
     return [
@@ -303,9 +299,11 @@ def _describe_slices(
             100 * lungs / math.prod(size),
             100 * lesions / lungs if lungs else 0.0,
             bool(lesions and lesions >= INFECTED_SHARE * largest),
-            float(sums_T[place] / max(largest, 1)),
+            expected / largest if largest else 0.0,
         )
-        for place, (lungs, lesions, _) in enumerate(areas_Tx3.tolist())
+        for place, ((lungs, lesions, _), expected) in enumerate(
+            zip(areas_Tx3.tolist(), expected_T.tolist(), strict=True)
+        )
     ]
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from covidjax.data.masked_slices import CONSOLIDATION, LESION, LUNGS
 from covidjax.evaluation.overlap import average_by_patient, compute_dice, compute_pointing, compute_rank_auc
 
-LUNGS, LESION, CONSOLIDATION = 1, 2, 4  # bits of a mask
 THRESHOLDS = (0.002, 0.005, *(i / 100 for i in range(1, 100)))  # of the lesion probability; equal to it is a lesion
 LUNGS_THRESHOLD = CONSOLIDATION_THRESHOLD = 0.5
 LIMIT = 1.96  # standard deviations of differences, for limits of agreement
@@ -38,7 +38,7 @@ class SliceMeasures(NamedTuple):
       lungs: number of outlined pixels, None if there is no such mask.
       lungs_called: number of pixels that the model calls lungs.
       lungs_dice: Dice of the lungs; None without a mask, or if neither has any.
-      share: mean lesion probability of the slice.
+      share: mean over the slice of the lesion probability, outside the model's lungs 0.
     """
 
     patient: str
@@ -95,7 +95,7 @@ def measure_slice(
         volume=volume,
         pixel_ml=None if spacing_mm is None else float(np.prod(spacing_mm)) / 1000,
         lungs_called=int((lungs_SxS > LUNGS_THRESHOLD).sum()),
-        share=float(lesion_SxS.mean(dtype=np.float64)),
+        share=float(np.where(lungs_SxS > LUNGS_THRESHOLD, lesion_SxS, 0).mean(dtype=np.float64)),
         **dict.fromkeys(
             ('lesion', 'called', 'hits', 'auc', 'pointing', 'auc_in_lungs', 'grey_auc_in_lungs', 'consolidation'),
         ),
@@ -174,8 +174,8 @@ def score_slices(slices: Sequence[SliceMeasures], threshold: float) -> dict[str,
       'pointing', whether the highest probability lies in a lesion; 'consolidation_dice' (slices with consolidation);
       'lungs_dice': mean over slices;
       'dice_pooled': Dice over the pixels of a volume together, mean over volumes with lesions;
-      'infected_slices_auc': area under the ROC curve of the mean lesion probability of a slice for 'shows a lesion',
-      mean over volumes that have slices of both kinds;
+      'infected_slices_auc': area under the ROC curve of the sum of the lesion probability over the model's lungs in a
+      slice, for 'shows a lesion'; mean over volumes that have slices of both kinds;
       'false_share': share of the lungs called lesion in slices without lesions, all these slices together; the lungs
       are the outlined ones, or else the model's;
       'volume_error_ml', 'volume_error_percent': predicted less outlined lesion volume, mean over volumes, also with

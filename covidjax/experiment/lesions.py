@@ -15,12 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data.loader import load_eval_batches, load_train_batches
-from covidjax.data.masked import MaskedData, MaskedRow, read_masked
+from covidjax.data.masked import LESION, MaskedData, MaskedRow, read_masked
 from covidjax.data.preprocess import resize_probabilities
 from covidjax.errors import UserError
 from covidjax.evaluation.predictions import write_predictions
 from covidjax.evaluation.segmentation import (
-    LESION,
     THRESHOLDS,
     SliceMeasures,
     choose_lesion_threshold,

@@ -22,6 +22,7 @@ from covidjax.experiment import common, slices
 from covidjax.experiment.common import Classification, Findings, PaperTable, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
+from covidjax.explain.catalogue import LESIONS
 from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
@@ -396,7 +397,10 @@ def _load_lead(extractor_dir: Path) -> dict[str, Any] | None:
     """Returns the leading map of the slice run, None if it is not there or has not scored its maps."""
     if not (extractor_dir / 'results.json').exists():
         return None
-    return common.load_output(extractor_dir, 'results.json').get('explanations', {}).get('leading_map')
+    lead = common.load_output(extractor_dir, 'results.json').get('explanations', {}).get('leading_map')
+    if lead and (lead['name'] or '').startswith(LESIONS):
+        return {**lead, 'name': None}  # scan runs have no lesion model
+    return lead
 
 
 def get_extractor(variables: dict[str, Any]) -> dict[str, Any]:

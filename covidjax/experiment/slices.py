@@ -169,12 +169,14 @@ def create_experiment(
 
         # Phantoms have other slices with lesions to choose the leading map on; a folder of lesions is divided.
         lesions, choosing = (read_lesions('test'), read_lesions('val')) if outlined is None else (outlined, [])
-        explanations = score_explanations(model, variables, data, lesions, choosing, occlusion=occlusion)
+        explanations = score_explanations(
+            model, variables, data, lesions, choosing, lesions=judge and judge.lesions, occlusion=occlusion
+        )
         probabilities = softmax(predictions['test'].logits)
         found = _compare(data, predictions, probabilities, rules, judge)
         return found._replace(
             results={**found.results, 'explanations': explanations},
-            sections=build_slice_sections(model, variables, data, probabilities, explanations),
+            sections=build_slice_sections(model, variables, data, probabilities, explanations, judge and judge.lesions),
         )
 
     return Classification(

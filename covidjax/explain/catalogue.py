@@ -13,6 +13,7 @@ from covidjax.explain.evidence import combine_evidence, contrast, remove_attenti
 from covidjax.explain.localisation import create_centre_map
 from covidjax.explain.maps import Explanations, combine_attention, draw_random_maps, scale_to_unit, upsample
 
+LESIONS = 'lesions of the lesion model'
 IN_LUNGS = ', inside the lungs'
 CENTRE, RANDOM, FLAT = 'always the centre', 'random map', 'no preference'
 GREY, SMOOTH_GREY = 'grey', 'smoothed grey'
@@ -28,6 +29,8 @@ def compute_maps(explained: Explanations, size: int, combination: str) -> dict[s
     - 'attention 1', 'attention 2': of each module; 'attention 1 x 2': their combination.
     - 'evidence': of both modules; 'evidence 1': of module 1, whose grid is finer; 'unweighted evidence 1': <w_c, x_i>.
       Each for the predicted class, for COVID-19 less pneumonia and for sick less normal.
+    - LESIONS: lesion probability by a lesion model, if it was applied. It shows what decides on sick or not in a
+      verdict that stands on lesions, not what the classifier looks at.
     """
     maps = {
         'attention 1': scale_to_unit(upsample(explained.attention[0], size)),
@@ -44,6 +47,8 @@ def compute_maps(explained: Explanations, size: int, combination: str) -> dict[s
         # In float32, scaling would round the small shares of a map to one value.
         for compared, values in contrast(np.asarray(evidence, np.float64), called).items():
             maps[f'{kind}, {compared}'] = scale_to_unit(values)
+    if explained.lesions is not None:
+        maps[LESIONS] = scale_to_unit(upsample(explained.lesions, size))
     return maps
 
 

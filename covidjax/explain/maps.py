@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from covidjax.data.preprocess import compute_otsu_threshold
+from covidjax.data.preprocess import compute_otsu_threshold, resize
+from covidjax.evaluation.outlines import outline_slices
 from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.explain.evidence import combine_evidence
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.lesion_weights import LesionModel
 from covidjax.progress import track
 
 BATCH_SIZE = 32
@@ -33,11 +35,13 @@ class Explanations(NamedTuple):
       probabilities: [N, K].
       attention: per module [N, h, w]; each map sums to 1.
       evidence: per module [N, h, w, K], see `att2.Att2Outputs`.
+      lesions: lesion probability by a lesion model [N, h, h]; None without one.
     """
 
     probabilities: np.ndarray
     attention: tuple[np.ndarray, np.ndarray]
     evidence: tuple[np.ndarray, np.ndarray]
+    lesions: np.ndarray | None = None
 
 
 @functools.partial(compile_fast, static_argnums=(0, 1))
@@ -46,7 +50,9 @@ def _explain(model: Att2, full: bool, variables: Any, images: jax.Array) -> Expl
     return Explanations(nn.softmax(outputs.logits), outputs.attention, outputs.evidence)
 
 
-def explain(model: Att2, variables: Any, images: np.ndarray, *, full: bool = False) -> Explanations:
+def explain(
+    model: Att2, variables: Any, images: np.ndarray, *, full: bool = False, lesions: LesionModel | None = None
+) -> Explanations:
     """Computes class probabilities, attention and evidence of slices in one pass of the model.
 
     Args:
@@ -54,8 +60,13 @@ def explain(model: Att2, variables: Any, images: np.ndarray, *, full: bool = Fal
       variables: its parameters and batch statistics.
       images: uint8 [N, S, S, 1], N at least 1.
       full: computes the tail even if it cannot change the output.
+      lesions: outlines the slices, as the slice model sees them; None leaves that out.
     """
-    return apply_in_batches(functools.partial(_explain, model, full, variables), BATCH_SIZE, images)
+    explained = apply_in_batches(functools.partial(_explain, model, full, variables), BATCH_SIZE, images)
+    if lesions is None:
+        return explained
+    resized = np.stack([resize(image[..., 0], lesions.image_size) for image in images])
+    return explained._replace(lesions=outline_slices(lesions, resized)[..., 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from covidjax.explain.maps import (
     upsample,
 )
 from covidjax.models.att2 import Att2
+from covidjax.models.lesion_weights import LesionModel
 
 _CHUNK = 64  # slices whose maps are in memory at the same time
 _MAX_CHOOSING = 200  # slices with a lesion to choose the leading map on
@@ -31,16 +32,23 @@ Scores = dict[str, dict[str, list[float | None]]]  # map -> measure -> a value p
 
 
 def compute_all_maps(
-    model: Att2, variables: Any, images: np.ndarray, *, seed: int = 0
+    model: Att2, variables: Any, images: np.ndarray, *, lesions: LesionModel | None = None, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns the maps of slices uint8 [N, S, S, 1], also inside the lungs, and the controls: name -> [N, S, S]."""
     lungs = catalogue.find_lungs(images)
-    maps = catalogue.compute_maps(explain(model, variables, images), images.shape[1], model.combination)
+    explained = explain(model, variables, images, lesions=lesions)
+    maps = catalogue.compute_maps(explained, images.shape[1], model.combination)
     return maps | catalogue.restrict(maps, lungs), catalogue.compute_controls(images, lungs, seed=seed)
 
 
 def score_each_slice(
-    model: Att2, variables: Any, slices: Sequence[LesionSlice], is_shown: Callable[[str], bool], *, occlusion: bool
+    model: Att2,
+    variables: Any,
+    slices: Sequence[LesionSlice],
+    is_shown: Callable[[str], bool],
+    *,
+    lesions: LesionModel | None,
+    occlusion: bool,
 ) -> Scores:
     """Scores maps and controls against the lesions of each slice.
 
@@ -48,6 +56,7 @@ def score_each_slice(
       model, variables: the slice model.
       slices: with lesions, at least one.
       is_shown: name of a map or control -> whether to score it.
+      lesions: the lesion model, whose map is scored too.
       occlusion: includes occlusion maps of the true class, which classify every slice 65 times.
 
     Returns:
@@ -57,7 +66,7 @@ def score_each_slice(
     for start in range(0, len(slices), _CHUNK):
         chunk = slices[start : start + _CHUNK]
         images = np.stack([s.image for s in chunk])
-        maps, controls = compute_all_maps(model, variables, images, seed=start)
+        maps, controls = compute_all_maps(model, variables, images, lesions=lesions, seed=start)
         maps |= controls
         if occlusion:
             falls = compute_occlusion(create_predictor(model, variables), images, [s.label for s in chunk])
@@ -71,12 +80,14 @@ def score_each_slice(
     }
 
 
-def choose_by_lesions(model: Att2, variables: Any, slices: Sequence[LesionSlice]) -> str:
+def choose_by_lesions(
+    model: Att2, variables: Any, slices: Sequence[LesionSlice], *, lesions: LesionModel | None = None
+) -> str:
     """Returns the map that finds the lesions of these slices best, see `leading.choose_map`."""
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(slices), _CHUNK):
         chunk = slices[start : start + _CHUNK]
-        maps, _ = compute_all_maps(model, variables, np.stack([s.image for s in chunk]))
+        maps, _ = compute_all_maps(model, variables, np.stack([s.image for s in chunk]), lesions=lesions)
         parts.append(
             {
                 name: np.array([_measure(m, s.lesion) for m, s in zip(of_slices, chunk, strict=True)])
@@ -134,6 +145,7 @@ def lead_by_lesions(
     slices: Sequence[LesionSlice],
     choosing: Sequence[LesionSlice],
     *,
+    lesions: LesionModel | None = None,
     occlusion: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores maps against lesions and finds the map that leads.
@@ -143,6 +155,7 @@ def lead_by_lesions(
       slices: with lesions, at least one; the scores are theirs.
       choosing: slices with lesions of other patients, to choose the map on; up to 200 are used. Without them, the map
         is chosen on every second patient of `slices` and compared with chance on the others.
+      lesions: the lesion model of the run, whose map can lead too.
       occlusion: includes occlusion maps in the scores; they cannot lead.
 
     Returns:
@@ -154,17 +167,17 @@ def lead_by_lesions(
     if choosing:
         used = np.unique(np.linspace(0, len(choosing) - 1, _MAX_CHOOSING).round().astype(int)).tolist()
         chosen_on = f'{len(used)} validation slices with a lesion'
-        name = choose_by_lesions(model, variables, [choosing[i] for i in used])
+        name = choose_by_lesions(model, variables, [choosing[i] for i in used], lesions=lesions)
     else:
         first, second = leading.split_patients(patients)
         measured = second or first  # of a single patient, no map leads
         chosen_on = f'{len(first)} slices of every second patient'
-        name = choose_by_lesions(model, variables, [slices[i] for i in first])
+        name = choose_by_lesions(model, variables, [slices[i] for i in first], lesions=lesions)
 
     def is_shown(n: str) -> bool:
         return n in (name, *CONTROLS) or not n.endswith(catalogue.IN_LUNGS)
 
-    scores = score_each_slice(model, variables, slices, is_shown, occlusion=occlusion)
+    scores = score_each_slice(model, variables, slices, is_shown, lesions=lesions, occlusion=occlusion)
     compared = {n: _stack(scores[n], measured) for n in (name, *leading.name_references(name, 'lesions').values())}
     lead = leading.measure_lead(compared, name, 'lesions', [patients[i] for i in measured])
     # FLAT is reported as chance, and the scores of the best map inside the lungs are with the leading map.
@@ -226,13 +239,16 @@ def _compute_area(curves: np.ndarray) -> np.ndarray:
     return np.trapezoid(curves, dx=1 / (curves.shape[-1] - 1), axis=-1)
 
 
-def score_faithfulness(model: Att2, variables: Any, images: np.ndarray, best: str) -> dict[str, Any]:
+def score_faithfulness(
+    model: Att2, variables: Any, images: np.ndarray, best: str, *, lesions: LesionModel | None = None
+) -> dict[str, Any]:
     """Scores maps by erasing pixels and by shuffling parameters, for the predicted class of each slice.
 
     Args:
       model, variables: the slice model.
       images: uint8 [N, S, S, 1], few.
       best: the best map of the run, see `leading.measure_lead`.
+      lesions: the lesion model of the run.
 
     Returns:
       'num_slices'; 'erasure': name -> {'deletion' and 'insertion', mean curves; 'deletion_area', lower is better;
@@ -240,7 +256,7 @@ def score_faithfulness(model: Att2, variables: Any, images: np.ndarray, best: st
       `compute_randomisation`.
     """
     predict, called = create_predictor(model, variables), find_called(model, variables, images)
-    maps, controls = compute_all_maps(model, variables, images)
+    maps, controls = compute_all_maps(model, variables, images, lesions=lesions)
 
     def erase(name: str) -> dict[str, Any]:
         curves = compute_erasure_curves(predict, images, (maps | controls)[name], called)

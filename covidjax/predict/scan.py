@@ -48,6 +48,7 @@ def predict_all(
     series: str | None,
     force: bool,
     masks: bool = False,
+    dicom: bool = False,
 ) -> bool:
     """Writes prediction.json and prediction.html of every input and prints a line for each; says whether all went well.
 
@@ -58,7 +59,7 @@ def predict_all(
         workdir, or covidjax-predictions/ without one, with a folder for each.
       series: see `volume.read_volume`.
       force: goes on in spite of doubts, and says so on the report.
-      masks: see `predict_one`.
+      masks, dicom: see `predict_one`.
 
     Raises:
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
@@ -78,7 +79,9 @@ def predict_all(
         folder = output if output is not None and len(inputs) == 1 else parent / name
         try:
             is_shared = name in shared
-            line = predict_one(run, path, folder, series=series, force=force, is_shared=is_shared, masks=masks)
+            line = predict_one(
+                run, path, folder, series=series, force=force, is_shared=is_shared, masks=masks, dicom=dicom
+            )
             print(line, flush=True)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr, flush=True)
@@ -95,6 +98,7 @@ def predict_one(
     force: bool,
     is_shared: bool = False,
     masks: bool = False,
+    dicom: bool = False,
 ) -> str:
     """Reads a scan, predicts it, writes prediction.json and prediction.html, and returns a line that says it.
 
@@ -106,6 +110,7 @@ def predict_one(
       is_shared: appends the start of the SHA-256 of the contents to the name of the folder, which another scan has too.
       masks: also writes masks.nii.gz, in the geometry of the scan, and overlays/, slices with outlines; the run needs a
         lesion model.
+      dicom: also writes DICOM results into a folder dicom/, see `dicom_results`.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
@@ -125,7 +130,17 @@ def predict_one(
         seconds['report'] = time.perf_counter() - start
         summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
         write_json(folder / 'prediction.json', summary)
+        if dicom:
+            write_dicom(run, folder / 'dicom', path, series, prediction)
     return format_line(summary, folder)
+
+
+def write_dicom(run: Run, folder: Path, path: Path, series: str | None, prediction: Prediction) -> None:
+    """Writes the DICOM results of a prediction; see `dicom_results.write_results`."""
+    from covidjax.predict.archive import compute_version
+    from covidjax.predict.dicom_results import write_results
+
+    write_results(folder, path, series, prediction, run.results, compute_version(run))
 
 
 def write_masks(folder: Path, volume: Volume, outlined: Outlined) -> None:

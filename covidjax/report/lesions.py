@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from covidjax.report.charts import FIRST, GREY, create_picture, use_style
+from covidjax.report.charts import create_picture
+from covidjax.report.figures import render_volume_errors
 from covidjax.report.page import Table, write_page
 from covidjax.report.pictures import Example, render_panels
 from covidjax.report.sections import Section
@@ -99,42 +99,24 @@ def build_scores(results: dict[str, Any]) -> Section:
 
 
 def _build_volumes(results: dict[str, Any]) -> list[Section]:
-    volumes = [v for v in results['volumes'] if v['outlined_percent'] is not None]
-    if len(volumes) < 2:
+    units = ('percent', 'ml')
+    if max(results[f'volume_error_{unit}']['n'] for unit in units) < 2:
         return []
-    error = results['volume_error_percent']
     columns = ('volume', 'outlined, % of the lungs', 'called, %', 'outlined, ml', 'called, ml', 'Dice')
-    rows = [
-        (v['name'], v['outlined_percent'], v['predicted_percent'], v['outlined_ml'], v['predicted_ml'], v['dice'])
-        for v in volumes
-    ]
+    values = [f'{kind}_{unit}' for unit in units for kind in ('outlined', 'predicted')]
+    rows = [(v['name'], *(v[value] for value in values), v['dice']) for v in results['volumes']]
     return [
         Section(
             'volumes',
             'Volumes',
             [
-                'Difference of the called and the outlined share of the lungs, against their mean (Bland and Altman '
-                '1986). The lines are the mean difference and the limits of agreement.',
-                create_picture(render_agreement(volumes, error), 'Difference against mean of the lesion shares'),
+                'Difference of the called and the outlined lesions, against their mean (Bland and Altman 1986). The '
+                'lines are the mean difference and the limits of agreement.',
+                create_picture(render_volume_errors(results), 'Difference against mean of the lesion volumes'),
                 Table('Lesions of each volume', columns, rows),
             ],
         )
     ]
-
-
-def render_agreement(volumes: Sequence[dict[str, Any]], error: dict[str, Any]) -> Figure:
-    """Draws predicted less outlined percent against their mean; `error` is 'volume_error_percent'."""
-    outlined = np.array([v['outlined_percent'] for v in volumes])
-    called = np.array([v['predicted_percent'] for v in volumes])
-    with use_style():
-        figure = Figure(figsize=(5, 3), layout='constrained')
-        axes = figure.subplots()
-        axes.scatter((outlined + called) / 2, called - outlined, color=FIRST, s=16)
-        axes.axhline(error['mean'], color=FIRST, linewidth=1)
-        for limit in error['limits'] or ():
-            axes.axhline(limit, color=GREY, linewidth=1, linestyle='--')
-        axes.set(xlabel='Mean, % of the lungs', ylabel='Called less outlined, %')
-        return figure
 
 
 def build_examples(examples: Sequence[OutlinedSlice]) -> Section:

@@ -85,7 +85,7 @@ def write_prediction_page(path: Path, volume: Volume, prediction: Prediction, re
         title=f'{summary["input"]["name"]}: {summary["verdict"]}',
         notice=summary['notice'] and f'the model was trained on {summary["notice"]}',
         warnings=warnings,
-        headline=_build_headline(summary),
+        headline=build_headline(summary),
         bars=[
             {'name': name, 'share': share, 'colour': COLOURS[name]} for name, share in summary['probabilities'].items()
         ],
@@ -112,7 +112,8 @@ def do_members_disagree(summary: dict[str, Any]) -> bool:
     return summary['members'] is not None and summary['members']['is_beyond']
 
 
-def _build_headline(summary: dict[str, Any]) -> str:
+def build_headline(summary: dict[str, Any]) -> str:
+    """Returns the verdict in a sentence or two."""
     share = summary['probabilities'][summary['class']]
     conformal = summary['conformal']
     text = f'The most likely class is {summary["class"]}, with probability {share:.1%}.'
@@ -264,10 +265,12 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
         Table(f'Evidence in {of}', columns, rows),
     ]
     shown = get_shown_map(results)
-    if shown is None:
+    if shown is None or shown.startswith(catalogue.LESIONS):
         examples = [Example(title, image) for title, image in zip(titles, images, strict=True)]
         parts += [
-            'No map of this run beat chance when its maps were scored, so none is shown as an explanation.',
+            'No map of this run beat chance when its maps were scored, so none is shown as an explanation.'
+            if shown is None
+            else 'The best map of this run is that of the lesion model: see the outlines above.',
             create_picture(render_panels({'': examples}, len(examples)), 'The top slices'),
         ]
         return Section('slices', 'Top slices', parts)

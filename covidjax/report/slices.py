@@ -12,6 +12,7 @@ from covidjax.explain import catalogue, scores
 from covidjax.explain.evidence import combine_evidence, contrast, scale_signed
 from covidjax.explain.maps import explain, segment
 from covidjax.models.att2 import Att2
+from covidjax.models.lesion_weights import LesionModel
 from covidjax.report import figures, pictures
 from covidjax.report.charts import create_picture
 from covidjax.report.leading import describe_lead, list_margins
@@ -32,6 +33,7 @@ def score_explanations(
     slices: Sequence[LesionSlice],
     choosing: Sequence[LesionSlice],
     *,
+    lesions: LesionModel | None = None,
     occlusion: bool,
 ) -> dict[str, Any]:
     """Returns `explanations` of results.json: scores of the maps of the model, and which map leads.
@@ -41,17 +43,20 @@ def score_explanations(
       data: holds the validation and test slices; up to 24 test slices are used for the erasure and sanity checks.
       slices: slices with lesion masks; may be empty. Then the leading map is chosen by erasure.
       choosing: other slices with lesion masks to choose the leading map on; see `scores.lead_by_lesions`.
+      lesions: the lesion model of the run.
       occlusion: whether to score occlusion maps too, which is a hundred times slower.
     """
     images, patients = _load_some(data, 'test', _NUM_ERASED)
     if slices:
-        localisation, lead = scores.lead_by_lesions(model, variables, slices, choosing, occlusion=occlusion)
+        localisation, lead = scores.lead_by_lesions(
+            model, variables, slices, choosing, lesions=lesions, occlusion=occlusion
+        )
     else:
         localisation = None
         lead = scores.lead_by_erasure(
             model, variables, images, patients, choosing=_load_some(data, 'val', _NUM_CHOOSING)[0]
         )
-    faithfulness = scores.score_faithfulness(model, variables, images, lead['best'])
+    faithfulness = scores.score_faithfulness(model, variables, images, lead['best'], lesions=lesions)
     return {
         'localisation': localisation,
         'leading_map': {**lead, 'erasure': faithfulness.pop('erasure_of_best')},
@@ -73,6 +78,7 @@ def build_slice_sections(
     data: covidx_ct.Prepared,
     probabilities: np.ndarray,
     explanations: dict[str, Any],
+    lesions: LesionModel | None = None,
 ) -> list[Section]:
     """Returns the sections 'samples', 'attention', 'evidence', 'worth' and 'mistakes'.
 
@@ -81,12 +87,13 @@ def build_slice_sections(
       data: holds the N test slices.
       probabilities: of the model, [N, K].
       explanations: from `score_explanations`.
+      lesions: the lesion model of the run.
     """
     rows, source = data.rows['test'], data.sources['test']
     chosen = pictures.choose_examples(rows, SAMPLES_PER_CLASS)
     numbers = [i for of_class in chosen.values() for i in of_class]
     images = np.stack([source[i]['image'] for i in numbers])
-    explained = explain(model, variables, images)
+    explained = explain(model, variables, images, lesions=lesions)
     lead = explanations['leading_map']
     maps = None
     if lead['name'] is not None:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
+from covidjax.data.masked_slices import CONSOLIDATION, LESION, LUNGS
 from covidjax.data.preprocess import resize_probabilities
 from covidjax.evaluation import segmentation
-from covidjax.evaluation.segmentation import CONSOLIDATION, LESION, LUNGS, THRESHOLDS
+from covidjax.evaluation.segmentation import THRESHOLDS
 
 ALL = LUNGS | LESION | CONSOLIDATION
 GREY = np.zeros((4, 4), np.uint8)

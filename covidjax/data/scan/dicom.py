@@ -142,7 +142,7 @@ _lock, _num_quiet, _speak = threading.Lock(), 0, contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences pydicom. Its messages contain attributes, which may be private, and its decoders log tracebacks.
 
     These settings are of the process. Of several threads the first one in sets them and the last one out resets them.
@@ -173,7 +173,7 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
     Raises:
       LeftOut: the file is DICOM but has no slices of an axial CT.
     """
-    with _quiet():
+    with quiet():
         try:
             file = io.BytesIO(_inflate(data))
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER)
@@ -193,7 +193,7 @@ def read_frames(entry: Entry, data: bytes) -> list[Frame] | None:
 
 def read_label(data: bytes) -> tuple[str, str] | None:
     """Returns study and series UID, '' where missing, from the start of a file; None if it is not readable DICOM."""
-    with _quiet():
+    with quiet():
         try:
             header = pydicom.dcmread(
                 io.BytesIO(data), stop_before_pixels=True, specific_tags=['StudyInstanceUID', 'SeriesInstanceUID']
@@ -201,6 +201,12 @@ def read_label(data: bytes) -> tuple[str, str] | None:
         except Exception:  # damaged or cut files can raise anything
             return None
         return _get_label(header)
+
+
+def read_identity(data: bytes) -> Dataset:
+    """Returns the whole header of a slice: who the patient is, too. For results that go back into the same study."""
+    with quiet():
+        return pydicom.dcmread(io.BytesIO(_inflate(data)), stop_before_pixels=True)
 
 
 def _inflate(data: bytes) -> bytes:
@@ -361,12 +367,12 @@ def compute_planes(frames: Sequence[Frame]) -> Iterator[np.ndarray | Exception]:
 
 
 def _read_dataset(data: bytes) -> Dataset:
-    with _quiet():
+    with quiet():
         return pydicom.dcmread(io.BytesIO(_inflate(data)), specific_tags=[*_HEADER, *_PIXELS])
 
 
 def _decode(dataset: Dataset, frame: Frame) -> np.ndarray:
-    with _quiet():
+    with quiet():
         count = int(dataset.get('NumberOfFrames') or 1)
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             stream = get_frame(dataset.PixelData, frame.index, number_of_frames=count)

@@ -13,7 +13,7 @@ import numpy as np
 
 from covidjax.data.scan import dicom
 from covidjax.data.scan.sources import MAX_BYTES
-from covidjax.errors import UserError
+from covidjax.errors import TooLargeError, UserError
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def open_nifti(data: bytes) -> tuple[nibabel.Nifti1Image, tuple[int, int, int]]:
         with gzip.open(io.BytesIO(data)) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise UserError(f'unpacks to more than {MAX_BYTES / 1e9:.0f} GB, taken for a bomb')
+            raise TooLargeError(f'unpacks to more than {MAX_BYTES / 1e9:.0f} GB, taken for a bomb')
     image = nibabel.Nifti1Image.from_bytes(data)
     shape = image.shape
     if len(shape) == 4 and shape[3] == 1:

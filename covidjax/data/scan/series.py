@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from covidjax.data.scan.dicom import MAX_VOXELS, TRAITS, Frame, compute_planes
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import TooLargeError, UserError, join_faults
 
 _SAME_MM = 1e-3
 _SAME_DIRECTION, _SAME_SPACING = 0.01, 0.01  # cosine; share
@@ -99,7 +99,7 @@ def check_series(chosen: Series) -> None:
         raise UserError(f'series {chosen.name} holds {chosen.conflict}: keep those of one phase')
     rows, columns = chosen.frames[0].shape
     if len(chosen.frames) * rows * columns > MAX_VOXELS:
-        raise UserError(f'{chosen.describe()}: more than {MAX_VOXELS:,} voxels, choose another with --series')
+        raise TooLargeError(f'{chosen.describe()}: more than {MAX_VOXELS:,} voxels, choose another with --series')
 
 
 def count_single(chosen: Series, series: Sequence[Series]) -> int:

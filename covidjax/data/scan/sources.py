@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from covidjax.errors import UserError
+from covidjax.errors import TooLargeError, UserError
 
 MAX_FILES = 20_000
 MAX_BYTES = 4_000_000_000  # total size of all files; a CT of 2,000 slices has 1 GB
@@ -95,7 +95,7 @@ def _list_archive(archive: zipfile.ZipFile, path: Path, packed: int) -> list[Ent
     size = sum(member.file_size for member in members)
     check_limits(len(members), size, path)
     if size > _SMALL and size > MAX_RATIO * packed:
-        raise UserError(f'{path}: unpacks to more than {MAX_RATIO} times its size, taken for a zip bomb')
+        raise TooLargeError(f'{path}: unpacks to more than {MAX_RATIO} times its size, taken for a zip bomb')
     for member in members:
         if member.flag_bits & 1:
             raise UserError(f'{path}: an encrypted zip archive; unpack it and name the folder')
@@ -137,7 +137,7 @@ def _open_inner(entries: Sequence[Entry], path: Path, stack: contextlib.ExitStac
 def check_limits(count: int, size: int, path: Path) -> None:
     """Raises UserError if an input has too many files or bytes."""
     if count > MAX_FILES or size > MAX_BYTES:
-        raise UserError(
+        raise TooLargeError(
             f'{path}: more than {MAX_FILES:,} files or {MAX_BYTES / 1e9:.0f} GB; name the folder of one scan'
         )
 

@@ -31,7 +31,7 @@ from covidjax.data.scan.series import (
     refuse_undecodable,
 )
 from covidjax.data.scan.sources import Entry, hash_contents, open_entries
-from covidjax.errors import UserError, join_faults
+from covidjax.errors import TooLargeError, UserError, join_faults
 
 _ORDER = axcodes2ornt(('I', 'P', 'L'))  # slices to the feet, rows to the back, columns to the patient's left
 _IMAGE_MAGIC = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0', b'MM\0*', b'BM')
@@ -97,7 +97,7 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
         try:
             return _read_entries(entries, path.resolve().name, series, with_lungs)
         except UserError as error:
-            raise UserError(f'{path}: {error}') from error
+            raise type(error)(f'{path}: {error}') from error
 
 
 class _Contents(NamedTuple):
@@ -172,6 +172,18 @@ def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_
     raise UserError(
         f'no DICOM, NIfTI or image in it{f" ({reasons})" if reasons else ""}: name the folder of a chest CT'
     )
+
+
+def find_frames(entries: Sequence[Entry], series: str | None = None) -> list[dicom.Frame]:
+    """Returns the slices of the series that `read_volume` reads, from head to feet.
+
+    Raises:
+      UserError: there is no DICOM slice, or as `read_volume`.
+    """
+    frames = _sort_entries(entries).frames
+    if not frames:
+        raise UserError('no DICOM slice in it')
+    return choose_series(group_series(frames), series).frames
 
 
 class Found(NamedTuple):
@@ -353,6 +365,18 @@ def _window_planes(
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
 
 
+def turn_upright(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
+    """Turns a plane as stored [rows, columns] to the orientation of `Volume.slices`."""
+    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(io_orientation(create_affine(frames)), _ORDER))
+    return turned
+
+
+def turn_back(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
+    """Turns a plane in the orientation of `Volume.slices` to that of the stored slices."""
+    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(_ORDER, io_orientation(create_affine(frames))))
+    return turned
+
+
 def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Returns the distances in mm of slices, rows and columns after a turn to `_ORDER`."""
     lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
@@ -465,7 +489,7 @@ def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: 
         else:
             num_pixels += slices[-1].size
         if num_pixels > dicom.MAX_VOXELS:
-            raise UserError(f'images of more than {dicom.MAX_VOXELS:,} pixels: name the folder of one scan')
+            raise TooLargeError(f'images of more than {dicom.MAX_VOXELS:,} pixels: name the folder of one scan')
     if faults:
         raise UserError(f'images that are no CT slices or unreadable: {join_faults(faults)}')
     sizes = Counter(s.shape for s in slices)
