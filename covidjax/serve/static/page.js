@@ -359,7 +359,8 @@ function renderSlices(result, scan, summary, layers) {
   open = [viewer, curve];
   result.querySelector('.map-note').textContent = layers.map
     ? `The map ${layers.map} shows what the model weighed, not a lesion. It is drawn where it is above its median, inside the crop.`
-    : summary.slices ? 'No map of this run beat chance when its maps were scored, so none is shown.' : '';
+    : layers.has_lesions ? 'The lesion model outlined lungs (blue), lesions (red) and consolidation (yellow).'
+      : 'No map of this run beat chance when its maps were scored, so none is shown.';
   result.querySelector('.legend').replaceChildren(...classes.map((name, k) => {
     const item = create('li');
     const svg = createSvg('svg', { viewBox: '0 0 40 10', 'aria-hidden': 'true' }, item);
