@@ -183,8 +183,8 @@ def enlarge_lungs(grid: LungsGrid, model_txhxw: np.ndarray, lesions_txhxw: np.nd
     """Adds to the lungs of a grid what a model calls lungs beside them: dense lesions at the chest wall.
 
     An addition is dense, and in its slice connected to the lungs and within 40 mm of them. Therefore gas of the bowel,
-    the table, the shoulders above the lungs and the organs below them stay outside; so does a lung without air in its
-    slice. Additions that are less than 10 mm thick count only where the model sees lesions: elsewhere they are the
+    the table, the shoulders above the lungs and the organs below them stay outside; so does a lung that has no air in
+    the slice. Additions that are less than 10 mm thick count only where the model sees lesions: elsewhere they are the
     difference of two outlines.
 
     Args:

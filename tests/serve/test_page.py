@@ -62,7 +62,7 @@ def page(browser, address):
     faults = []
     context = browser.new_context(viewport={'width': 390, 'height': 844}, accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on('pageerror', lambda error: faults.append(str(error)))
     # A broken Content-Security-Policy is a message on the console.
     page.on('console', lambda message: faults.append(message.text) if message.type == 'error' else None)
@@ -102,8 +102,9 @@ def test_a_scan_from_the_drop_to_its_end(page):
     page.wait_for_selector('canvas.zoomed')
     page.keyboard.press('0')
     page.wait_for_selector('canvas:not(.zoomed)')
-    page.keyboard.press('o')
-    assert page.locator('.overlay').input_value() == ''
+    for overlay in ('lesions', 'lungs', '', 'maps'):
+        page.keyboard.press('o')
+        assert page.locator('.overlay').input_value() == overlay
     page.keyboard.press('w')
     assert page.locator('.window').input_value() == '1'
 

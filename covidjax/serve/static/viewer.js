@@ -37,9 +37,9 @@ export function createViewer(root, { count, layers, boxes, loadPicture, describe
   const windows = layers.is_windowed ? WINDOWS.hounsfield : WINDOWS.plain;
   windows.forEach(([name], i) => windowChoice.add(new Option(name, String(i))));
   const overlays = [['', 'None']];
-  if (layers.map) overlays.unshift(['maps', `Map: ${layers.map}`]);
+  if (layers.has_lungs) overlays.unshift(['lungs', 'Lungs']);
   if (layers.has_lesions) overlays.unshift(['lesions', 'Lesions']);
-  if (layers.has_lungs) overlays.push(['lungs', 'Lungs']);
+  if (layers.map) overlays.unshift(['maps', `Map: ${layers.map}`]);
   overlays.forEach(([value, name]) => overlayChoice.add(new Option(name, value)));
   slider.max = String(count);
 
