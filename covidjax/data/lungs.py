@@ -30,7 +30,7 @@ _MAX_CONTACT = 2.3  # pixels of a region at the edge of the field of view, over 
 _MIN_PART = 0.05  # size of a part, as a share of the largest
 _MIN_HALF = 0.2  # share of a part on each side of the body, if it holds both lungs
 _THIN_STACK_MM = 40.0  # in a thinner stack, a lung may have several parts
-_REACH_MM = 20.0  # how far a model may enlarge the lungs
+_REACH_MM = 40.0  # how far a model may enlarge the lungs in a slice
 _RIM_MM = 5.0  # radius; thinner additions are differences of two outlines, unless they are lesions
 
 # For slices without Hounsfield units.
@@ -182,10 +182,10 @@ def _find_on_grid(hu_txhxw: np.ndarray, grid_mm: np.ndarray) -> np.ndarray:
 def enlarge_lungs(grid: LungsGrid, model_txhxw: np.ndarray, lesions_txhxw: np.ndarray) -> np.ndarray:
     """Adds to the lungs of a grid what a model calls lungs beside them: dense lesions at the chest wall.
 
-    An addition is dense, and in its slice connected to the lungs and within 20 mm of them. Therefore gas of the bowel,
-    the table, the shoulders above the lungs and the organs below them stay outside, and so does a lobe without any air.
-    Additions that are less than 10 mm thick count only where the model sees lesions: elsewhere they are the difference
-    of two outlines.
+    An addition is dense, and in its slice connected to the lungs and within 40 mm of them. Therefore gas of the bowel,
+    the table, the shoulders above the lungs and the organs below them stay outside; so does a lung that has no air in
+    the slice. Additions that are less than 10 mm thick count only where the model sees lesions: elsewhere they are the
+    difference of two outlines.
 
     Args:
       grid: of the scan, with lungs.

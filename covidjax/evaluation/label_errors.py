@@ -5,6 +5,7 @@ The few lines that are needed are here because the package cleanlab requires pan
 Shapes: N examples, K classes.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,10 +35,12 @@ class Suspects(NamedTuple):
 
 
 def find_suspects(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> Suspects:
-    """Finds the examples that count off the diagonal of the confident joint.
+    """Finds as many suspects as the confident joint says that there are (pruning by noise rate).
 
-    An example counts for the most probable class among those whose probability reaches their threshold. It is a suspect
-    if that class is not its label, and its label is not the most probable class either.
+    An example counts for the most probable class among those whose probability reaches their threshold: that gives the
+    confident joint. Its rows are scaled to the number of examples of each label, which says how many examples labelled
+    a are really b. That many, with the largest differences of the probabilities of b and a, are suspects if b is more
+    probable than a.
 
     Args:
       probabilities_NxK: by models that were not trained on the example.
@@ -52,11 +55,17 @@ def find_suspects(probabilities_NxK: np.ndarray, labels_N: np.ndarray) -> Suspec
     counted = reached.any(1)
     joint = np.zeros((k, k), int)
     np.add.at(joint, (labels_N[counted], confident[counted]), 1)
-    is_suspect = counted & (confident != labels_N) & (probabilities_NxK.argmax(1) != labels_N)
-    places = np.flatnonzero(is_suspect)
-    margins = probabilities_NxK[places, labels_N[places]] - probabilities_NxK[places, confident[places]]
-    order = np.argsort(margins, kind='stable')
-    return Suspects(places[order], confident[places][order], margins[order], thresholds, joint)
+    margins, suggested = np.zeros(len(labels_N)), np.full(len(labels_N), -1)
+    for label, other in itertools.permutations(range(k), 2):
+        of_label = np.flatnonzero(labels_N == label)
+        number = round(len(of_label) * joint[label, other] / max(joint[label].sum(), 1))
+        differences = probabilities_NxK[of_label, label] - probabilities_NxK[of_label, other]
+        first = np.argsort(differences, kind='stable')[:number]
+        first = first[differences[first] < margins[of_label[first]]]
+        margins[of_label[first]], suggested[of_label[first]] = differences[first], other
+    places = np.flatnonzero(suggested >= 0)
+    places = places[np.argsort(margins[places], kind='stable')]
+    return Suspects(places, suggested[places], margins[places], thresholds, joint)
 
 
 def describe_label_errors(

@@ -25,9 +25,10 @@ def build_label_errors(label_errors: Mapping[str, dict], load_image: Callable[[i
     """
     parts: list[Any] = [
         'Confident learning: an example counts for the most probable class among those whose probability reaches the '
-        'mean probability of their own examples. It is listed if that class and the most probable one differ from its '
-        'label. The model did not train on it. A listed label is a question to a radiologist, not an error: hard '
-        'cases, and slices without a lesion in a sick scan, are listed too.'
+        'mean probability of their own examples. The counts say how many labels of each class are probably another '
+        'class. That many are listed, those that the probabilities contradict most. The model did not train on them. A '
+        'listed label is a question to a radiologist, not an error: hard cases, and slices without a lesion in a sick '
+        'scan, are listed too.'
     ]
     for kind, found in label_errors.items():
         parts.append(describe_count(kind, found))

@@ -26,7 +26,7 @@ def slices():
 def test_scores_do_not_depend_on_the_chunks(variables, slices, monkeypatch):
     def score():
         return scores.score_each_slice(
-            MODEL, variables, slices, lambda name: catalogue.RANDOM not in name, occlusion=False
+            MODEL, variables, slices, lambda name: catalogue.RANDOM not in name, lesions=None, occlusion=False
         )
 
     whole, chosen = score(), scores.choose_by_lesions(MODEL, variables, slices)

@@ -317,7 +317,7 @@ def test_flags_of_the_command_line(tmp_path):
 
     defaults = dict.fromkeys(('series', 'pages', 'shard', 'scheduler', 'output', 'archive'))
     values = functools.partial(
-        types.SimpleNamespace, **defaults | {'workdir': str(tmp_path), 'force': False, 'masks': False}
+        types.SimpleNamespace, **defaults | {'workdir': str(tmp_path), 'force': False, 'masks': False, 'dicom': False}
     )
     with pytest.raises(UserError, match='needs --output'):
         cli._predict_archive(_set(values(), archive='x', input=[]), tmp_path)
