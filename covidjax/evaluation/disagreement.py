@@ -13,8 +13,8 @@ from covidjax.evaluation.conformal import compute_rank
 SHARE = 0.95  # of the out-of-fold examples lie within the limit
 RULE = (
     'Disagreement is the mean over pairs of members of half the summed absolute differences of their calibrated '
-    'probabilities, from 0 to 1. {share:.0%} of the {count:,} out-of-fold examples that two members did not train on '
-    'lie within the limit: the member that held the example out, and the one that validated on it.'
+    'probabilities, from 0 to 1. The limit was chosen on the {count:,} out-of-fold examples that two members did not '
+    'train on, the one that held the example out and the one that validated on it: {share:.0%} of them lie within it.'
 )
 
 

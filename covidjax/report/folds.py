@@ -22,6 +22,7 @@ SCORES = {
 }
 
 
+_SHORT = {'accuracy': 'accuracy', 'auc': 'AUC', 'auc_covid19_pneumonia': 'AUC of patients'}
 _DIVISIONS = {
     'patient': 'The next fold validated that model (of two folds, half of the other one), and all others trained it.',
     'source': 'A fifth of the patients of every other source and class validated that model, and the rest trained it.',
@@ -64,8 +65,13 @@ def write_folds_report(
                 for section in build_subgroups(out['subgroups'], unit=unit)
             ],
             _build_ensemble(results, unit),
-            *sections.build_scores(results, None, table='Table III', unit=unit, others={}),
-            *sections.build_statistics(results, rules, unit=unit),
+            *[
+                section._replace(title=f'{section.title}, test list')
+                for section in (
+                    *sections.build_scores(results, None, table='Table III', unit=unit, others={}),
+                    *sections.build_statistics(results, rules, unit=unit),
+                )
+            ],
             build_label_errors(results['label_errors'], load_image),
             _build_facts(results),
             sections.build_limits(results),
@@ -225,7 +231,7 @@ def _build_folds(out: dict[str, Any], unit: str) -> Section:
             *warnings,
             Table(
                 'Folds',
-                ('fold', 'patients', unit, *CLASSES, *(SCORES[name] for name in names), 'epochs', 'training'),
+                ('fold', 'patients', unit, *CLASSES, *(_SHORT[name] for name in names), 'epochs', 'training'),
                 rows,
             ),
             Table('Spread', ('score', 'mean', 'standard deviation', 'lowest', 'highest', 'folds'), spread),

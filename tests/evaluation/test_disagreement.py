@@ -30,7 +30,7 @@ def test_a_new_example_exceeds_the_limit_in_at_most_one_of_twenty():
 def test_the_rank_and_too_few_examples():
     found = fit_limit(np.arange(19.0), ['a'] * 19)
     assert found['limit'] == 18
-    assert '95% of the 19' in found['rule']
+    assert 'on the 19 out-of-fold' in found['rule']
     assert fit_limit(np.arange(39.0), ['a', 'b', 'c'] * 13)['limit'] == 37
     few = fit_limit(np.arange(18.0), ['a'] * 18)
     assert few['limit'] is None
