@@ -381,7 +381,6 @@ def test_user_mistakes_are_one_line_each(refuse, raw_dir, slice_run, tmp_path):
         (('--mode=export', '--output=a.safetensors'), ('--workdir',)),
         (('--mode=export', f'--workdir={slice_run[0]}', f'--output={blocked}'), (blocked, '.safetensors')),
         (('--mode=predict', f'--workdir={slice_run[0]}'), ('--input',)),
-        (('--mode=serve',), ('--workdir',)),
         (('--mode=serve', f'--workdir={slice_run[0]}', '--host=0.0.0.0'), ('--host=0.0.0.0', '--token_file')),
         (('--mode=serve', f'--workdir={slice_run[0]}', f'--token-file={empty}/none'), (f'{empty}/none',)),
         (('--mode=serve', f'--workdir={empty}', '--port=0'), (empty, 'not the workdir')),

@@ -106,6 +106,8 @@ def create_objects(
     }
     found = {'report': create_report(headers, prediction, maker)}
     shown = get_shown_map(results)
+    if shown is not None and shown.startswith(catalogue.LESIONS):
+        shown = None  # it is no map of the classifier
     maps_RxSxS = None if shown is None else _compute_top_maps(prediction, shown)
     if maps_RxSxS is not None and headers[0].get('FrameOfReferenceUID'):
         found['map'] = create_map(headers, frames, prediction, maps_RxSxS, shown, maker)

@@ -169,7 +169,7 @@ def render_volume_errors(scores: Mapping[str, Any]) -> Figure:
     units = {'ml': 'ml', 'percent': '% of the lungs'}
     shown = [unit for unit in units if scores[f'volume_error_{unit}']['n']]
     with use_style():
-        figure = Figure(figsize=(3.75 * len(shown), 3.2), layout='constrained')
+        figure = Figure(figsize=(3.75 * len(shown), 3.4), layout='constrained')
         for axes, unit in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             error = scores[f'volume_error_{unit}']
             pairs = np.array(
@@ -185,8 +185,7 @@ def render_volume_errors(scores: Mapping[str, Any]) -> Figure:
                 axes.axhline(limit, color=SECOND, linestyle='--', linewidth=1, label=label)
             axes.axhline(0, color=GREY, linewidth=1)
             axes.set(xlabel=f'Mean of outlined and predicted, {units[unit]}', title=f'Lesions, {units[unit]}')
-            axes.margins(y=0.25)
-            axes.legend(loc='upper left')
+            axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=2)
         figure.axes[0].set_ylabel('Predicted less outlined')
         return figure
 

@@ -39,13 +39,15 @@ def write_pictures(
       results: results.json of the run.
 
     Returns:
-      'map', the name of the leading map, None if the run has none that beats chance; 'has_lungs' and 'has_lesions';
-      'is_windowed', whether the greys are Hounsfield units in the window of COVIDx.
+      'map', the name of the leading map, None if none beats chance or the best is that of the lesion model; 'has_lungs'
+      and 'has_lesions'; 'is_windowed', whether the greys are Hounsfield units in the window of COVIDx.
     """
     everywhere = range(len(volume.slices))
     _write(folder / 'slices', everywhere, volume.slices.__getitem__)
     is_lesions_only = isinstance(prediction, LesionPrediction)
     shown = None if is_lesions_only else get_shown_map(results)
+    if shown is not None and shown.startswith(catalogue.LESIONS):
+        shown = None  # the outlines show it
     if shown is not None:
         maps_NxSxS = compute_leading_maps(prediction, shown)
         places = prediction.used.tolist()

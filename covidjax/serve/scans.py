@@ -129,11 +129,12 @@ class Scans:
         """Returns a scan. Raises Refused if there is none of this id."""
         with self._changed:
             if name not in self._scans:
-                minutes = f'{self._keep_seconds / 60:g}'
-                raise Refused(
-                    404, 'unknown', f'No such scan. Scans are deleted {minutes} minutes after the prediction.'
-                )
+                raise self._miss()
             return self._scans[name]
+
+    def _miss(self) -> Refused:
+        minutes = f'{self._keep_seconds / 60:g}'
+        return Refused(404, 'unknown', f'No such scan. Scans are deleted {minutes} minutes after the prediction.')
 
     def take(self) -> Scan | None:
         """Waits for the next scan in the queue and marks it as running; None once the server closes."""

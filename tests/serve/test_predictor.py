@@ -1,7 +1,7 @@
 import csv
+import gzip
 import io
 import json
-import os
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from PIL import Image
 
 from covidjax.configs import att2
 from covidjax.data.preprocess import apply_window
-from covidjax.errors import UserError
+from covidjax.data.scan import nifti
+from covidjax.errors import TooLargeError, UserError
 from covidjax.experiment.runs import Member
 from covidjax.explain import catalogue
 from covidjax.explain.maps import Explanations
@@ -124,13 +125,28 @@ def test_words(run, tmp_path):
         assert part in text
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='resource limits of POSIX')
+def test_words_of_a_lesion_model_alone():
+    lesions = {'lesions_percent': 2.34, 'lungs_ml': 3650.0, 'lesions_ml': 84.0, 'num_infected': 45, 'grade': 1}
+    lesions |= {'grade_says': 'up to 25 %', 'remarks': ['few slices']}
+    found = words.describe_prediction(
+        {
+            'lesions': lesions,
+            'forced': [],
+            'notice': None,
+            'warnings': ['no verdict'],
+            'left_out': {},
+            'reading': {'notes': []},
+        }
+    )
+    assert found == {
+        'verdict': None,
+        'headline': 'Lesions in 2.3 % of the lungs (84 of 3,650 ml), 45 infected slices, grade 1 (up to 25 %).',
+        'warnings': ['No verdict.'],
+        'reasons': ['Few slices.'],
+    }
+
+
 def test_gzip_bombs_are_too_large(run, tmp_path):
-    import gzip
-
-    from covidjax.data.scan import nifti
-    from covidjax.errors import TooLargeError
-
     (tmp_path / 'source').mkdir()
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode='w') as file:

@@ -302,6 +302,7 @@ async function renderDone(result, scan) {
   find('.warnings').replaceChildren(...view.warnings.map((text) => create('p', text, 'banner')));
   find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict ?? 'Lungs and lesions';
   find('.headline').textContent = view.headline;
+  find('details').hidden = !view.reasons.length;
   find('.reasons').replaceChildren(...view.reasons.map((text) => create('li', text)));
   renderBars(find('.bars tbody'), summary.probabilities ?? {});
   renderDownloads(find('.downloads'), scan, files);
@@ -359,7 +360,8 @@ function renderSlices(result, scan, summary, layers) {
   open = [viewer, curve];
   result.querySelector('.map-note').textContent = layers.map
     ? `The map ${layers.map} shows what the model weighed, not a lesion. It is drawn where it is above its median, inside the crop.`
-    : summary.slices ? 'No map of this run beat chance when its maps were scored, so none is shown.' : '';
+    : layers.has_lesions ? 'The lesion model outlined lungs (blue), lesions (red) and consolidation (yellow).'
+      : 'No map of this run beat chance when its maps were scored, so none is shown.';
   result.querySelector('.legend').replaceChildren(...classes.map((name, k) => {
     const item = create('li');
     const svg = createSvg('svg', { viewBox: '0 0 40 10', 'aria-hidden': 'true' }, item);
@@ -421,7 +423,7 @@ function renderMore(root, summary) {
   if (!rest.length) return;
   const list = create('dl', undefined, 'facts');
   const put = (name, value) => {
-    if (Array.isArray(value) && (value.length > 12 || typeof value[0] === 'object')) return;
+    if (Array.isArray(value) && (!value.length || value.length > 12 || typeof value[0] === 'object')) return;
     if (value !== null && typeof value === 'object' && !Array.isArray(value)) {
       for (const [key, inner] of Object.entries(value)) put(`${name}, ${key.replaceAll('_', ' ')}`, inner);
     } else {
