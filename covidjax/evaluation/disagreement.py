@@ -10,7 +10,9 @@ import numpy as np
 
 from covidjax.evaluation.conformal import compute_rank
 
-SHARE = 0.95  # of the out-of-fold examples lie within the limit
+# Share of the out-of-fold examples within the limit. They have two members, whose distance scatters more than the mean
+# over the pairs of an ensemble: with 0.95, no test slice of five folds on real slices was beyond the limit.
+SHARE = 0.8
 RULE = (
     'Disagreement is the mean over pairs of members of half the summed absolute differences of their calibrated '
     'probabilities, from 0 to 1. The limit was chosen on the {count:,} out-of-fold examples that two members did not '

@@ -657,7 +657,7 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
 def _describe_left_out(row: dict[str, Any]) -> str:
     """Returns the scores of a group of sources as text."""
     if row['left_out'] is None:
-        return 'no class that training has, not scored'
+        return 'training then lacks its classes: not scored'
     text = f'{row["left_out"]["kind"]} {format_score(row["left_out"]["value"], row["left_out"]["interval"])} of '
     text += f'{row["num_patients"]} patients'
     if row['difference'] is not None:
