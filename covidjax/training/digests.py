@@ -31,9 +31,10 @@ def find_damage(folder: Path) -> list[str]:
     except (OSError, ValueError):
         return [f'{FILE_NAME} is unreadable']
     present = set(_list_files(folder))
-    faults = [f'{name} is missing' for name in sorted(digests.keys() - present)]
+    # Either of the two may be the damaged one, thus each message names both.
+    faults = [f'{name} is missing, but {FILE_NAME} lists it' for name in sorted(digests.keys() - present)]
     return faults + [
-        f'{name} has changed'
+        f'{name} differs from its digest in {FILE_NAME}'
         for name in sorted(digests.keys() & present)
         if _compute_digest(folder / name) != digests[name]
     ]
