@@ -9,6 +9,7 @@ import numpy as np
 from covidjax.evaluation.outputs import BATCH_SIZE, apply_in_batches
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.models.lesions import LesionNet
 
@@ -25,4 +26,6 @@ def outline_slices(lesions: LesionModel, images_NxSxS: np.ndarray) -> np.ndarray
       lesions: the model.
       images_NxSxS: whole slices uint8, S = `lesions.image_size`, N at least 1.
     """
-    return apply_in_batches(functools.partial(_outline, lesions.model, lesions.variables), BATCH_SIZE, images_NxSxS)
+    return apply_in_batches(
+        functools.partial(_outline, lesions.model, fold_batch_norm(lesions.variables)), BATCH_SIZE, images_NxSxS
+    )
