@@ -38,6 +38,7 @@ from covidjax.models.lesion_weights import (
     LesionModel,
     compute_digest,
     holds_lesion_weights,
+    load_box,
     read_lesion_weights,
 )
 from covidjax.models.lesions import LesionNet
@@ -235,7 +236,7 @@ def load_lesions(name: str) -> LesionModel:
       UserError: there is no such model.
     """
     if name == 'box':
-        return read_lesion_weights(BOX, 'box')
+        return load_box()
     path = Path(name).expanduser()
     if path.suffix == '.safetensors':
         return read_lesion_weights(path, name)
