@@ -4,6 +4,7 @@ Shapes: H rows, W columns.
 """
 
 import functools
+import math
 
 import numpy as np
 import scipy
@@ -16,14 +17,17 @@ _MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body exceeds both: its depth as a share
 # Probability of lungs or of lesion. Lower values would give more than 1.15 times the outlined lungs (docs/lesions.md).
 _THRESHOLD = 0.25
 _SURE = 0.5  # probability of lungs that each region has somewhere
+_SKIN = 0.015  # of the longer side; a model's outline of the air reaches into it
 _MIN_LUNGS = 0.01  # share of the slice
+_MAX_CONTACT = 2.3  # pixels of a dark region at the border of the slice, over the square root of its area, see `lungs`
 
 
 def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
     """Finds the lungs in a slice without Hounsfield units.
 
     In a slice that is already cut to the lungs, the lungs are all that is not black. In other slices, they are what the
-    lesion model of this package calls lungs or lesions, with holes filled. The first call loads the model.
+    lesion model of this package calls lungs or lesions, without the air outside the body and with holes filled. The
+    first call loads the model.
 
     Args:
       grey_HxW: uint8.
@@ -36,9 +40,11 @@ def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
         return scipy.ndimage.binary_fill_holes(grey_HxW > _BLACK)
     outline, size = _load_model()
     probabilities = resize_probabilities(outline(resize(grey_HxW, size))[..., :2], grey_HxW.shape)
-    regions, count = scipy.ndimage.label(probabilities.max(-1) > _THRESHOLD)
+    found_HxW = (probabilities.max(-1) > _THRESHOLD) & ~find_outside_air(grey_HxW)
+    regions, count = scipy.ndimage.label(found_HxW)
     is_lung = np.zeros(count + 1, bool)
     is_lung[regions[probabilities[..., 0] > _SURE]] = True
+    is_lung[0] = False  # air outside
     lungs_HxW = scipy.ndimage.binary_fill_holes(is_lung[regions])
     return lungs_HxW if lungs_HxW.mean() >= _MIN_LUNGS else None
 
@@ -61,6 +67,27 @@ def _load_model():
         return jax.nn.sigmoid(model.apply(variables, normalise(image_SxS)[None, ..., None], train=False)[0])
 
     return lambda image_SxS: np.asarray(apply(box.variables, image_SxS)), box.image_size
+
+
+def find_outside_air(grey_HxW: np.ndarray) -> np.ndarray:
+    """Returns the air outside the body, bool [H, W], which a model may mistake for lungs.
+
+    With the skin around it. It is dark, and touches two corners of the slice or lies along its border. In a closely cropped slice, a lung
+    touches the border with less of its outline. A slice that is cut to the lungs has no such air.
+
+    Args:
+      grey_HxW: uint8.
+    """
+    if is_cut_to_lungs(grey_HxW):
+        return np.zeros(grey_HxW.shape, bool)
+    regions, count = scipy.ndimage.label(grey_HxW < compute_otsu_threshold(grey_HxW))
+    corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
+    border = np.concatenate([regions[0], regions[-1], regions[1:-1, 0], regions[1:-1, -1]])
+    contact, area = np.bincount(border, minlength=count + 1), np.bincount(regions.ravel(), minlength=count + 1)
+    is_outside = (np.bincount(corners, minlength=count + 1) >= 2) | (contact > _MAX_CONTACT * np.sqrt(area))
+    is_outside[0] = False
+    skin = math.ceil(max(grey_HxW.shape) * _SKIN)
+    return scipy.ndimage.binary_dilation(is_outside[regions], iterations=skin)
 
 
 def is_cut_to_lungs(grey_HxW: np.ndarray) -> bool:

@@ -108,3 +108,21 @@ def test_real_outlined_slices(real_data):
     assert len(kept) > 40
     assert np.mean(kept) >= 0.97
     assert found_area <= 1.15 * outlined_area
+
+
+def test_outside_air_by_hand():
+    body = np.zeros((40, 60), np.uint8)
+    body[5:30, 5:55] = 200  # air around it touches all corners
+    body[10:25, 10:25] = body[10:25, 35:50] = 20  # lungs
+    outside = slice_lungs.find_outside_air(body)
+    assert outside[0, 0]
+    assert outside[:, :5].all()
+    assert not outside[6:29, 6:54].any()  # a pixel of skin
+
+    close = np.full((40, 60), 200, np.uint8)
+    close[0:20, 0:20] = 20  # a lung in a corner of a closely cropped slice
+    close[36:, 5:50] = 20  # air below the table
+    outside = slice_lungs.find_outside_air(close)
+    assert outside[36:, 5:50].all()
+    assert outside.sum() == 4 * 45 + 45 + 2 * 4
+    assert not slice_lungs.find_outside_air(np.full((8, 8), 7, np.uint8)).any()
