@@ -72,8 +72,9 @@ def _load_model():
 def find_outside_air(grey_HxW: np.ndarray) -> np.ndarray:
     """Returns the air outside the body, bool [H, W], which a model may mistake for lungs.
 
-    With the skin around it. It is dark, and touches two corners of the slice or lies along its border. In a closely cropped slice, a lung
-    touches the border with less of its outline. A slice that is cut to the lungs has no such air.
+    It is dark, and touches two corners of the slice or lies along its border; the skin around it is included. In a
+    closely cropped slice, a lung touches the border with less of its outline. A slice that is cut to the lungs has no
+    such air.
 
     Args:
       grey_HxW: uint8.
