@@ -96,7 +96,8 @@ def compute_attention_losses(maps: Sequence[jax.Array], lesions_BxGxG: jax.Array
         shares = jax.image.resize(lesions_BxGxG, attention_Bxhxw.shape, 'linear')  # averages, with antialiasing
         targets = shares / jnp.maximum(shares.sum((1, 2), keepdims=True), 1e-6)
         attention = jnp.maximum(attention_Bxhxw.astype(jnp.float32), 1e-8)
-        losses.append(jax.scipy.special.xlogy(targets, targets / attention).sum((1, 2)))
+        entropies = jax.scipy.special.xlogy(targets, targets)  # 0 log 0 = 0
+        losses.append((entropies - targets * jnp.log(attention)).sum((1, 2)))
     return sum(losses) / len(maps)
 
 

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -98,6 +99,8 @@ def test_attention_loss_by_hand():
     there, even = np.array([[0.5, 0], [0.5, 0]]), np.full((2, 2), 0.25)
     losses = compute_attention_losses([np.stack([there, even, even]), np.stack([even] * 3)], lesions)
     np.testing.assert_allclose(losses, [np.log(2) / 2, np.log(2), 0], atol=1e-6)
+    gradients = jax.grad(lambda maps: compute_attention_losses([maps], lesions).sum())(np.stack([even] * 3))
+    np.testing.assert_allclose(gradients[1:], [[[-2, 0], [-2, 0]], [[0, 0], [0, 0]]], atol=1e-5)  # -t / a
 
 
 def test_attention_is_best_where_most_of_the_lesion_is_at_any_resolution():
