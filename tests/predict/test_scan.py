@@ -74,6 +74,11 @@ def test_the_box_is_that_of_the_body():
     assert find_body_box(np.zeros((40, 50), np.uint8)) == (0, 0, 50, 40)
 
 
+def test_blurring_is_that_of_scipy():
+    for grey in GREY[:3]:
+        np.testing.assert_array_equal(body._blur(grey[:50]), scipy.ndimage.gaussian_filter(np.float32(grey[:50]), 1))
+
+
 def test_opening_is_that_of_scipy():
     rng = np.random.default_rng(0)
     for reach in (1, 2, 3):
