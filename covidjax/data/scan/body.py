@@ -50,10 +50,8 @@ def find_body_box(grey: np.ndarray) -> Box:
 
 def _blur(grey: np.ndarray) -> np.ndarray:
     """Returns `scipy.ndimage.gaussian_filter(grey.astype(np.float32), 1)`, whose first axis is slow unless turned."""
-    turned = np.ascontiguousarray(grey.T, np.float32)
-    for _ in range(2):
-        turned = np.ascontiguousarray(scipy.ndimage.gaussian_filter1d(turned, 1).T)
-    return turned
+    down = scipy.ndimage.gaussian_filter1d(np.ascontiguousarray(grey.T, np.float32), 1)
+    return scipy.ndimage.gaussian_filter1d(np.ascontiguousarray(down.T), 1)
 
 
 def _open(mask: np.ndarray, reach: int) -> np.ndarray:
