@@ -436,14 +436,15 @@ class _Pool:
 
     def _generate(self) -> Iterator[Any]:
         """Yields calls. joblib fetches them from its threads, one at a time."""
+        main_pid = os.getpid() if self._scheduler is None else None
         while True:
             call = self._choose()
             if call is not None:
-                yield joblib.delayed(_run)(*call, self._with_pages)
+                yield joblib.delayed(_run)(*call, main_pid, self._with_pages)
             elif not (self.is_reading or self._running or self._pages or self._get_num_waiting()):
                 return
             else:
-                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)(), self._with_pages)
+                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)(), main_pid, self._with_pages)
 
     def _choose(self) -> tuple[int, Any] | None:
         num_reading = sum(task.unit is not None for task in list(self._running.values()))
@@ -501,8 +502,9 @@ class _Pool:
             loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
-def _run(number: int | None, call: Any, with_pages: bool) -> tuple[int | None, Any]:
-    tasks.load_libraries(with_pages)
+def _run(number: int | None, call: Any, main_pid: int | None, with_pages: bool) -> tuple[int | None, Any]:
+    if main_pid is not None:
+        tasks.prepare_worker(main_pid, with_pages=with_pages)
     function, arguments, options = call
     return number, function(*arguments, **options)
 

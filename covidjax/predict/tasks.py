@@ -82,12 +82,17 @@ class UnitResult(NamedTuple):
 
 
 @functools.cache  # once in a process
-def load_libraries(with_pages: bool) -> None:
+def prepare_worker(main_pid: int, *, with_pages: bool) -> None:
     """Prepares a worker of this host, before its first task.
 
     loky replaces a worker whose memory has grown by 300 MB since its first task. The libraries of pages and one scan
     take that much, so that workers were replaced, and loaded everything again, every few scans.
+
+    Args:
+      main_pid: see `prepare_unit`.
+      with_pages: the worker will write pages.
     """
+    set_up_worker(main_pid)
     process_executor._MAX_MEMORY_LEAK_SIZE = MAX_GROWTH
     if with_pages:
         import covidjax.report.prediction  # noqa: F401
