@@ -108,8 +108,20 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
 
 def apply_window(hu: np.ndarray) -> np.ndarray:
     """Maps Hounsfield units of any shape to uint8 grey values by the COVIDx CT window, -1350 to 150 HU."""
+    if hu.dtype == np.int16:
+        return _window_all()[hu.view(np.uint16)]
+    return _window(hu)
+
+
+def _window(hu: np.ndarray) -> np.ndarray:
     low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
     return np.round((hu.astype(np.float32) - low).clip(0, WINDOW_WIDTH_HU) * (255 / WINDOW_WIDTH_HU)).astype(np.uint8)
+
+
+@functools.cache
+def _window_all() -> np.ndarray:
+    """Returns the grey value of every int16, by its bits: a table is five times as fast as the formula."""
+    return _window(np.arange(2**16, dtype=np.uint16).view(np.int16))
 
 
 def encode_slices(
@@ -200,7 +212,12 @@ def compute_otsu_threshold(values: np.ndarray) -> float:
     low, high = float(values.min()), float(values.max())
     if low == high:
         return low
-    counts, edges = np.histogram(values, bins=256, range=(low, high))
+    if values.dtype == np.uint8:  # the same counts from 256 values
+        greys = np.arange(256, dtype=np.uint8)
+        weights = np.bincount(values.ravel(), minlength=256)
+        counts, edges = np.histogram(greys, bins=256, range=(low, high), weights=weights)
+    else:
+        counts, edges = np.histogram(values, bins=256, range=(low, high))
     centres = (edges[:-1] + edges[1:]) / 2
     below, total = np.cumsum(counts)[:-1], counts.sum()
     sums = np.cumsum(counts * centres)

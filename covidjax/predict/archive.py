@@ -181,7 +181,7 @@ class _Job:
         }
         todo = [unit for unit in units if (unit.name, unit.signature) not in done]
         start = time.monotonic()
-        pool = _Pool(todo, self._scheduler, self._create_call)
+        pool = _Pool(todo, self._scheduler, self._create_call, with_pages=self._pages != 'none')
         try:
             with open_progress('archive', len(units), 'unit', initial=len(units) - len(todo)) as progress:
                 count = 0
@@ -358,11 +358,14 @@ class _Pool:
       units: to read.
       scheduler: of Dask; None for processes of this host.
       create_call: returns the task of a unit.
+      with_pages: pages will be added.
     """
 
-    def __init__(self, units: list[Unit], scheduler: str | None, create_call: Callable[[Unit], Any]):
+    def __init__(
+        self, units: list[Unit], scheduler: str | None, create_call: Callable[[Unit], Any], *, with_pages: bool
+    ):
         self._units, self._pages, self._suspects = deque(units), deque(), deque()
-        self._scheduler, self._create_call = scheduler, create_call
+        self._scheduler, self._create_call, self._with_pages = scheduler, create_call, with_pages
         self._numbers, self._running = itertools.count(), {}
         self._num_crashes = 0  # since the last result
         self._is_careful = False  # a worker died: one unit at a time, to find which
@@ -433,14 +436,15 @@ class _Pool:
 
     def _generate(self) -> Iterator[Any]:
         """Yields calls. joblib fetches them from its threads, one at a time."""
+        main_pid = os.getpid() if self._scheduler is None else None
         while True:
             call = self._choose()
             if call is not None:
-                yield joblib.delayed(_run)(*call)
+                yield joblib.delayed(_run)(*call, main_pid, self._with_pages)
             elif not (self.is_reading or self._running or self._pages or self._get_num_waiting()):
                 return
             else:
-                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)())
+                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)(), main_pid, self._with_pages)
 
     def _choose(self) -> tuple[int, Any] | None:
         num_reading = sum(task.unit is not None for task in list(self._running.values()))
@@ -498,7 +502,9 @@ class _Pool:
             loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
-def _run(number: int | None, call: Any) -> tuple[int | None, Any]:
+def _run(number: int | None, call: Any, main_pid: int | None, with_pages: bool) -> tuple[int | None, Any]:
+    if main_pid is not None:
+        tasks.prepare_worker(main_pid, with_pages=with_pages)
     function, arguments, options = call
     return number, function(*arguments, **options)
 

@@ -21,9 +21,10 @@ from covidjax.report.burden import LesionPrediction, Outlined, build_burden, wri
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.leading import get_shown_map
 from covidjax.report.page import Table
-from covidjax.report.pictures import Example, arrange_maps, render_maps, render_panels
+from covidjax.report.pictures import Example, arrange_maps
 from covidjax.report.reading import build_reading
 from covidjax.report.sections import TARGETS, Section, describe_interval
+from covidjax.report.tiles import draw_rows, draw_tiles
 
 _NUM_MONTAGE, _COLUMNS = 16, 4
 
@@ -271,7 +272,7 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
             'No map of this run beat chance when its maps were scored, so none is shown as an explanation.'
             if shown is None
             else 'The best map of this run is that of the lesion model: see the outlines above.',
-            create_picture(render_panels({'': examples}, len(examples)), 'The top slices'),
+            draw_tiles(examples, len(examples), 'The top slices'),
         ]
         return Section('slices', 'Top slices', parts)
     maps = catalogue.compute_maps(explained, size, combination)
@@ -287,15 +288,13 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
     parts += [
         f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It '
         'shows what the model weighed, not a lesion.',
-        create_picture(render_maps(leading_rows, scale='scaled to 0..1'), 'The top slices with the leading map'),
+        draw_rows(leading_rows, 'The top slices with the leading map', scale='scaled to 0..1'),
         'Evidence of the slices in their own logits, pixel by pixel: red is for a class (or for the first of two), '
         'blue against it.',
-        create_picture(
-            render_maps(
-                arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
-                scale='share in the logit, scaled to -1..1',
-            ),
+        draw_rows(
+            arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
             'The top slices with their evidence maps',
+            scale='share in the logit, scaled to -1..1',
         ),
     ]
     return Section('slices', 'Top slices', parts)
@@ -304,11 +303,12 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
 def _build_montage(prediction: Prediction) -> Section:
     chosen = np.unique(np.linspace(0, len(prediction.used) - 1, _NUM_MONTAGE).round().astype(int))
     examples = [Example(str(prediction.used[i] + 1), prediction.images[i]) for i in chosen]
-    figure = render_panels({'': examples}, min(_COLUMNS, len(examples)), width=7.5 if len(examples) > 1 else 3)
+    width = 7.5 if len(examples) > 1 else 3
+    picture = draw_tiles(examples, min(_COLUMNS, len(examples)), 'Montage of slices', width=width)
     return Section(
         'montage',
         'Montage',
-        ['Slices as the model sees them, numbered from the head.', create_picture(figure, 'Montage of slices')],
+        ['Slices as the model sees them, numbered from the head.', picture],
     )
 
 

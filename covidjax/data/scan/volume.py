@@ -3,10 +3,12 @@
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
 
+import contextlib
 import hashlib
 import io
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_win
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
 from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
-from covidjax.data.scan.nifti import open_nifti, report_damage
+from covidjax.data.scan.nifti import open_nifti, open_nifti_file, report_damage
 from covidjax.data.scan.series import (
     Series,
     check_series,
@@ -122,11 +124,13 @@ def _sort_entries(entries: Sequence[Entry]) -> _Contents:
     """Reads every file once, of DICOM the headers."""
     contents = _Contents({}, [], [], [], [])
     for entry in entries:
+        if entry.name.lower().endswith(_VOXELS):
+            contents.digests[entry.name] = _hash_entry(entry)
+            contents.voxels.append(entry)
+            continue
         data = entry.read()
         contents.digests[entry.name] = hashlib.sha256(data).digest()
-        if entry.name.lower().endswith(_VOXELS):
-            contents.voxels.append(entry)
-        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
+        if data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
             contents.images.append(entry)
         elif data.startswith(b'PK\3\4') and data[128:132] != b'DICM':
             contents.left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
@@ -143,6 +147,14 @@ def _sort_entries(entries: Sequence[Entry]) -> _Contents:
         others = len(contents.images) + len(contents.voxels)
         contents.left_out.extend([dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * others)
     return contents
+
+
+def _hash_entry(entry: Entry) -> bytes:
+    """Returns the SHA-256 of a file, which may be larger than the memory; of a member of a zip, which may not."""
+    if entry.path is None:
+        return hashlib.sha256(entry.read()).digest()
+    with entry.path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').digest()
 
 
 def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
@@ -400,21 +412,17 @@ def _keeps_axes(affine: np.ndarray) -> bool:
 
 
 def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
-    data = entry.read()
-    with report_damage():
-        image, shape = open_nifti(data)
-        affine = image.affine
+    with report_damage(), contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_nifti_file(entry.path)) if entry.path else open_nifti(entry.read())
+        image, shape = opened
         has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
-        grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
-        hu = np.empty(shape, np.int16) if with_lungs else None
-        for place in range(shape[2]):
-            plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
-            check.add(plane)
-            grey[..., place] = apply_window(plane)
-            if hu is not None:
-                hu[..., place] = plane
-    doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
-    return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
+
+        def read(place: int) -> np.ndarray:
+            return np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2])
+
+        doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
+        voxels = _Voxels('NIfTI', read, shape, 2, image.affine)
+        return _read_planes(identity, voxels, doubts, left_out, with_lungs)
 
 
 def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
@@ -424,31 +432,37 @@ def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str]
 
 def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
     planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
-    check, grey, hu = HounsfieldCheck(), [], []
-    for plane in planes:
-        plane = round_plane(plane)
-        check.add(plane)
-        grey.append(apply_window(plane))
-        if with_lungs:
-            hu.append(plane)
     name, contents = identity
     # The header alone does not identify a scan whose voxels lie in a file of their own.
     identity = name, hash_contents([bytes.fromhex(contents), digest])
     kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
-    return _turn_voxels(identity, kind, np.stack(grey), np.stack(hu) if hu else None, affine, check, [], left_out)
+    voxels = _Voxels(kind, planes.__getitem__, planes.shape, 0, affine)
+    return _read_planes(identity, voxels, [], left_out, with_lungs)
 
 
-def _turn_voxels(
-    identity: tuple[str, str],
-    kind: str,
-    grey: np.ndarray,
-    hu: np.ndarray | None,
-    affine: np.ndarray,
-    check: HounsfieldCheck,
-    doubts: list[str],
-    left_out: Counter[str],
+class _Voxels(NamedTuple):
+    """A file of a whole scan, whose planes are read one by one.
+
+    Attributes:
+      kind: of the file, see `Volume`.
+      read: returns the plane of a place, of any numbers.
+      shape: of the scan.
+      axis: along which the planes lie one after the other, so that reading them is fast: 0 or 2.
+      affine: [4, 4] from voxels to mm, RAS.
+    """
+
+    kind: str
+    read: Callable[[int], np.ndarray]
+    shape: tuple[int, int, int]
+    axis: int
+    affine: np.ndarray
+
+
+def _read_planes(
+    identity: tuple[str, str], voxels: _Voxels, doubts: list[str], left_out: Counter[str], with_lungs: bool
 ) -> Volume:
-    """Turns grey voxels, and their Hounsfield units, by their affine, to RAS in mm, to slices from head to feet."""
+    """Maps voxels to grey plane by plane and turns them by their affine to slices from head to feet."""
+    affine = voxels.affine
     try:
         turn = io_orientation(affine)
         direction = affine[:3, turn[:, 0].tolist().index(2.0)]  # voxel axis along feet to head
@@ -458,13 +472,18 @@ def _turn_voxels(
         is_sound = False
     if not is_sound:
         raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
+    # Neighbouring pixels of a plane shall be neighbours in memory.
+    grey, check = np.empty(voxels.shape, np.uint8, 'C' if voxels.axis == 0 else 'F'), HounsfieldCheck()
+    for place, of_place in enumerate(np.moveaxis(grey, voxels.axis, 0)):
+        plane = round_plane(voxels.read(place))
+        check.add(plane)
+        of_place[...] = apply_window(plane)
     check.finish()
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
     lungs = None
-    if hu is not None:
-        hu = apply_orientation(hu, ornt_transform(turn, _ORDER))
-        finder = LungsFinder(hu.shape, _orient_spacing(affine))
-        for plane in hu:
+    if with_lungs:
+        finder = LungsFinder(slices.shape, _orient_spacing(affine))
+        for plane in _iterate_slices(voxels, ornt_transform(turn, _ORDER)):
             finder.add(plane)
         lungs = finder.find()
     facts = [
@@ -475,8 +494,26 @@ def _turn_voxels(
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    source = affine if kind == 'NIfTI' else _swap_axes(affine)
-    return Volume(*identity, kind, list(slices), depths, lungs, source, facts, [], doubts, dict(left_out))
+    source = affine if voxels.kind == 'NIfTI' else _swap_axes(affine)
+    return Volume(*identity, voxels.kind, list(slices), depths, lungs, source, facts, [], doubts, dict(left_out))
+
+
+def _iterate_slices(voxels: _Voxels, turn: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the slices in Hounsfield units, int16, after a turn to `_ORDER`. Reads the file again: memory is scarcer.
+
+    If the planes of the file are no slices, they go through a temporary file of two bytes a voxel.
+    """
+    axis, (place_of_axis, direction) = voxels.axis, turn[voxels.axis]
+    places = range(voxels.shape[axis])
+    if place_of_axis == 0:
+        for place in places if direction > 0 else reversed(places):
+            yield apply_orientation(np.expand_dims(round_plane(voxels.read(place)), axis), turn)[0]
+        return
+    with tempfile.TemporaryFile() as file:
+        hu = np.memmap(file, np.int16, shape=voxels.shape)
+        for place, of_place in enumerate(np.moveaxis(hu, axis, 0)):
+            of_place[...] = round_plane(voxels.read(place))
+        yield from apply_orientation(hu, turn)
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:
