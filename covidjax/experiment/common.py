@@ -24,6 +24,13 @@ import covidjax
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.folds import read_fold, select_fold
 from covidjax.data.lists import CLASSES, find_absent_classes
+from covidjax.data.sources import (
+    count_sources,
+    describe_lone_classes,
+    find_lone_classes,
+    parse_sources,
+    select_sources,
+)
 from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.metrics import format_score
@@ -67,6 +74,7 @@ class Example(Protocol):
 
     label: int
     patient: str
+    source: str
 
 
 class Predictions(NamedTuple):
@@ -285,6 +293,7 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     if data.dropped and is_first():
         log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
         write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    data = select_sources(data, parse_sources(config.sources))
     fold = read_fold(workdir)
     if fold is not None:
         data = select_fold(data, fold)
@@ -395,6 +404,8 @@ def create_classification_loss(
     labels: dict[str, Sequence[int]],
     label_smoothing: float,
     compute_val_logits: Callable[[dict[str, Any]], np.ndarray],
+    *,
+    is_balanced: bool = False,
 ) -> dict[str, Any]:
     """Returns the fields `objective` and `validate` of a classification.
 
@@ -402,8 +413,10 @@ def create_classification_loss(
       labels: of the examples of 'train', which give the class weights, and of 'val'.
       label_smoothing: see `losses.weighted_cross_entropy`; validation is without.
       compute_val_logits: variables -> logits [N, K] of the validation examples.
+      is_balanced: classes come equally often in training, so that they weigh the same there.
     """
     class_weights = compute_class_weights(list(count_classes(labels['train']).values()))
+    train_weights = tuple(float(weight > 0) for weight in class_weights) if is_balanced else class_weights
     val_labels = np.asarray(labels['val'])
 
     def validate(variables: dict[str, Any]) -> tuple[float, float]:
@@ -411,7 +424,7 @@ def create_classification_loss(
         losses, weights = weighted_cross_entropy(logits, val_labels, class_weights)
         return float(losses.sum() / weights.sum()), float((logits.argmax(-1) == val_labels).mean())
 
-    return {'objective': create_cross_entropy(class_weights, label_smoothing), 'validate': validate}
+    return {'objective': create_cross_entropy(train_weights, label_smoothing), 'validate': validate}
 
 
 def create_augmentation(config: ConfigDict) -> Augmentation | None:
@@ -508,6 +521,7 @@ def test(
         *sections.build_statistics(results, rules, unit=unit),
         *build_subgroups(results['subgroups'], unit=unit),
         *findings.sections,
+        *sections.build_sources(results['dataset']),
         sections.build_training(results, flatten_config(config), history),
         sections.build_limits(results),
     ]
@@ -541,10 +555,18 @@ def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
 
 def find_warnings(data: covidx_ct.Prepared) -> list[str]:
     """Returns the warnings that every output of a run on these data must show."""
-    return [
+    absent = [
         f'no training slice is {name}: the model cannot tell this class, and calls its cases something else'
         for name in find_absent_classes(data.rows['train'])
     ]
+    lone = describe_lone_classes(find_lone_classes(data.rows['train']))
+    return absent + [lone] * bool(lone)
+
+
+def create_source_column(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Returns the column `source` of a table of predictions; none if no source is known."""
+    sources = [example.source for example in examples]
+    return {'source': sources} if any(sources) else {}
 
 
 def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:
@@ -559,6 +581,7 @@ def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any
             'fingerprint': data.fingerprint,
             'image_size': config.image_size,
             'slices': {split: count_classes([row.label for row in rows]) for split, rows in data.rows.items()},
+            'sources': count_sources(data.rows),
             'num_dropped': len(data.dropped),
         },
     }

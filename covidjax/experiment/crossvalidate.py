@@ -28,7 +28,7 @@ from covidjax.data.folds import (
     divide_sources,
     get_pool,
     parse_fold,
-    read_sources,
+    get_sources,
     select_fold,
     write_fold,
 )
@@ -155,7 +155,7 @@ def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx
         check_workdir(workdir, config)
         data = common.load_data(config.data, workdir)
         if division.by == 'source':
-            folds = divide_sources(get_pool(data), read_sources(data), division.groups, config.seed)
+            folds = divide_sources(get_pool(data), get_sources(data), division.groups, config.seed)
         else:
             folds = divide_patients(get_pool(data), division.num_folds, config.seed)
         if (workdir / FOLDS).exists():
@@ -491,7 +491,7 @@ def _compare_sources(
     Sick against normal, by each member's own temperature and screening threshold. Inside and left out are compared on
     the group's examples of the test list, which no member used. A class that the member's training lacks is not scored.
     """
-    sources = read_sources(data)
+    sources = get_sources(data)
     normal = CLASSES.index('normal')
     thresholds = [
         common.load_output(folder, 'calibration.json')['thresholds']['disease']['threshold']
@@ -603,6 +603,7 @@ def _write_tables(
             **({'file': [e.file for e in examples]} if hasattr(examples[0], 'file') else {}),
             'scan': [e.scan for e in examples],
             'patient': [e.patient for e in examples],
+            **common.create_source_column(examples),
             **({'slice': [e.slice_index for e in examples]} if hasattr(examples[0], 'file') else {}),
             'label': [e.label for e in examples],
             **{f'p_{c}': p for c, p in zip(CLASSES, shares.T, strict=True)},

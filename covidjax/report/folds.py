@@ -73,6 +73,7 @@ def write_folds_report(
                 )
             ],
             build_label_errors(results['label_errors'], load_image),
+            *sections.build_sources(results['dataset']),
             _build_facts(results),
             sections.build_limits(results),
         ],

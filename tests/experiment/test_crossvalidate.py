@@ -181,7 +181,7 @@ def test_sources_left_out(workdir, tmp_path, monkeypatch, capsys):
     sources = {patient: f'S{k}' for k, fold in enumerate(record['folds']) for patient in fold['held_out']}
     rows = read(workdir / 'test_predictions.csv')
     sources |= {row['patient']: 'S0' for row in rows}
-    monkeypatch.setattr(crossvalidate, 'read_sources', lambda data: sources)
+    monkeypatch.setattr(crossvalidate, 'get_sources', lambda data: sources)
     results = crossvalidate.evaluate(copy)
     first, *others = results['left_out']
     assert first['sources'] == ['S0']
