@@ -25,8 +25,9 @@ def divide_strata(rows: Sequence[Row], balance: str) -> list[Stratum]:
 
     Args:
       rows: of the split, in record order.
-      balance: 'none': the stream has no strata. 'class': every class that occurs has the same share. 'class_and_source':
-        moreover, every source of a class has the same share of that class; an unknown source counts as one.
+      balance: 'none': the stream has no strata. 'class': every class that occurs has the same share.
+        'class_and_source': moreover, every source of a class has the same share of that class; an unknown source counts
+        as one.
 
     Returns:
       The strata; none for 'none'.

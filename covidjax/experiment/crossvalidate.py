@@ -27,8 +27,8 @@ from covidjax.data.folds import (
     divide_patients,
     divide_sources,
     get_pool,
-    parse_fold,
     get_sources,
+    parse_fold,
     select_fold,
     write_fold,
 )

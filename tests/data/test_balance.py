@@ -3,10 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tests.data.test_folds import make_rows
 
 from covidjax.data.balance import divide_strata
 from covidjax.data.loader import load_train_batches
+from tests.data.test_folds import make_rows
 
 # 2 normals of A and 10 of B, 3 pneumonias of B, 5 COVID-19 of C
 ROWS = [

@@ -128,7 +128,7 @@ def test_every_patient_needs_a_source(tmp_path):
     data = make_data()._replace(raw_dir=tmp_path, rows={'train': rows, 'val': [], 'test': []})
     assert get_sources(data) == {'1x0': 'A', '2x0': 'B'}
     rows[0] = rows[0]._replace(source='', patient='new')
-    with pytest.raises(UserError, match='metadata.csv gives no source for 1 patients of the lists, new first'):
+    with pytest.raises(UserError, match=r'metadata.csv gives no source for 1 patients of the lists, new first'):
         get_sources(data)
 
 

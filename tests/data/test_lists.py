@@ -44,7 +44,8 @@ def test_sources_of_metadata(tmp_path, caplog):
     assert lists.compute_fingerprint(rows) == lists.compute_fingerprint(without)
     (tmp_path / 'metadata.csv').write_text('patient,source\nCP_4,A\n')
     assert lists.read_lists(path) == without
-    assert 'sources of the patients are unknown' in caplog.text and "no column 'patient id'" in caplog.text
+    assert 'sources of the patients are unknown' in caplog.text
+    assert "no column 'patient id'" in caplog.text
 
 
 def test_bom_crlf_tabs_and_trailing_blank_lines_are_accepted(tmp_path):

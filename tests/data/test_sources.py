@@ -1,5 +1,4 @@
 import pytest
-from tests.data.test_folds import make_data, make_rows
 
 from covidjax.data.sources import (
     LoneClass,
@@ -11,6 +10,7 @@ from covidjax.data.sources import (
     select_sources,
 )
 from covidjax.errors import UserError
+from tests.data.test_folds import make_data, make_rows
 
 
 def make_joined():
@@ -39,14 +39,14 @@ def test_the_slices_of_chosen_sources():
 
 def test_sources_that_cannot_be_chosen():
     data = make_joined()
-    with pytest.raises(UserError, match='^no source D, E: the lists have A, B, C$'):
+    with pytest.raises(UserError, match=r'^no source D, E: the lists have A, B, C$'):
         select_sources(data, ['A', 'D', 'E'])
-    with pytest.raises(UserError, match='data.sources=C leaves one class to train on'):
+    with pytest.raises(UserError, match=r'data.sources=C leaves one class to train on'):
         select_sources(data, ['C'])
     with pytest.raises(UserError, match='no source A: the lists have no sources'):
         select_sources(make_data(), ['A'])
     data.rows['val'][:] = [row for row in data.rows['val'] if row.source == 'B']
-    with pytest.raises(UserError, match='data.sources=A,C leaves no slice for val'):
+    with pytest.raises(UserError, match=r'data.sources=A,C leaves no slice for val'):
         select_sources(data, ['A', 'C'])
 
 
