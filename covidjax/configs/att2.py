@@ -18,7 +18,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
     data.sources = ''  # the sources of metadata.csv to use, separated by commas; empty: all
-    # how training slices are drawn: 'none' (as they are), 'class' (classes equally often, and of one weight in the loss)
+    # draws of training slices: 'none' (as they are), 'class' (classes equally often, and of one weight in the loss)
     # or 'class_and_source' (moreover, the sources of a class equally often)
     data.balance = 'none'
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets

@@ -33,6 +33,7 @@ from covidjax.data.sources import (
 )
 from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.calibration import apply_temperature
+from covidjax.evaluation.home import choose_slices, fit_home, save_home
 from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
@@ -219,7 +220,7 @@ def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = N
       config: config of the run.
       workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
         results.json, predictions.csv, calibration.json, report.html and figures; of a classification also novelty.npz,
-        preprocessing.json and checklist.html; with phantoms also phantoms/.
+        sources.npz, preprocessing.json and checklist.html; with phantoms also phantoms/.
       procedure: of the kind of experiment.
       data: the data of `config.data`, if already loaded.
 
@@ -502,7 +503,7 @@ def test(
     }
     write_predictions(workdir / 'predictions.csv', findings.columns)
     of_slices = experiment.get_slice_variables(variables)
-    save_usual(workdir / 'novelty.npz', experiment.slice_model, of_slices, data)
+    save_usual(workdir, experiment.slice_model, of_slices, data)
     write_json(workdir / 'calibration.json', rules)
     write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
     drawn = {
@@ -532,19 +533,29 @@ def test(
     return results
 
 
-def save_usual(path: Path, slice_model: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
-    """Writes novelty.npz, the usual features of validation slices, so that predictions can detect unusual slices.
+def save_usual(workdir: Path, slice_model: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
+    """Writes what predictions need to detect unusual slices and to name the nearest source.
 
-    Uses at most `MAX_EXAMPLES` slices, spread evenly over the split.
+    novelty.npz has the usual features of validation slices, at most `MAX_EXAMPLES`, spread evenly over the split.
+    sources.npz has those of every source, of training and validation slices (see `home`).
     """
-    rows, source = data.rows['val'], data.sources['val']
+
+    def compute_statistics(places: Sequence[tuple[str, int]]) -> np.ndarray:
+        images = np.stack([data.sources[split][i]['image'] for split, i in places])
+        return compute_outputs(slice_model, variables, images).statistics
+
+    rows = data.rows['val']
     chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
-    images = np.stack([source[i]['image'] for i in chosen])
-    novelty = fit_novelty(compute_outputs(slice_model, variables, images).statistics, [rows[i].patient for i in chosen])
-    if novelty is None:
-        path.unlink(missing_ok=True)  # left by an earlier test
-    else:
-        save_novelty(path, novelty)
+    novelty = fit_novelty(compute_statistics([('val', i) for i in chosen]), [rows[i].patient for i in chosen])
+    pool = [(split, i) for split in ('train', 'val') for i in range(len(data.rows[split]))]
+    of_pool = [data.rows[split][i].source for split, i in pool]
+    spread = choose_slices(of_pool, MAX_EXAMPLES)
+    home = fit_home(compute_statistics([pool[i] for i in spread]), [of_pool[i] for i in spread]) if spread else None
+    for name, found, save in (('novelty.npz', novelty, save_novelty), ('sources.npz', home, save_home)):
+        if found is None:
+            (workdir / name).unlink(missing_ok=True)  # left by an earlier test
+        else:
+            save(workdir / name, found)
 
 
 def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
