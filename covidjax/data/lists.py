@@ -171,22 +171,29 @@ def read_lists(raw_dir: str, splits: Sequence[str] = SPLITS, *, for_training: bo
                 list_faults = [f'{get_list_name(split, version)}: no row of {" or ".join(absent)}']
         faults += list_faults
     _raise_faults(faults, raw_dir)
-    return add_sources(rows, raw_dir)
+    sources = _read_sources(raw_dir)
+    return {split: add_sources(of_split, sources) for split, of_split in rows.items()}
 
 
-def add_sources(rows: Mapping[str, Sequence[Row]], raw_dir: str | os.PathLike[str]) -> dict[str, list[Row]]:
-    """Returns rows with the sources of metadata.csv; without that file, or if it is damaged, the rows as they are."""
-    path, metadata = os.path.join(raw_dir, 'metadata.csv'), {}
-    if os.path.isfile(path):
-        try:
-            metadata = read_metadata(path)
-        except UserError as error:
-            log.warning('the sources of the patients are unknown: %s', error)
-    sources = {patient: (columns.get('source') or '').strip() for patient, columns in metadata.items()}
-    return {
-        split: [row._replace(source=sources.get(row.patient, '')) for row in of_split]
-        for split, of_split in rows.items()
-    }
+def _read_sources(raw_dir: str) -> dict[str, str]:
+    path = os.path.join(raw_dir, 'metadata.csv')
+    if not os.path.isfile(path):
+        return {}
+    try:
+        return get_sources(read_metadata(path))
+    except UserError as error:
+        log.warning('the sources of the patients are unknown: %s', error)
+        return {}
+
+
+def get_sources(metadata: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Returns the source of every patient, '' where `metadata` (see `read_metadata`) gives none."""
+    return {patient: (columns.get('source') or '').strip() for patient, columns in metadata.items()}
+
+
+def add_sources(rows: Sequence[Row], sources: Mapping[str, str]) -> list[Row]:
+    """Returns rows with the sources of their patients."""
+    return [row._replace(source=sources.get(row.patient, '')) for row in rows]
 
 
 def compute_fingerprint(rows: Mapping[str, Sequence[Row]], **settings: str | int | bool) -> str:
