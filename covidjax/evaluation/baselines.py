@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from covidjax.data.lists import CLASSES
+from covidjax.data.lungs import find_lungs_in_slice
 from covidjax.data.sequences import Scan
 from covidjax.progress import track
 
@@ -77,18 +78,19 @@ class _Mapped:
 
 
 def compute_shape_scores(sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores test slices by their silhouette, and by their mean grey, as `compute_thumbnail_scores` does by thumbnails.
+    """Scores test slices by silhouette, and by mean grey, as `compute_thumbnail_scores` does by thumbnails.
 
-    The silhouette is what is not black: of slices that are cut to the lungs, the lungs without their greys. The mean
-    grey is that of the silhouette.
+    The silhouette is the outline of the lungs without their greys, by `lungs.find_lungs_in_slice`; the mean grey is
+    that inside it. A slice without lungs has a black silhouette and the grey 0.
     """
 
     def draw_silhouette(image: np.ndarray) -> np.ndarray:
-        return np.where(image > 0, 255, 0).astype(np.uint8)
+        lungs = find_lungs_in_slice(image[..., 0])
+        return np.zeros_like(image) if lungs is None else lungs[..., np.newaxis].astype(np.uint8) * 255
 
     def average(image: np.ndarray) -> np.ndarray:
-        inside = image[image > 0]
-        return np.full_like(image, inside.mean() if len(inside) else 0)
+        lungs = find_lungs_in_slice(image[..., 0])
+        return np.full_like(image, 0 if lungs is None or not lungs.any() else image[..., 0][lungs].mean())
 
     return {
         name: compute_thumbnail_scores({split: _Mapped(s, change) for split, s in sources.items()}, labels)[0]

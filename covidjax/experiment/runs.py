@@ -106,10 +106,15 @@ def load_run(workdir: Path | None) -> Run:
     if config is None or config.name == 'lesions':
         return create_lesion_run(load_lesions('box' if workdir is None else str(workdir)))
     results, rules = (common.load_output(workdir, name) for name in ('results.json', 'calibration.json'))
+    folds = list_folds(workdir)
+    if folds and config.get('lesions'):
+        raise UserError(
+            f'{workdir} tests a recipe: each of its folds has a lesion model and a rule of its own. Pass '
+            f'--workdir={folds[0]}, or train a run with --config.lesions={config.lesions}'
+        )
     outlining = load_lesions(config.lesions) if config.get('lesions') else None
     if outlining is not None:
         check_lesions(outlining, rules, workdir)
-    folds = list_folds(workdir)
     if not folds:
         return Run(config, results, rules, (_load_member(config, workdir),), outlining)
     members = []

@@ -138,31 +138,32 @@ def _get_score(out: dict[str, Any], name: str, key: str) -> tuple:
     return out['per_class'][name][key], out['intervals']['per_class'][name][key]
 
 
+_BASELINES = {
+    'thumbnail ridge': 'thumbnails',
+    'silhouette ridge': 'silhouettes',
+    'mean grey': 'mean grey',
+    'file names only': 'file names',
+    'majority class': 'majority',
+}
+
+
 def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
     """Returns the section 'left-out'; `rows` is `left_out` of results.json."""
-    names = list(rows[0]['baselines'])
-    scores, beside = [], []
+    names = [name for name in _BASELINES if name in rows[0]['baselines']]
+    table = []
     for row in rows:
-        title = ', '.join(row['sources'])
-        scores.append(
+        counts = ', '.join(f'{count:,} {name}' for name, count in row['classes'].items() if count)
+        table.append(
             (
-                title,
-                (row['left_out_on_test'] or row['left_out'] or {}).get('kind', 'none'),
+                ', '.join(row['sources']),
+                (row['left_out'] or row['left_out_on_test'] or {}).get('kind', 'none'),
+                f'{row["num_patients"]:,} patients: {counts}' if counts else 'none',
+                *_show(row['left_out']),
+                *((row['baselines'][name] or {}).get('value') for name in names),
                 row['num_test_patients'],
                 *_show(row['inside_on_test']),
                 *_show(row['left_out_on_test']),
                 *_show(row['difference']),
-            )
-        )
-        counts = ', '.join(f'{count:,} {name}' for name, count in row['classes'].items() if count)
-        beside.append(
-            (
-                title,
-                (row['left_out'] or {}).get('kind', 'none'),
-                row['num_patients'],
-                counts,
-                *_show(row['left_out']),
-                *((row['baselines'][name] or {}).get('value') for name in names),
             )
         )
     absent = [
@@ -171,6 +172,15 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
         for row in rows
         if row['not_scored']
     ]
+    outlined = [
+        f'Without {", ".join(row["sources"])}, the lesion model has seen {row["lesions"]}.'
+        for row in rows
+        if row['lesions']
+    ]
+    columns = (
+        *('sources', 'score', 'examples', 'left out', 'interval', *(_BASELINES[name] for name in names)),
+        *('test patients', 'inside', 'interval', 'left out, these patients', 'interval', 'difference', 'interval'),
+    )
     return Section(
         'left-out',
         'Sources left out',
@@ -180,22 +190,16 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
             'of normal, and a group that has one by the share of right calls at the threshold that the member chose on '
             'its own validation.',
             *absent,
+            *outlined,
             Table(
-                "The group's patients on the test list, by members that trained with the group (inside) and by the one "
-                'that did not; intervals by patient',
-                (
-                    *('sources', 'score', 'patients', 'inside', 'interval', 'left out', 'interval'),
-                    *('difference', 'interval'),
-                ),
-                scores,
+                'Sources left out, by patients of the lists for training and, to the right, of the test list',
+                columns,
+                table,
             ),
-            Table(
-                "All of the group's patients in the training and validation lists, left out",
-                ('sources', 'score', 'patients', 'examples', 'model', 'interval', *names),
-                beside,
-            ),
-            'The baselines were fitted on the same sources as the model. By the ridge regression and the file names '
-            'there is no threshold: a group of one class counts their most probable class.',
+            'Left out: by the member that saw nothing of the group, with intervals by patient, beside baselines that '
+            'were fitted on the same sources as the member. Inside: by the members that trained with the group, on its '
+            'patients of the test list, which no member used; the difference is of the same patients. By ridge '
+            'regression and file names there is no threshold: a group of one class counts their most probable class.',
         ],
     )
 
