@@ -45,8 +45,8 @@ def get_scores(check):
     ('sources', 'telling', 'blind'),
     [
         # Greys differ, outlines don't; and the other way round.
-        ([('A', 0, 80, 13), ('B', 1, 140, 13)], 'mean grey in the lungs', 'silhouette of the lungs'),
-        ([('A', 0, 100, 10), ('B', 1, 100, 15)], 'silhouette of the lungs', None),
+        ([('A', 0, 80, 11), ('B', 1, 140, 11)], 'mean grey in the lungs', 'silhouette of the lungs'),
+        ([('A', 0, 100, 7), ('B', 1, 100, 12)], 'silhouette of the lungs', None),
     ],
 )
 def test_what_tells_sources_and_so_classes_apart(tmp_path, sources, telling, blind):
@@ -67,7 +67,7 @@ def test_what_tells_sources_and_so_classes_apart(tmp_path, sources, telling, bli
 
 
 def test_sources_that_are_alike(tmp_path):
-    dataset, files = write_data(tmp_path, [('A', 0, 100, 13), ('B', 0, 100, 13), ('A', 1, 100, 13), ('B', 1, 100, 13)])
+    dataset, files = write_data(tmp_path, [('A', 0, 100, 11), ('B', 0, 100, 11), ('A', 1, 100, 11), ('B', 1, 100, 11)])
     check = check_sources(dataset, files)
     assert check.verdict == 'ok'
     assert all(scores[0] < 0.6 for name, scores in get_scores(check).items() if name != 'the source itself')
@@ -101,7 +101,7 @@ def test_drawing_and_patients(tmp_path):
 
 
 def test_what_can_not_be_checked(tmp_path):
-    dataset, files = write_data(tmp_path, [('A', 0, 100, 13), ('', 1, 120, 13)])
+    dataset, files = write_data(tmp_path, [('A', 0, 100, 11), ('', 1, 120, 11)])
     assert check_sources(dataset, files).verdict == 'not checked'
     (tmp_path / 'metadata.csv').unlink()
     dataset = read_dataset(tmp_path)
@@ -110,7 +110,7 @@ def test_what_can_not_be_checked(tmp_path):
 
 
 def test_slices_without_lungs_are_counted(tmp_path):
-    dataset, files = write_data(tmp_path, [('A', 0, 80, 13), ('B', 1, 140, 13)])
+    dataset, files = write_data(tmp_path, [('A', 0, 80, 11), ('B', 1, 140, 11)])
     for name in ('p0x0_0000.png', 'p1x3_0001.png'):
         Image.fromarray(np.full((64, 64), 90, np.uint8)).save(dataset.images / name)
     (dataset.images / 'p1x4_0000.png').write_bytes(b'no image')
