@@ -23,6 +23,7 @@ from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice
 from covidjax.data.preprocess import cut_region, open_image
 from covidjax.data.sources import describe_lone_classes, find_lone_classes
 from covidjax.evaluation.baselines import THUMBNAIL_SIZE
+from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
 from covidjax.progress import track
 from covidjax.report.page import Table
 
@@ -31,9 +32,9 @@ MAX_PER_SOURCE = 200  # slices, spread evenly
 _NUM_FOLDS = 5
 _MIN_PATIENTS = 2  # of a source
 _MIN_JUDGED = 20  # patients; see `baseline_checks`
-_MIN_GAIN = 0.1  # of balanced accuracy above chance
+_MIN_GAIN = 0.1  # of the lower end of the interval above chance
 _PENALTY = 100.0
-_COLUMNS = ('by', 'source', 'chance', 'class, by the predicted source', 'chance')
+_COLUMNS = ('by', 'source', 'interval', 'chance', 'class, by the predicted source', 'chance')
 
 
 class Features(NamedTuple):
@@ -139,10 +140,11 @@ def _measure_slice(path: str, box: Sequence[int]) -> tuple[np.ndarray, np.ndarra
 
 
 class SourceScore(NamedTuple):
-    """How well something tells sources, and by them classes, apart: balanced accuracies and chance."""
+    """How well something tells sources, and by them classes, apart: balanced accuracies, interval and chance."""
 
     by: str
     sources: float
+    interval: list[float] | None
     chance: float
     classes: float
     class_chance: float
@@ -174,6 +176,7 @@ def score_sources(rows: Sequence[Row], features: Features, num_folds: int) -> li
         return SourceScore(
             name,
             float(balanced_accuracy_score(sources, found)),
+            _compute_interval(sources, found, patients),
             chance,
             float(balanced_accuracy_score(labels, classes)),
             class_chance,
@@ -196,10 +199,22 @@ def score_sources(rows: Sequence[Row], features: Features, num_folds: int) -> li
     ]
 
 
+def _compute_interval(sources_N: np.ndarray, found_N: np.ndarray, patients_N: np.ndarray) -> list[float] | None:
+    """Returns the interval of the balanced accuracy, by bootstrap over patients."""
+    groups, (names, members) = group_by_patient(patients_N), np.unique(sources_N, return_inverse=True)
+    right_PxS, total_PxS = (np.zeros((groups.max() + 1, len(names))) for _ in range(2))
+    np.add.at(total_PxS, (groups, members), 1)
+    np.add.at(right_PxS, (groups, members), found_N == sources_N)
+    resamples_RxP = draw_resamples(len(total_PxS), seed=0)
+    totals_RxS = resamples_RxP @ total_PxS
+    is_complete = totals_RxS.min(1) > 0  # every source is in the resample
+    return compute_interval(((resamples_RxP @ right_PxS)[is_complete] / totals_RxS[is_complete]).mean(1))
+
+
 def _judge(scores: Sequence[SourceScore], rows: Sequence[Row], few: Sequence[str], num_lost: int) -> Check:
     names = _name_sources(rows)
     num_patients = len({row.patient for row in rows})
-    telling = [one for one in scores[:-1] if one.sources > one.chance + _MIN_GAIN]
+    telling = [one for one in scores[:-1] if one.interval and one.interval[0] > one.chance + _MIN_GAIN]
     has_classes = len({row.label for row in rows}) > 1
     shown = '; '.join(f'{one.by} {one.sources:.0%}' for one in scores[:-1])
     text = f'Balanced accuracy over {len(names)} sources, chance {scores[0].chance:.0%}: {shown}.'

@@ -53,9 +53,9 @@ def test_what_tells_sources_and_so_classes_apart(tmp_path, sources, telling, bli
     dataset, files = write_data(tmp_path, sources)
     check = check_sources(dataset, files)
     scores = get_scores(check)
-    assert scores[telling] == (1, 0.5, 1, 0.5)
+    assert scores[telling] == (1, [1, 1], 0.5, 1, 0.5)
     assert scores['32x32 thumbnail'][0] == 1
-    assert scores['the source itself'] == (1, 0.5, 1, 0.5)
+    assert scores['the source itself'] == (1, [1, 1], 0.5, 1, 0.5)
     if blind:
         assert scores[blind][0] < 0.8
     assert check.verdict == 'look'
@@ -70,22 +70,26 @@ def test_sources_that_are_alike(tmp_path):
     dataset, files = write_data(tmp_path, [('A', 0, 100, 11), ('B', 0, 100, 11), ('A', 1, 100, 11), ('B', 1, 100, 11)])
     check = check_sources(dataset, files)
     assert check.verdict == 'ok'
-    assert all(scores[0] < 0.6 for name, scores in get_scores(check).items() if name != 'the source itself')
-    assert get_scores(check)['the source itself'] == (1, 0.5, 0.5, 0.5)  # it gives nothing away
+    assert all(scores[0] < 0.7 for name, scores in get_scores(check).items() if name != 'the source itself')
+    accuracy, *_, of_class, chance = get_scores(check)['the source itself']
+    assert accuracy == 1
+    assert of_class <= chance == 0.5  # it gives nothing away
     assert check_lone_classes(dataset).verdict == 'ok'
 
 
 def test_hand_computed_scores():
     # Sources A (normal), B (normal and COVID-19, mostly the latter); the thumbnail shows the source.
     rows = [make_row(f'a{i}', 0, 'A') for i in range(10)]
-    rows += [make_row(f'b{i}', 0 if i < 4 else 2, 'B') for i in range(12)]
+    rows += [make_row(f'b{i}', 0 if i < 2 else 2, 'B') for i in range(12)]
     is_b = np.array([[row.source == 'B'] for row in rows], np.float32) * 100
     constant = np.ones((22, 3), np.float32)
     thumbnail, silhouette, grey, source = score_sources(rows, Features(is_b, constant, constant[:, :1]), 2)
-    # By the source: 10 of 14 normals, all 8 COVID-19.
-    assert thumbnail[1:] == pytest.approx((1, 0.5, (10 / 14 + 1) / 2, 0.5))
-    assert source[1:] == pytest.approx(thumbnail[1:])
+    # By the source: 10 of 12 normals, all 10 COVID-19.
+    assert thumbnail[1:3] == source[1:3] == (1, [1, 1])
+    assert thumbnail[3:] == pytest.approx((0.5, (10 / 12 + 1) / 2, 0.5))
+    assert source[3:] == thumbnail[3:]
     assert silhouette.sources == grey.sources == 0.5
+    assert silhouette.interval == [0.5, 0.5]  # one source gets all
 
 
 def test_drawing_and_patients(tmp_path):
