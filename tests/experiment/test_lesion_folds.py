@@ -32,15 +32,14 @@ def write_masked(folder, sources):
     return folder
 
 
-def write_run(folder, masked, sources, **changes):
+def write_run(folder, masked, seen, *, sources='', pretrained=''):
     """Writes what is read of a finished lesion run."""
     folder.mkdir()
     config = lesions_config.get_config(str(masked)).unlock()
     config.data.image_size = 64
-    config.data.update({name: value for name, value in changes.items() if name == 'sources'})
-    config.model.pretrained = changes.get('pretrained', '')
+    config.data.sources, config.model.pretrained = sources, pretrained
     save_config(folder, config.lock())
-    (folder / 'results.json').write_text(json.dumps({'dataset': {'sources': sources}}))
+    (folder / 'results.json').write_text(json.dumps({'dataset': {'sources': seen}}))
     return str(folder)
 
 
