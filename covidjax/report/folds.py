@@ -150,22 +150,17 @@ _BASELINES = {
 def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
     """Returns the section 'left-out'; `rows` is `left_out` of results.json."""
     names = [name for name in _BASELINES if name in rows[0]['baselines']]
-    table = []
-    for row in rows:
-        counts = ', '.join(f'{count:,} {name}' for name, count in row['classes'].items() if count)
-        table.append(
-            (
-                ', '.join(row['sources']),
-                (row['left_out'] or row['left_out_on_test'] or {}).get('kind', 'none'),
-                f'{row["num_patients"]:,} patients: {counts}' if counts else 'none',
-                *_show(row['left_out']),
-                *((row['baselines'][name] or {}).get('value') for name in names),
-                row['num_test_patients'],
-                *_show(row['inside_on_test']),
-                *_show(row['left_out_on_test']),
-                *_show(row['difference']),
-            )
-        )
+    table = [
+        ('score', *((row['left_out'] or row['left_out_on_test'] or {}).get('kind', 'none') for row in rows)),
+        ('patients', *(f'{row["num_patients"]:,}' for row in rows)),
+        *((f'examples, {name}', *(f'{row["classes"][name]:,}' for row in rows)) for name in CLASSES),
+        ('left out', *(_show(row['left_out']) for row in rows)),
+        *((_BASELINES[name], *(_show(row['baselines'][name]) for row in rows)) for name in names),
+        ('patients of the test list', *(f'{row["num_test_patients"]:,}' for row in rows)),
+        ('inside, these patients', *(_show(row['inside_on_test']) for row in rows)),
+        ('left out, these patients', *(_show(row['left_out_on_test']) for row in rows)),
+        ('difference', *(_show(row['difference'], sign=True) for row in rows)),
+    ]
     absent = [
         f'Without {", ".join(row["sources"])}, training has no {" and no ".join(row["not_scored"])}: examples of that '
         'class are not scored.'
@@ -177,10 +172,6 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
         for row in rows
         if row['lesions']
     ]
-    columns = (
-        *('sources', 'score', 'examples', 'left out', 'interval', *(_BASELINES[name] for name in names)),
-        *('test patients', 'inside', 'interval', 'left out, these patients', 'interval', 'difference', 'interval'),
-    )
     return Section(
         'left-out',
         'Sources left out',
@@ -192,20 +183,23 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
             *absent,
             *outlined,
             Table(
-                'Sources left out, by patients of the lists for training and, to the right, of the test list',
-                columns,
-                table,
+                'Sources left out, 95 % intervals by patient', ('', *(', '.join(row['sources']) for row in rows)), table
             ),
-            'Left out: by the member that saw nothing of the group, with intervals by patient, beside baselines that '
-            'were fitted on the same sources as the member. Inside: by the members that trained with the group, on its '
-            'patients of the test list, which no member used; the difference is of the same patients. By ridge '
-            'regression and file names there is no threshold: a group of one class counts their most probable class.',
+            'Left out: by the member that saw nothing of the group, on its patients in the lists for training and '
+            'validation; below it baselines that were fitted on the same sources as the member. Inside: by the members '
+            'that trained with the group, on its patients of the test list, which no member used; the difference is of '
+            'the same patients. By ridge regression and file names there is no threshold: a group of one class counts '
+            'their most probable class.',
         ],
     )
 
 
-def _show(score: dict[str, Any] | None) -> tuple:
-    return (None, None) if score is None else (score['value'], score['interval'])
+def _show(score: dict[str, Any] | None, *, sign: bool = False) -> str:
+    if score is None:
+        return '-'
+    number = '+.3f' if sign else '.3f'
+    interval = '' if score['interval'] is None else ' [{:{n}}, {:{n}}]'.format(*score['interval'], n=number)
+    return f'{score["value"]:{number}}{interval}'
 
 
 def _build_folds(out: dict[str, Any], unit: str) -> Section:
