@@ -18,8 +18,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from covidjax.audit.check import LOOK, NOT_CHECKED, OK, Check, count_things
 from covidjax.audit.dataset import Dataset, make_printable
 from covidjax.data.lists import Row
-from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice
 from covidjax.data.preprocess import cut_region, open_image
+from covidjax.data.slice_lungs import cut_to_lungs, find_lungs_in_slice
 from covidjax.data.sources import describe_lone_classes, find_lone_classes
 from covidjax.evaluation.baselines import THUMBNAIL_SIZE
 from covidjax.evaluation.metrics import compute_interval, draw_resamples, group_by_patient
@@ -240,5 +240,5 @@ def _judge(scores: Sequence[SourceScore], rows: Sequence[Row], few: Sequence[str
     )
     faults = [f'source {make_printable(name)}: fewer than {_MIN_PATIENTS} patients, left out' for name in few]
     if num_lost:
-        faults.append(f'{count_things(num_lost, "slice")} without lungs, by the rule for greys, left out')
+        faults.append(f'{count_things(num_lost, "slice")} in which no lungs are found, left out')
     return Check(NAME, TITLE, verdict, text, faults, [Table(title, _COLUMNS, [tuple(one) for one in scores])])

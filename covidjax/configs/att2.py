@@ -24,6 +24,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.image_size = 224  # side of a slice, pixels
     data.region = 'body'  # what is left of a slice: 'body' (its box) or 'lungs' (on black)
+    data.outlines = ''  # folders with slices.csv, for train.attention_loss, with commas between; phantoms need none
     data.skip_bad = False  # skip (and record) missing and unreadable images instead of stopping
     data.phantom_seed = 0  # seed of the phantoms; unused with a raw directory
 
@@ -57,6 +58,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.brightness = 0.0  # half-width of the range of a factor about 1
     train.contrast = 0.0  # likewise, of the distance from the mean grey
     train.label_smoothing = 0.0
+    train.attention_loss = 0.0  # factor of a loss that pulls attention toward lesions, where a slice has outlines
     train.ema_decay = 0.0  # of a moving average of the weights, which is validated and tested; 0: none
     train.dtype = 'float32'  # activations: 'float32' or 'bfloat16'; parameters and sums stay float32
     train.accumulation_steps = 1  # split a batch into this many parts, computed one after the other to save memory

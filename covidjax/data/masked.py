@@ -265,8 +265,7 @@ def _prepare_units(units: Sequence[tuple[str, Unit]], size: int) -> Iterator[tup
 
 
 def _prepare_unit(label: str, unit: Unit, size: int, main_pid: int) -> tuple[list[_Slice], str]:
-    if os.getpid() != main_pid:
-        preprocess.exit_with_parent(main_pid)
+    preprocess.set_up_worker(main_pid)
     try:
         return [_prepare_slice(outlined, unit, label, size) for outlined in unit.read()], ''
     except ValueError as error:

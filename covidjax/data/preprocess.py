@@ -34,7 +34,7 @@ def load_slice(path: str, box: Box | None, size: int, region: str = 'body') -> n
       path: an image in a format that Pillow reads. A truncated image is an error; it is not padded.
       box: xmin, ymin, xmax, ymax in pixels, half-open, clipped to the image; None is the whole image.
       size: side of the result in pixels.
-      region: 'body' is the box; 'lungs' is what `lungs.find_lungs_in_slice` finds in the box, on black.
+      region: 'body' is the box; 'lungs' is what `slice_lungs.find_lungs_in_slice` finds in the box, on black.
 
     Returns:
       uint8 [size, size], 0 to 255.
@@ -57,7 +57,7 @@ def cut_region(image: Image.Image, box: Box | None, region: str) -> tuple[np.nda
     grey = np.asarray(convert_grey(image.crop((xmin, ymin, xmax, ymax))))
     if region == 'body':
         return grey, (xmin, ymin, xmax, ymax)
-    from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice  # loads scipy, which 'body' does not need
+    from covidjax.data.slice_lungs import cut_to_lungs, find_lungs_in_slice  # loads scipy, which 'body' does not need
 
     lungs = find_lungs_in_slice(grey)
     if lungs is None:
@@ -131,8 +131,7 @@ def encode_slices(
     Returns:
       For each task (bytes of a grey PNG [size, size], ''), or (b'', reason) if the slice is unreadable.
     """
-    if os.getpid() != main_pid:
-        exit_with_parent(main_pid)
+    set_up_worker(main_pid)
     results = []
     for path, box in tasks:
         try:
@@ -140,6 +139,16 @@ def encode_slices(
         except ValueError as error:
             results.append((b'', str(error)))
     return results
+
+
+def set_up_worker(main_pid: int) -> None:
+    """Sets up a worker process: it exits with its parent, and a model that it runs takes one CPU core, no accelerator.
+
+    Does nothing in the main process. Call it before the first import of jax.
+    """
+    if os.getpid() != main_pid:
+        exit_with_parent(main_pid)
+        os.environ.update(JAX_PLATFORMS='cpu', NPROC='1')
 
 
 @functools.cache  # one watcher thread per process

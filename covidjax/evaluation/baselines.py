@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from covidjax.data.lists import CLASSES
-from covidjax.data.lungs import find_lungs_in_slice
 from covidjax.data.sequences import Scan
+from covidjax.data.slice_lungs import find_lungs_in_slice
 from covidjax.progress import track
 
 THUMBNAIL_SIZE = 32
@@ -76,7 +76,7 @@ def compute_thumbnail_scores(
 def compute_shape_scores(sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Scores test slices by silhouette, and by mean grey, with `fit_ridge`.
 
-    The silhouette is the outline of the lungs without their greys, by `lungs.find_lungs_in_slice`, as a thumbnail; the
+    The silhouette is the outline of the lungs without their greys, by `slice_lungs.find_lungs_in_slice`, as a thumbnail; the
     mean grey is that inside it. A slice without lungs has a black silhouette and the grey 0.
     """
 

@@ -13,6 +13,7 @@ from covidjax.errors import UserError
 from covidjax.files import write_json
 from covidjax.models.att2 import BACKBONES, COMBINATIONS
 from covidjax.models.attention import COMPATIBILITIES
+from covidjax.models.lesions import STRIDE
 from covidjax.models.resnet import BLOCKS
 from covidjax.models.seq import HEADS
 from covidjax.training.augment import AUGMENTATIONS
@@ -42,6 +43,7 @@ _AT_LEAST = {
     'train.weight_decay': 0,
     'train.brightness': 0,
     'train.contrast': 0,
+    'train.attention_loss': 0,
 }
 _BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema_decay')  # from 0
 _ONE_OF = {
@@ -74,10 +76,11 @@ def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
 
 # Fields that configs of earlier versions lack, with the values that those runs were made with.
 _LATER = {
-    'data': {'region': 'body', 'sources': '', 'balance': 'none'},
+    'data': {'region': 'body', 'sources': '', 'balance': 'none', 'outlines': ''},
     'model': {'backbone': 'resnet', 'dropout': 0.0, 'mirror': False},
     'train': {'scale': (0.9, 1.1), 'brightness': 0.0, 'contrast': 0.0, 'label_smoothing': 0.0, 'ema_decay': 0.0},
 }
+_LATER_IN_SLICES = {'attention_loss': 0.0}  # of section train
 
 
 def add_later_fields(config: ConfigDict) -> None:
@@ -93,6 +96,7 @@ def add_later_fields(config: ConfigDict) -> None:
     _add(config.data, _LATER['data'])
     _add(of_slices.model, _LATER['model'])
     _add(of_slices.train, _LATER['train'])
+    _add(of_slices.train, _LATER_IN_SLICES)
     for train in (config.train, of_slices.train):
         if isinstance(train.augment, bool):
             with config.ignore_type():
@@ -130,6 +134,12 @@ def check_config(config: ConfigDict) -> None:
             problems.append(f'{name}={value} must be two or more positive numbers')
         if rule == 'data.min_slices' and value > NUM_SLICES:
             problems.append(f'{name}={value} must be at most {NUM_SLICES}')
+    of_slices = config.att2 if 'att2' in config else config
+    if of_slices.train.get('attention_loss'):
+        if config.data.raw_dir and not config.data.outlines:
+            problems.append('train.attention_loss needs data.outlines, the folders of the outlined slices')
+        if config.data.image_size % STRIDE:
+            problems.append(f'train.attention_loss needs a data.image_size that is a multiple of {STRIDE}')
     if problems:
         raise UserError('config: ' + '; '.join(problems))
 

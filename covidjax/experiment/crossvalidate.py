@@ -569,6 +569,7 @@ def _compare_sources(
         labels, patients = _get_labels(examples)[chosen], np.array([e.patient for e in examples])[chosen]
         return score_sick(scores, np.stack(called), labels != normal, patients)
 
+    region = load_config(workdir).data.region
     rows = []
     for number, fold in enumerate(folds):
         trained = {row.label for row in select_fold(data, fold).rows['train']}
@@ -585,6 +586,7 @@ def _compare_sources(
                 'sources': sorted(group),
                 'num_patients': len(set(patients.tolist())),
                 'lesions': _name_lesions(list_folds(workdir)[number]),
+                'lungs_seen': sorted(read_seen_sources('box') & group) if region == 'lungs' else [],
                 'classes': common.count_classes(labels[scored]),
                 'not_scored': [CLASSES[label] for label in sorted(set(range(len(CLASSES))) - trained)],
                 'left_out': describe_score(score(opinions.logits[np.newaxis], [number], opinions.examples, scored)),

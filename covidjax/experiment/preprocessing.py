@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import covidjax
-from covidjax.data import lungs, preprocess
+from covidjax.data import lungs, preprocess, slice_lungs
 from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU
 from covidjax.data.scan import body
 from covidjax.data.sequences import NUM_SLICES
+from covidjax.models.lesion_weights import read_box_digest
 from covidjax.models.lesions import PLANES
 
 NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
@@ -32,8 +33,9 @@ _CROPS = {
         'of the lungs; a slice without lungs is left out',
         'lungs_of_scans': 'from Hounsfield units in 3-D: covidjax/data/lungs.py, find_lungs_in_scan; slices with less '
         'than a tenth of the largest lungs are left out',
-        'lungs_of_images': 'from grey values: covidjax/data/lungs.py, find_lungs_in_slice',
-        'sources': (lungs, preprocess),
+        'lungs_of_images': 'all that is not black in a slice that is already cut to the lungs; else by the model of '
+        'lesions of the package: covidjax/data/slice_lungs.py, find_lungs_in_slice',
+        'sources': (lungs, slice_lungs, preprocess),
     },
 }
 
@@ -52,6 +54,8 @@ def describe_preprocessing(config: ConfigDict, fingerprint: str) -> dict[str, An
     size, region = config.data.image_size, config.data.get('region', 'whole')
     crop = dict(_CROPS[region])
     sources = crop.pop('sources')
+    if region == 'lungs':
+        crop['lesion_model'] = {'file': 'covidjax/weights/lesions.safetensors', 'digest': read_box_digest()}
     low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
     return {
         'format': 1,

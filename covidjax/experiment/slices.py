@@ -1,7 +1,8 @@
 """The paper's first experiment: ResNet50-ATT2 on single slices (section IV)."""
 
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ from ml_collections import ConfigDict
 
 from covidjax.data import covidx_ct, published
 from covidjax.data.balance import divide_strata
-from covidjax.data.lesions import LesionSlice, read_lesion_folder, read_phantom_lesions
-from covidjax.data.lists import CLASSES, find_version
+from covidjax.data.lesions import (
+    LesionSlice,
+    TaughtSource,
+    match_masks,
+    read_lesion_folder,
+    read_phantom_lesions,
+    read_phantom_masks,
+)
+from covidjax.data.lists import CLASSES, find_images, find_version
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.sequences import group_scans
 from covidjax.evaluation import baselines
@@ -32,7 +40,10 @@ from covidjax.models.fast import compile_fast
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.losses import add_attention_loss
 from covidjax.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 BACKBONE_NAMES = {'resnet': 'ResNet50', 'efficientnet_lite0': 'EfficientNetLite0'}
 _DROPOUT = np.uint32(2**32 - 1)  # folded into an example's key; augmentation uses other keys
@@ -146,14 +157,23 @@ def create_experiment(
         pretrained = config.model.pretrained
         return load_pretrained(variables, find_weights(pretrained)) if pretrained else variables
 
-    def forward(variables: dict[str, Any], images: jax.Array, batch: dict) -> tuple[jax.Array, Any]:
+    is_taught = config.train.attention_loss > 0
+
+    @functools.cache  # for training only
+    def get_records() -> Sequence[dict[str, Any]]:
+        return (
+            TaughtSource(data.sources['train'], _read_masks(config.data, data)) if is_taught else data.sources['train']
+        )
+
+    def forward(variables: dict[str, Any], images: jax.Array, batch: dict) -> tuple[Any, Any]:
         keys_B = jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))(batch['key']) if model.dropout else None
         outputs, updates = trained.apply(variables, images, train=True, dropout_keys_B=keys_B, mutable=['batch_stats'])
-        return outputs.logits, updates['batch_stats']
+        found = (outputs.logits, outputs.attention) if is_taught else outputs.logits
+        return found, updates['batch_stats']
 
     def load_batches(first_step: int, shard: tuple[int, int]) -> Iterator[dict]:
         return load_train_batches(
-            data.sources['train'],
+            get_records(),
             batch_size=config.train.batch_size,
             seed=config.seed,
             first_step=first_step,
@@ -182,6 +202,15 @@ def create_experiment(
             sections=build_slice_sections(model, variables, data, probabilities, explanations, judge and judge.lesions),
         )
 
+    loss = common.create_classification_loss(
+        {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
+        config.train.label_smoothing,
+        lambda variables: predict(variables, 'val'),
+        is_balanced=bool(strata),
+    )
+    if is_taught:
+        loss['objective'] = add_attention_loss(loss['objective'], config.train.attention_loss)
+
     return Classification(
         config=config,
         data=data,
@@ -198,16 +227,26 @@ def create_experiment(
         load_batches=load_host_batches,
         name_batch=name_batch,
         steps_per_epoch=config.train.steps_per_epoch or -(-len(data.rows['train']) // config.train.batch_size),
-        **common.create_classification_loss(
-            {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
-            config.train.label_smoothing,
-            lambda variables: predict(variables, 'val'),
-            is_balanced=bool(strata),
-        ),
+        **loss,
         predict=predict_verdicts,
         examine=examine,
         compute_baselines=lambda: _compute_baselines(data)[0],
     )
+
+
+def _read_masks(config: ConfigDict, data: covidx_ct.Prepared) -> dict[int, np.ndarray]:
+    """Returns the outlined lesions of the training slices that have some."""
+    rows = data.rows['train']
+    if not config.raw_dir:
+        masks = read_phantom_masks(data.raw_dir, rows, config.image_size, config.region)
+    else:
+        folders = [Path(name).expanduser() for name in config.outlines.split(',') if name]
+        images = Path(find_images(str(data.raw_dir), data.version))
+        masks = match_masks(folders, images, rows, config.image_size, config.region)
+    log.info(
+        '%s of %s training slices have outlined lesions, which teach the attention', f'{len(masks):,}', f'{len(rows):,}'
+    )
+    return masks
 
 
 def _compute_baselines(data: covidx_ct.Prepared) -> tuple[dict[str, np.ndarray], float]:

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from covidjax.data import sequences
-from covidjax.data.lungs import cut_to_lungs, find_lungs_in_slice
 from covidjax.data.preprocess import FURTHER_WINDOWS_HU, Box, apply_window, crop_grey_resize, resize
 from covidjax.data.scan.body import find_body_box, find_doubts
 from covidjax.data.scan.volume import Volume
+from covidjax.data.slice_lungs import cut_to_lungs, find_lungs_in_slice
 from covidjax.errors import UserError
 
 MIN_LUNGS_SHARE = 0.1  # of the largest lungs of a scan
@@ -201,7 +201,11 @@ def note_lungs(volume: Volume, shown: Sequence[int], region: str) -> list[str]:
     """Returns how the lungs were found and how many slices were left out for want of them."""
     if region == 'body':
         return []
-    how = 'from grey values, by a rule' if volume.lungs is None else 'in 3-D, from Hounsfield units'
+    how = (
+        'by the lesion model of this package, as there are no Hounsfield units'
+        if volume.lungs is None
+        else 'in 3-D, from Hounsfield units'
+    )
     return [f'lungs found {how}; {len(volume.slices) - len(shown)} slices with few or none were left out']
 
 

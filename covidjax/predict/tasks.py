@@ -1,7 +1,6 @@
 """What workers do for an archive: read and prepare a unit, write a page, or, on a cluster, predict a unit."""
 
 import functools
-import os
 import threading
 import time
 import traceback
@@ -10,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from covidjax.data.preprocess import exit_with_parent
+from covidjax.data.preprocess import set_up_worker
 from covidjax.data.scan.volume import find_scans
 from covidjax.errors import UserError
 from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan, stack_images
@@ -94,8 +93,8 @@ def prepare_unit(unit: Unit, recipe: Recipe, known: Known, *, force: bool, main_
       force: see `prepare_scan`.
       main_pid: process that waits for the result; the worker exits when it ends. None on a cluster.
     """
-    if main_pid not in (None, os.getpid()):
-        exit_with_parent(main_pid)
+    if main_pid is not None:
+        set_up_worker(main_pid)
     return _limit(functools.partial(_prepare_unit, unit, recipe, known, force), unit, READ_SECONDS)
 
 

@@ -172,6 +172,12 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
         for row in rows
         if row['lesions']
     ]
+    outlined += [
+        f'The model that finds the lungs of slices without Hounsfield units has seen {" and ".join(row["lungs_seen"])}, '
+        f'although the classifier without {", ".join(row["sources"])} has not.'
+        for row in rows
+        if row['lungs_seen']
+    ]
     return Section(
         'left-out',
         'Sources left out',

@@ -119,6 +119,6 @@ def test_slices_without_lungs_are_counted(tmp_path):
         Image.fromarray(np.full((64, 64), 90, np.uint8)).save(dataset.images / name)
     (dataset.images / 'p1x4_0000.png').write_bytes(b'no image')
     check = check_sources(dataset, files)
-    assert check.faults == ['3 slices without lungs, by the rule for greys, left out']
+    assert check.faults == ['3 slices in which no lungs are found, left out']
     assert '45 slices' in check.tables[0].title
     assert check.name == source_checks.NAME

@@ -191,6 +191,7 @@ def test_sources_left_out(workdir, tmp_path, monkeypatch, capsys):
     assert list(first['baselines'])[-2:] == ['silhouette ridge', 'mean grey']
     assert first['baselines']['majority class']['value'] == 0.5
     assert first['lesions'] == ''
+    assert first['lungs_seen'] == []
     of_fold = read(workdir / 'fold_1' / 'predictions.csv')
     temperature = json.loads((workdir / 'fold_1' / 'calibration.json').read_text())['temperature']
     sick = 1 - apply_temperature(np.log(get_probabilities(of_fold)), temperature)[:, 0]

@@ -12,6 +12,7 @@ from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import load_slice
 from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.models.att2 import normalise
+from covidjax.models.lesion_weights import load_box
 
 
 def describe(config, **fields):
@@ -76,7 +77,9 @@ def test_lungs_and_scans_are_stated():
     contract = describe(lite, region='lungs')
     assert contract['region'] == 'lungs'
     assert 'find_lungs_in_slice' in contract['crop']['lungs_of_images']
-    assert set(contract['hashes']['sources']) == {'covidjax/data/lungs.py', 'covidjax/data/preprocess.py'}
+    assert contract['crop']['lesion_model']['digest'] == load_box().digest
+    names = {'lungs', 'slice_lungs', 'preprocess'}
+    assert set(contract['hashes']['sources']) == {f'covidjax/data/{name}.py' for name in names}
     assert describe(seq)['slices_of_a_scan'].startswith('16 of n')
     assert describe(seq, min_slices=1)['slices_of_a_scan'].startswith('all')
     assert describe(att2)['slices_of_a_scan'] == 'each on its own'

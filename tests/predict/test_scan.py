@@ -278,8 +278,8 @@ def test_a_model_of_lungs_sees_scans_cut_to_the_lungs(run, tmp_path):
     [note] = prediction.summary['reading']['notes'][-1:]
     assert note == 'lungs found in 3-D, from Hounsfield units; 3 slices with few or none were left out'
 
-    # The same slices as images: the rule for greys finds them.
+    # The same slices as images: the model of lesions finds them.
     images = read_volume(write_images(tmp_path / 'images', apply_window(hu[3:])))
     from_greys = scan.predict_scan(of_lungs, images, {}, force=True, path=path)
     assert len(from_greys.used) == 17
-    assert 'from grey values, by a rule' in from_greys.summary['reading']['notes'][-1]
+    assert 'lungs found by the lesion model' in from_greys.summary['reading']['notes'][-1]
