@@ -1,7 +1,7 @@
 """The command line: `covidjax <command> --flag=value ...`, or `python main.py --mode=<command> --flag=value ...`.
 
 A command defines only its own flags, and imports its modules after it has parsed them. So help is immediate, and an
-audit does not load jax.
+audit of lists does not load jax.
 """
 
 import contextlib

@@ -76,8 +76,8 @@ def compute_thumbnail_scores(
 def compute_shape_scores(sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Scores test slices by silhouette, and by mean grey, with `fit_ridge`.
 
-    The silhouette is the outline of the lungs without their greys, by `slice_lungs.find_lungs_in_slice`, as a thumbnail; the
-    mean grey is that inside it. A slice without lungs has a black silhouette and the grey 0.
+    The silhouette is the outline of the lungs without their greys, by `slice_lungs.find_lungs_in_slice`, as a
+    thumbnail; the mean grey is that inside it. A slice without lungs has a black silhouette and the grey 0.
     """
 
     def describe(image: np.ndarray) -> np.ndarray:

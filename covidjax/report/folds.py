@@ -173,8 +173,8 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
         if row['lesions']
     ]
     outlined += [
-        f'The model that finds the lungs of slices without Hounsfield units has seen {" and ".join(row["lungs_seen"])}, '
-        f'although the classifier without {", ".join(row["sources"])} has not.'
+        f'Without {", ".join(row["sources"])}, the lungs of slices without Hounsfield units are found by the model of '
+        f'this package, which has seen {" and ".join(row["lungs_seen"])}.'
         for row in rows
         if row['lungs_seen']
     ]
