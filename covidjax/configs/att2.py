@@ -17,6 +17,10 @@ def get_config(raw_dir: str = '') -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
+    data.sources = ''  # the sources of metadata.csv to use, separated by commas; empty: all
+    # draws of training slices: 'none' (as they are), 'class' (classes equally often, and of one weight in the loss)
+    # or 'class_and_source' (moreover, the sources of a class equally often)
+    data.balance = 'none'
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.image_size = 224  # side of a slice, pixels
     data.region = 'body'  # what is left of a slice: 'body' (its box) or 'lungs' (on black)

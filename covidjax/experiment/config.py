@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from covidjax.data.balance import BALANCES
 from covidjax.data.preprocess import REGIONS
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
@@ -46,6 +47,7 @@ _AT_LEAST = {
 }
 _BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema_decay')  # from 0
 _ONE_OF = {
+    'data.balance': BALANCES,
     'data.region': REGIONS,
     'model.backbone': BACKBONES,
     'model.head': tuple(HEADS),
@@ -74,7 +76,7 @@ def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
 
 # Fields that configs of earlier versions lack, with the values that those runs were made with.
 _LATER = {
-    'data': {'region': 'body', 'outlines': ''},
+    'data': {'region': 'body', 'sources': '', 'balance': 'none', 'outlines': ''},
     'model': {'backbone': 'resnet', 'dropout': 0.0, 'mirror': False},
     'train': {'scale': (0.9, 1.1), 'brightness': 0.0, 'contrast': 0.0, 'label_smoothing': 0.0, 'ema_decay': 0.0},
 }

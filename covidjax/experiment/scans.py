@@ -442,6 +442,7 @@ def _compare(
         columns={
             'scan': [scan.scan for scan in test],
             'patient': [scan.patient for scan in test],
+            **common.create_source_column(test),
             'label': [scan.label for scan in test],
             **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_MxK.T, strict=True)},
             **{f'vote_{name}': p for name, p in zip(CLASSES, votes[rule].T, strict=True)},

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data import covidx_ct, published
+from covidjax.data.balance import divide_strata
 from covidjax.data.lesions import (
     LesionSlice,
     TaughtSource,
@@ -139,6 +140,7 @@ def create_experiment(
         None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
     )
 
+    strata = divide_strata(data.rows['train'], config.data.balance)
     judge = Judge(load_lesions(config.lesions), data) if config.lesions else None
 
     def predict_verdicts(variables: dict[str, Any], split: str) -> Predictions:
@@ -176,6 +178,7 @@ def create_experiment(
             seed=config.seed,
             first_step=first_step,
             shard=shard,
+            strata=strata,
         )
 
     def load_host_batches(state: TrainState) -> Iterator[dict]:
@@ -203,6 +206,7 @@ def create_experiment(
         {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
         config.train.label_smoothing,
         lambda variables: predict(variables, 'val'),
+        is_balanced=bool(strata),
     )
     if is_taught:
         loss['objective'] = add_attention_loss(loss['objective'], config.train.attention_loss)
@@ -284,6 +288,7 @@ def _compare(
             'file': [row.file for row in rows],
             'scan': [row.scan for row in rows],
             'patient': patients,
+            **common.create_source_column(rows),
             'slice': [row.slice_index for row in rows],
             'label': [row.label for row in rows],
             **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_NxK.T, strict=True)},

@@ -29,6 +29,7 @@ from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, report_full_disk, report_write_errors, write_json
 from covidjax.predict import tables, tasks
+from covidjax.predict.prepare import stack_images
 from covidjax.predict.scan import conclude, create_recipe
 from covidjax.predict.tables import DONE, FAILURES, PREDICTIONS, Table, create_row
 from covidjax.predict.units import Unit, list_units, select_shard
@@ -68,6 +69,7 @@ def predict_archive(
     shard: str | None = None,
     scheduler: str | None = None,
     force: bool = False,
+    windows: int = 3,
 ) -> bool:
     """Predicts every chest CT of an archive; returns whether none failed.
 
@@ -82,6 +84,7 @@ def predict_archive(
       shard: 'k/n' for part k of n; None for everything.
       scheduler: address of a Dask scheduler; None for this host.
       force: predicts in spite of doubts.
+      windows: see `scan.create_recipe`.
 
     Raises:
       UserError: the run, the archive or the output is no good, or the output holds predictions of another run.
@@ -90,7 +93,7 @@ def predict_archive(
         raise UserError(f'--pages={pages}: it must be {", ".join(PAGES)}')
     part = _parse_shard(shard)
     run = load_run(workdir)
-    versions = {'run': compute_version(run), 'program': covidjax.__version__}
+    versions = {'run': compute_version(run, windows), 'program': covidjax.__version__}
     units = select_shard(list_units(archive), part)
     suffix = '' if part == (1, 1) else f'-{part[0]}-of-{part[1]}'
     state = output / STATE
@@ -102,7 +105,7 @@ def predict_archive(
     except filelock.Timeout as error:
         raise UserError(f'{output} is in use by another command: wait for it, or choose another --output') from error
     with lock, report_write_errors(output, '--output'), report_full_disk(output):
-        job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler)
+        job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler, windows)
         return job.run_units(units)
 
 
@@ -116,11 +119,12 @@ def _parse_shard(shard: str | None) -> tuple[int, int]:
     return number, count
 
 
-def compute_version(run: Run) -> str:
-    """Returns 12 digits that name a run: the SHA-256 of its config, its rules and its weights."""
+def compute_version(run: Run, windows: int = 3) -> str:
+    """Returns 12 digits that name a run: the SHA-256 of its config, rules and weights, and of the number of windows."""
     digest = hashlib.sha256(run.config.to_json(sort_keys=True).encode())
     digest.update(repr(run.rules).encode())
-    for leaf in jax.tree.leaves([(member.variables, member.novelty) for member in run.members]):
+    digest.update(f'windows {windows}'.encode())
+    for leaf in jax.tree.leaves([(member.variables, member.novelty, member.home) for member in run.members]):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     if run.lesions:
         digest.update(run.lesions.digest.encode())
@@ -140,9 +144,11 @@ class _Job:
         pages: str,
         force: bool,
         scheduler: str | None,
+        windows: int,
     ):
         self._run, self._workdir, self._output, self._versions = run, workdir, output, versions
         self._pages, self._force, self._scheduler, self._suffix = pages, force, scheduler, suffix
+        self._windows = windows
         own = output if not suffix else output / STATE
         self._predictions = Table(own / f'predictions{suffix}.csv', PREDICTIONS)
         self._failures = Table(own / f'failures{suffix}.csv', FAILURES)
@@ -206,10 +212,10 @@ class _Job:
         known = frozenset(key for key in self._known if key[0] == unit.name or unit.more)
         if self._scheduler is None:
             call = joblib.delayed(tasks.prepare_unit)
-            return call(unit, create_recipe(self._run), known, force=self._force, main_pid=os.getpid())
+            return call(unit, create_recipe(self._run, self._windows), known, force=self._force, main_pid=os.getpid())
         call = joblib.delayed(tasks.predict_unit)
         workdir = self._workdir and str(self._workdir.resolve())
-        return call(unit, workdir, known, force=self._force, pages=self._pages)
+        return call(unit, workdir, known, force=self._force, pages=self._pages, windows=self._windows)
 
     def _take(self, task: Task, result: Any, pool: '_Pool') -> None:
         """Takes the result of a task: a `UnitResult`, or the (key, `Finished`) of a page."""
@@ -232,7 +238,7 @@ class _Job:
                 self._write(key, scan)
             else:
                 self._waiting[key] = scan
-                self._queue.add(key, scan.scan.images[..., np.newaxis])
+                self._queue.add(key, stack_images(scan.scan))
 
     def _work(self, pool: '_Pool') -> None:
         """Runs the model over what is ready: full batches, and the rest once nothing else is read."""
@@ -244,11 +250,11 @@ class _Job:
             self._seconds['model'] += seconds
             for key, outputs in complete:
                 prepared = self._waiting[key]
-                share = seconds / count * len(prepared.scan.images)
+                share = seconds / count * prepared.scan.num_images
                 prepared = prepared._replace(seconds=prepared.seconds | {'model': share})
                 prediction = conclude(self._run, prepared.scan, outputs)
                 # A page needs neither the slices nor the grids, which would be copied to its worker.
-                scan = prepared.scan._replace(images=prepared.scan.images[:0], whole=None)
+                scan = prepared.scan._replace(images=prepared.scan.images[:0], whole=None, views=None)
                 light = prepared._replace(scan=scan._replace(volume=scan.volume._replace(lungs=None)))
                 if prediction.outlined:
                     prediction = prediction._replace(

@@ -32,7 +32,7 @@ from covidjax.explain import catalogue
 from covidjax.files import replace_file
 from covidjax.report.charts import COLOURS, use_style
 from covidjax.report.leading import get_shown_map
-from covidjax.report.prediction import Prediction, build_headline
+from covidjax.report.prediction import Prediction, build_headline, describe_windows
 
 USE = 'Research use only. Not a medical device; do not use it in the care of patients.'
 MAKER = 'covidjax'
@@ -236,6 +236,8 @@ def list_sentences(summary: dict[str, Any]) -> list[str]:
     members, novelty = summary['members'], summary['novelty']
     if members is not None:
         sentences.append(f'The members of the ensemble disagree by {members["disagreement"]:.3f}.')
+    if summary['windows'] is not None:
+        sentences.append(f'Under several grey windows: {describe_windows(summary["windows"])}')
     if novelty is not None:
         sentences.append(
             f'The median slice is at {novelty["median"]:.2f} of the threshold of what is unlike the training data; '

@@ -14,7 +14,7 @@ from joblib.externals.loky import process_executor
 from covidjax.data.preprocess import set_up_worker
 from covidjax.data.scan.volume import find_scans
 from covidjax.errors import UserError
-from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
+from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan, stack_images
 from covidjax.predict.tables import get_id
 from covidjax.predict.units import Unit, open_unit
 
@@ -118,9 +118,9 @@ def prepare_unit(unit: Unit, recipe: Recipe, known: Known, *, force: bool, main_
     return _limit(functools.partial(_prepare_unit, unit, recipe, known, force), unit, READ_SECONDS)
 
 
-def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str) -> UnitResult:
+def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str, windows: int) -> UnitResult:
     """Reads, prepares and predicts the scans of a unit with the run of `workdir`, which each process loads once."""
-    result = prepare_unit(unit, _load_recipe(workdir), known, force=force, main_pid=None)
+    result = prepare_unit(unit, _load_recipe(workdir, windows), known, force=force, main_pid=None)
     from covidjax.experiment.runs import compute_member_outputs
     from covidjax.predict.scan import conclude
 
@@ -128,7 +128,7 @@ def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, 
     finished = []
     for one in result.scans:
         start = time.perf_counter()
-        outputs = compute_member_outputs(run, one.scan.images[..., None])
+        outputs = compute_member_outputs(run, stack_images(one.scan))
         prediction = conclude(run, one.scan, outputs)
         seconds = one.seconds | {'model': time.perf_counter() - start}
         finished.append(finish_scan(one._replace(seconds=seconds), prediction, run.results, pages))
@@ -150,10 +150,10 @@ def _load_run_once(workdir: str | None) -> Any:
     return load_run(workdir and Path(workdir))
 
 
-def _load_recipe(workdir: str | None) -> Recipe:
+def _load_recipe(workdir: str | None, windows: int) -> Recipe:
     from covidjax.predict.scan import create_recipe
 
-    return create_recipe(_load_run(workdir))
+    return create_recipe(_load_run(workdir), windows)
 
 
 def has_page(summary: dict[str, Any], pages: str) -> bool:
@@ -224,7 +224,7 @@ def _prepare_group(
     name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, result: UnitResult
 ) -> UnitResult:
     start = time.perf_counter()
-    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs)
+    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
     finding = time.perf_counter() - start
     num_known = result.num_known
     for scan in scans:
