@@ -75,9 +75,7 @@ def find_start(pretrained: str) -> Path | None:
     Raises:
       UserError: there is no such file.
     """
-    if not pretrained:
-        return None
-    return BOX if pretrained == 'box' else find_weights(pretrained)
+    return find_weights(pretrained) if pretrained else None
 
 
 def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
