@@ -114,7 +114,7 @@ def write_safetensors(path: Path, run: Run) -> str:
 
     The file's metadata are strings. These are JSON:
       classes: names of the outputs.
-      normalisation: maps a grey slice to an input, (x - mean) / std in `channels` equal channels, or as its 'rule' says.
+      normalisation: maps a grey slice to an input: (x - mean) / std in `channels` equal channels, or what 'rule' says.
       temperature: divisor of the logits for calibrated probabilities.
       warnings: warnings about the training data.
       config: config of the run.

@@ -44,11 +44,11 @@ def describe_scaling(config: ConfigDict) -> dict[str, Any]:
     if (config.att2.model if 'att2' in config else config.model).get('pretrained') != ASTRA:
         rule = 'grey / std - mean / std, the same in every channel'
         return {**_NORMALISATION, 'dtype': 'float32', 'rule': rule}
-    width, shift = GREY_HIGH_HU - GREY_LOW_HU, GREY_LOW_HU - LOW_HU
+    width, shift = GREY_HIGH_HU - GREY_LOW_HU, LOW_HU - GREY_LOW_HU
     return {
         'channels': 3,
         'dtype': 'float32',
-        'rule': f'clip((grey / 255 * {width} {shift:+}) / {HIGH_HU - LOW_HU}, 0, 1), the same in every channel: the '
+        'rule': f'clip((grey / 255 * {width} - {shift}) / {HIGH_HU - LOW_HU}, 0, 1), the same in every channel: the '
         f'window {LOW_HU} to {HIGH_HU} HU as 0 to 1',
         'grey_in_hu': f'0 is {GREY_LOW_HU} HU and 255 is {GREY_HIGH_HU} HU, also in images, whose window is unknown',
         'axes': 'after scaling, rows and columns are reversed, then exchanged: rows go from the left of the patient to '

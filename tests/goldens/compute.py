@@ -122,8 +122,9 @@ def compute_astra() -> dict[str, np.ndarray]:
     variables = load_pretrained(zeros, find_weights(ASTRA))
     apply = jax.jit(functools.partial(model.apply, train=False, mutable=['intermediates']))
     (local,) = apply(variables, images)[1]['intermediates'][FEATURES]
-    maps = [x.reshape(len(x), -(-ASTRA_SIZE // stride), -1, x.shape[-1]) for x, stride in zip(local, (16, 32))]
-    return {f'stage{i}': to_nchw(x) for i, x in zip((3, 4), maps)}
+    sides = [ASTRA_SIZE // stride for stride in (16, 32)]
+    maps = [x.reshape(len(x), side, side, -1) for x, side in zip(local, sides, strict=True)]
+    return {f'stage{i}': to_nchw(x) for i, x in zip((3, 4), maps, strict=True)}
 
 
 def is_removed_shift(name: str) -> bool:

@@ -17,7 +17,9 @@ def test_mean_and_maximum():
 
 def test_attention_goes_where_mean_and_maxima_come_from():
     # 0.4 of attention on the mean is even; 0.6 on the maximum goes to positions 1 (channel 0) and 2 (channel 1).
-    np.testing.assert_allclose(spread_attention(np.float32([[0.4, 0.6]]), MAP), [[0.4 / 3, 0.4 / 3 + 0.3, 0.4 / 3 + 0.3]])
+    np.testing.assert_allclose(
+        spread_attention(np.float32([[0.4, 0.6]]), MAP), [[0.4 / 3, 0.4 / 3 + 0.3, 0.4 / 3 + 0.3]]
+    )
 
 
 def test_evidence_adds_up_to_the_logit():
@@ -47,7 +49,7 @@ def test_a_pooled_model_explains_its_logits(combination, mirror):
     if combination == 'concat':
         shares = sum(maps.sum((1, 2)) for maps in outputs.evidence)
         bias = variables['params']['classifier']['bias']
-        np.testing.assert_allclose(outputs.logits, shares + bias, atol=1e-5)
+        np.testing.assert_allclose(outputs.logits, np.asarray(shares) + bias, atol=1e-5)
     features = found['intermediates'][FEATURES]
     assert [[x.shape for x in view] for view in features] == [[(2, 2, 4), (2, 2, 8)]] * (1 + mirror)
     apply = functools.partial(jax.jit(model.apply, static_argnames='train'), variables, None, features=features)
