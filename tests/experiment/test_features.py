@@ -26,14 +26,20 @@ FIELDS = {'stage_sizes': (1, 1), 'width': 4, 'block': 'basic', 'stem': 'small', 
 
 @pytest.fixture(scope='module')
 def raw_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('raw')
+    folder = tmp_path_factory.mktemp('raw') / 'phantoms'
     write_phantoms(folder, PhantomOptions(num_train=3, num_val=3, num_test=3, image_size=64, max_slices=16))
     return folder
 
 
+@pytest.fixture(scope='module')
+def prepared(raw_dir):
+    return covidx_ct.prepare(str(raw_dir), image_size=SIZE, prepared_dir=str(raw_dir.parent / 'prepared'))
+
+
 @pytest.fixture
-def data(raw_dir, tmp_path):
-    return covidx_ct.prepare(str(raw_dir), image_size=SIZE, region='body', prepared_dir=str(tmp_path / 'prepared'))
+def data(prepared, tmp_path):
+    """Returns the slices, with a folder for features of their own."""
+    return prepared._replace(path=str(tmp_path / 'a' / 'b' / 'c'))
 
 
 def create_config(raw_dir, tmp_path, **changes):
@@ -105,7 +111,7 @@ def test_an_interrupted_computation_goes_on(data, caplog, monkeypatch):
     kept = keep_features(model, variables, SIZE, data, 'val')
     first, second = count_computed(caplog)
     assert second == first - 3
-    whole = data._replace(path=str(folder / 'elsewhere' / 'a' / 'b' / 'c'))
+    whole = data._replace(path=str(folder / 'elsewhere' / 'b' / 'c'))
     again = keep_features(model, variables, SIZE, whole, 'val')
     for i in range(len(kept)):
         np.testing.assert_array_equal(kept[i]['embedding'], again[i]['embedding'])
@@ -113,9 +119,8 @@ def test_an_interrupted_computation_goes_on(data, caplog, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / 'covidjax_features').write_text('a file')
-    elsewhere = data._replace(path=str(tmp_path / 'a' / 'b' / 'c'))
     with pytest.raises(UserError, match=r'choose another --config\.data\.prepared_dir'):
-        keep_features(Att2(**FIELDS), draw(Att2(**FIELDS)), SIZE, elsewhere, 'val')
+        keep_features(Att2(**FIELDS), draw(Att2(**FIELDS)), SIZE, data, 'val')
 
 
 @pytest.mark.parametrize('compatibility', ['additive', 'tanh'])
