@@ -25,6 +25,7 @@ from covidjax.files import report_write_errors
 from covidjax.models.att2 import FEATURES, Att2, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.progress import track
+from covidjax.training.hosts import is_first
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def _compute_rows(
     """Yields the features float16 [E] of the given records."""
     apply = compile_fast(lambda variables, images: _flatten(_compute(model, variables, normalise(images))))
     starts = range(0, len(numbers), BATCH_SIZE)
-    for start in track(starts, f'features of {title}', len(starts), 'batch'):
+    for start in track(starts, f'features of {title}', len(starts), 'batch', is_shown=is_first()):
         images = np.stack([source[i]['image'] for i in numbers[start : start + BATCH_SIZE]])
         yield from apply_in_batches(lambda batch: apply(variables, batch), BATCH_SIZE, images)
 

@@ -176,8 +176,7 @@ class Att2(nn.Module):
 
         def look(images: jax.Array) -> View:
             maps = encode(images)
-            b = len(images)
-            flat = [x.reshape(b, -1, x.shape[-1]) for x in maps]
+            flat = [x.reshape(b, h * w, c) for x in maps for b, h, w, c in [x.shape]]
             local = [pool(x) for x in flat] if self.pooled else flat
             self.sow('intermediates', FEATURES, local)
             contexts, attention = attend_to(local)
@@ -220,7 +219,7 @@ class Att2(nn.Module):
 
 def _draw_attention(a_BxN: jax.Array, x_BxNxC: jax.Array, size: tuple[int, int], is_spread: bool) -> jax.Array:
     """Returns the attention of a module as maps [B, h, w]."""
-    return (spread_attention(a_BxN, x_BxNxC) if is_spread else a_BxN).reshape(-1, *size)
+    return (spread_attention(a_BxN, x_BxNxC) if is_spread else a_BxN).reshape(x_BxNxC.shape[0], *size)
 
 
 def _draw_evidence(
@@ -228,7 +227,7 @@ def _draw_evidence(
 ) -> jax.Array:
     """Returns the evidence of a module as maps [B, h, w, K]."""
     shares = spread_evidence(a_BxN, x_BxNxC, w_CxK) if is_spread else a_BxN[..., None] * (x_BxNxC @ w_CxK)
-    return shares.reshape(-1, *size, w_CxK.shape[-1])
+    return shares.reshape(x_BxNxC.shape[0], *size, w_CxK.shape[-1])
 
 
 def average_views(maps: Sequence[jax.Array]) -> jax.Array:
