@@ -35,7 +35,6 @@ from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.lesion_weights import (
-    BOX,
     LesionModel,
     compute_digest,
     holds_lesion_weights,
@@ -77,9 +76,7 @@ def find_start(pretrained: str) -> Path | None:
     Raises:
       UserError: there is no such file.
     """
-    if not pretrained:
-        return None
-    return BOX if pretrained == 'box' else find_weights(pretrained)
+    return find_weights(pretrained) if pretrained else None
 
 
 def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:

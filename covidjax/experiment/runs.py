@@ -19,7 +19,7 @@ from covidjax.models.att2 import Att2
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.training.checkpoints import open_checkpoints
 
-EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
+EXPERIMENTS = {'att2': slices, 'lite': slices, 'ct': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
 
 
 class Member(NamedTuple):

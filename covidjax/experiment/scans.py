@@ -356,7 +356,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
     return Classification(
         config=config,
         data=data,
-        title=f'{slices.BACKBONE_NAMES[config.att2.model.backbone]}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
+        title=f'{slices.name_backbone(config.att2.model)}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
         unit='scans',
         paper=PAPER,
         examples=chosen,
