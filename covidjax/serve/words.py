@@ -4,7 +4,7 @@ from typing import Any
 
 from covidjax.data.scan.volume import format_counts
 from covidjax.report.burden import describe_burden
-from covidjax.report.prediction import build_headline, is_unusual
+from covidjax.report.prediction import build_headline, describe_sick, is_unusual
 from covidjax.report.sections import TARGETS
 
 
@@ -53,6 +53,8 @@ def _list_reasons(summary: dict[str, Any]) -> list[str]:
             f'Distance from the training data: the median slice is at {novelty["median"]:.2f} of the threshold, and '
             f'{novelty["share_unusual"]:.0%} of the slices are beyond it.'
         )
+    if 'sick' in summary:
+        reasons += describe_sick(summary['sick'])
     called = ', '.join(f'{count:,} {name}' for name, count in summary['slices_called'].items())
     reasons.append(f'Predicted classes of the slices: {called}.')
     for target, answer in (summary['screening'] or {}).items():
