@@ -203,7 +203,11 @@ def _create_document(
         ),
     )
     context = sr.ObservationContext(observer_device_context=device)
-    [content] = sr.MeasurementReport(context, create_code('chest CT'), groups or None)
+    # highdicom asks for measurements, which TID 1500 does not if there are evaluations.
+    filler = sr.MeasurementsAndQualitativeEvaluations(sr.TrackingIdentifier(identifier='none'))
+    [content] = sr.MeasurementReport(context, create_code('chest CT'), groups or [filler])
+    if not groups:
+        del content.ContentSequence[-1]
     content.ContentSequence.append(_create_evaluations(verdict, sentences))
     return sr.ComprehensiveSR(
         evidence=evidence,

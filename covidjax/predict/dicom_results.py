@@ -81,6 +81,26 @@ def read_headers(path: Path, series: str | None) -> list[Dataset]:
             raise UserError(f'{path}: {error}') from error
 
 
+def check_headers(headers: Sequence[Dataset]) -> list[Dataset]:
+    """Returns headers with the patient and study attributes that DICOM asks for, which may be empty.
+
+    Raises:
+      UserError: the headers do not identify the slices.
+    """
+    uids = [header.get('SOPInstanceUID') for header in headers]
+    if len(set(uids)) < len(uids) or not all(uids):
+        raise UserError(
+            'no DICOM results: the slices have no SOP Instance UIDs, or one twice, so nothing can refer to them'
+        )
+    if any(header.get('SOPClassUID') != CTImageStorage for header in headers) or not headers[0].get('StudyInstanceUID'):
+        raise UserError('no DICOM results: the slices are not single CT images of a study')
+    for header in headers:
+        for name in _EMPTY:
+            if name not in header:
+                setattr(header, name, None if name in ('StudyDate', 'StudyTime') else '')
+    return list(headers)
+
+
 def create_results(
     headers: Sequence[Dataset],
     volume: Volume,
@@ -103,7 +123,7 @@ def create_results(
     Raises:
       UserError: the headers do not identify the slices.
     """
-    headers = _check_headers(headers)
+    headers = check_headers(headers)
     shown = None if isinstance(prediction, LesionPrediction) else get_shown_map(results)
     if shown is not None and shown.startswith(catalogue.LESIONS):
         shown = None  # the outlines show it
@@ -131,7 +151,7 @@ def create_refusal(headers: Sequence[Dataset], reason: str, maker: dict[str, str
     Raises:
       UserError: the headers do not identify the slices.
     """
-    headers = _check_headers(headers)
+    headers = check_headers(headers)
     reason = reason.partition(_HINT)[0].rstrip('.')
     with quiet():
         return {'report': _encode(create_refusal_report(headers, f'{reason[0].upper()}{reason[1:]}.', maker))}
@@ -147,22 +167,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             continue
         with replace_file(path) as temporary:
             temporary.write_bytes(files[name])
-
-
-def _check_headers(headers: Sequence[Dataset]) -> list[Dataset]:
-    """Returns headers with the attributes that DICOM asks for, some of them empty. Raises UserError."""
-    uids = [header.get('SOPInstanceUID') for header in headers]
-    if len(set(uids)) < len(uids) or not all(uids):
-        raise UserError(
-            'no DICOM results: the slices have no SOP Instance UIDs, or one twice, so nothing can refer to them'
-        )
-    if any(header.get('SOPClassUID') != CTImageStorage for header in headers) or not headers[0].get('StudyInstanceUID'):
-        raise UserError('no DICOM results: the slices are not single CT images of a study')
-    for header in headers:
-        for name in _EMPTY:
-            if name not in header:
-                setattr(header, name, None if name in ('StudyDate', 'StudyTime') else '')
-    return list(headers)
 
 
 def _encode(dataset: Dataset) -> bytes:

@@ -64,6 +64,8 @@ def _list_reasons(summary: dict[str, Any]) -> list[str]:
                 f'Screened for {TARGETS[target]}: {found} (score {answer["score"]:.2f}, threshold '
                 f'{answer["threshold"]:.2f}).'
             )
+    if summary['screening'] and len({answer['is_finding'] for answer in summary['screening'].values()}) > 1:
+        reasons.append('Each screening has a threshold of its own, so they can differ.')
     return reasons
 
 

@@ -2,6 +2,7 @@ import csv
 import gzip
 import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,6 +107,25 @@ def test_refusals_pass_and_a_single_file_is_read_as_such(run, tmp_path):
     (tmp_path / 'source' / '00001.zip').write_bytes(b'PK\3\4 and no more')
     with pytest.raises(UserError, match='damaged or truncated zip'):
         predict(run, tmp_path)
+
+
+def test_dicom_results_of_predicted_and_of_refused_scans(run, tmp_path):
+    pytest.importorskip('highdicom', reason='DICOM results need covidjax[dicom]')
+    write_series(tmp_path / 'source', HU, FrameOfReferenceUID='1.2.3.5')
+    results = predict(run, tmp_path, dicom=True)
+    assert list_zip(results) == ['map.dcm', 'page.dcm', 'report.dcm']
+    solid = np.where(HU < -950, HU, np.int16(40))
+    job = Job(write_series(tmp_path / 'solid', solid), tmp_path / 'refused', None, force=False, dicom=True)
+    job.results.mkdir()
+    with pytest.raises(UserError, match='size of lungs'):
+        predictor.predict_job(run, job, lambda stage: None)
+    assert list_zip(job.results) == ['report.dcm']
+    assert [path.name for path in job.results.iterdir()] == ['dicom.zip']
+
+
+def list_zip(folder):
+    with zipfile.ZipFile(folder / 'dicom.zip') as archive:
+        return sorted(archive.namelist())
 
 
 def test_words(run, tmp_path):

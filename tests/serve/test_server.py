@@ -80,19 +80,22 @@ def list_scans(folder):
     return list(folder.glob('covidjax-serve-*/server-*/*'))
 
 
-@pytest.mark.parametrize('kind', [signal.SIGINT, signal.SIGTERM])
-def test_the_end_deletes_all_scans(tmp_path, kind):
-    with start_server(tmp_path) as (process, port):
-        name = send(port, [b'good'])[1]['id']
-        wait(port, name)
-        send(port, [b'hang'])
-        assert list_scans(tmp_path)
-        process.send_signal(kind)
-        rest = process.communicate(timeout=60)[0]
+def end(process, port, kind, folder):
+    """Ends a server by a signal while it predicts."""
+    wait(port, send(port, [b'good'])[1]['id'])
+    send(port, [b'hang'])
+    assert list_scans(folder)
+    process.send_signal(kind)
+    rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0
     assert rest.splitlines()[-1] == 'Stopped; all scans are deleted.'
     assert 'Traceback' not in rest
-    assert list_scans(tmp_path) == []
+    assert list_scans(folder) == []
+
+
+def test_ctrl_c_deletes_all_scans(tmp_path):
+    with start_server(tmp_path) as (process, port):
+        end(process, port, signal.SIGINT, tmp_path)
 
 
 def test_after_a_kill_the_worker_ends_and_the_next_start_deletes_the_scans(tmp_path):
@@ -102,8 +105,9 @@ def test_after_a_kill_the_worker_ends_and_the_next_start_deletes_the_scans(tmp_p
         process.kill()
         process.wait()
         assert list_scans(tmp_path)
-    with start_server(tmp_path):
+    with start_server(tmp_path) as (process, port):
         assert list_scans(tmp_path) == []
+        end(process, port, signal.SIGTERM, tmp_path)
     for _ in range(100):
         if not Path(f'/proc/{worker}').exists():
             break

@@ -273,6 +273,7 @@ function renderRefusal(result, scan) {
   result.querySelector('.advice').textContent = canForce
     ? 'The input is doubtful. A forced prediction says so wherever it is shown.'
     : 'Nothing was predicted. Correct the input and drop it again.';
+  renderDownloads(result.querySelector('.downloads'), scan, scan.status.files ?? []);
   const force = result.querySelector('.force');
   force.hidden = !canForce;
   force.addEventListener('click', () => predictAgain(scan, { force: 'true', ...(scan.series ? { series: scan.series } : {}) }));
@@ -301,7 +302,7 @@ async function renderDone(result, scan) {
   const find = (name) => result.querySelector(name);
   find('.warnings').replaceChildren(...view.warnings.map((text) => create('p', text, 'banner')));
   find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict ?? 'Lungs and lesions';
-  find('.headline').textContent = view.headline;
+  find('.headline').textContent = view.headline.replace(/^Uncertain: (.)/, (_, first) => first.toUpperCase());  // as the verdict
   find('details').hidden = !view.reasons.length;
   find('.reasons').replaceChildren(...view.reasons.map((text) => create('li', text)));
   renderBars(find('.bars tbody'), summary.probabilities ?? {});
@@ -359,7 +360,7 @@ function renderSlices(result, scan, summary, layers) {
   });
   open = [viewer, curve];
   result.querySelector('.map-note').textContent = layers.map
-    ? `The map ${layers.map} shows what the model weighed, not a lesion. It is drawn where it is above its median, inside the crop.`
+    ? `The map shows what the model weighed (${layers.map}), not a lesion. It is drawn where it is above its median, inside the crop.`
     : layers.has_lesions ? 'The lesion model outlined lungs (blue), lesions (red) and consolidation (yellow).'
       : 'No map of this run beat chance when its maps were scored, so none is shown.';
   result.querySelector('.legend').replaceChildren(...classes.map((name, k) => {
