@@ -256,7 +256,7 @@ class _Job:
                 prepared = prepared._replace(seconds=prepared.seconds | {'model': share})
                 prediction = conclude(self._run, prepared.scan, outputs)
                 light = prepared._replace(scan=prepared.scan._replace(images=prepared.scan.images[:0], whole=None))
-                light, prediction = _lighten(light, prediction, with_outlines=bool(light.headers))
+                light, prediction = lighten(light, prediction, with_outlines=bool(light.headers))
                 finish = functools.partial(tasks.finish_scan, light, prediction, self._run.results, maker=self._maker)
                 if light.headers or tasks.has_page(prediction.summary, self._pages):
                     pool.add_page(joblib.delayed(_finish)(key, finish, self._pages))
@@ -337,7 +337,7 @@ class _Job:
             model, waiting = (self._seconds[name] / seconds for name in ('model', 'waiting'))
             shares = f'; the model ran {model:.0%} of the time and waited for data {waiting:.0%}'
         count = self._num_without_dicom
-        without = f'; {count:,} scans have no DICOM results: nothing can refer to their slices' if count else ''
+        without = f'; {count:,} without DICOM results, as nothing can refer to their slices' if count else ''
         table = self._output / 'predictions.csv'
         print(
             f'{len(self._predictions.rows):,} scans{self._suffix and " of this part"} in {table}, '
@@ -353,13 +353,15 @@ def _finish(key: int, finish: Callable[..., tasks.Finished], pages: str) -> tupl
     return key, finish(pages=pages)
 
 
-def _lighten(
+def lighten(
     prepared: tasks.Prepared, prediction: Prediction | LesionPrediction, *, with_outlines: bool
 ) -> tuple[tasks.Prepared, Prediction | LesionPrediction]:
     """Drops the grids that a page does not need, which would be copied to its worker. DICOM needs the outlines."""
     volume, outlined = prepared.scan.volume, prediction.outlined
     if outlined is None or not with_outlines:
         volume = volume._replace(lungs=None)
+    elif volume.lungs is not None:
+        volume = volume._replace(lungs=volume.lungs._replace(hu_txhxw=volume.lungs.hu_txhxw[:0]))
     if outlined is not None and not with_outlines:
         outlined = outlined._replace(burden=None, probabilities=None)
     prepared = prepared._replace(scan=prepared.scan._replace(volume=volume))

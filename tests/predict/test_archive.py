@@ -116,7 +116,7 @@ class TestDicom(Threads):
         assert len(found) == 4
         assert {tuple(sorted(names)) for names in found.values()} == {('page', 'report'), ('report',)}
         assert [sorted(names) for name, names in found.items() if name == ids['both kernels']] == [['page', 'report']]
-        assert '1 scans have no DICOM results' in capsys.readouterr().out
+        assert '; 1 without DICOM results' in capsys.readouterr().out
         with pytest.raises(UserError, match='pass --dicom'):
             archive.predict_archive(tmp_path, tree, out)
         archive.predict_archive(tmp_path, tree, tmp_path / 'plain', pages='none')

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -19,8 +20,9 @@ from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
 from covidjax.evaluation.burden import measure_burden
 from covidjax.experiment.runs import Member
-from covidjax.predict import dicom_images, dicom_report, dicom_results, scan
+from covidjax.predict import archive, dicom_images, dicom_report, dicom_results, scan, tasks
 from covidjax.predict.dicom_codes import TERMS
+from covidjax.predict.prepare import PreparedScan
 from covidjax.report.burden import LesionPrediction, Outlined, ShownSlice
 from tests.predict.test_scan import EXTRACTOR, RESULTS, RULES
 from tests.scan_files import IDENTITY, make_chest, write_images, write_series
@@ -203,7 +205,7 @@ class TestReport:
         text = read_text(objects['refusal']['report'])
         assert 'Not predicted: the scan was refused.\nToo dark; too small.' in text
         assert '--force' not in text
-        [finding] = [item for item in report.iterall() if item.keyword == 'CodeValue' and item.value == '373068000']
+        assert '373068000' in [item.value for item in report.iterall() if item.keyword == 'CodeValue']
 
     def test_runs_of_slices(self):
         assert dicom_report.format_runs([3, 5, 6, 7, 9, 10]) == '3, 5-7, 9-10'
@@ -300,6 +302,20 @@ class TestGeometry:
             expected = np.array(np.unravel_index(maps[numbers.index(number)].argmax(), (32, 32))) / 32
             place = np.array(np.unravel_index(inside.argmax(), inside.shape)) / inside.shape
             assert np.abs(expected - place).max() < 0.06
+
+
+def test_outlines_reach_the_process_of_an_archive_that_writes_them(source, volume, predictions, files):
+    prediction = predictions['both']
+    light = volume._replace(slices=volume.slices[10:11])
+    prepared = PreparedScan(light, prediction.boxes, prediction.used, prediction.images, [], [])
+    task = tasks.Prepared('a', '4', prepared, {}, dicom_results.read_headers(source, None))
+    for with_outlines in (True, False):
+        sent = pickle.loads(pickle.dumps(archive.lighten(task, prediction, with_outlines=with_outlines)))
+        assert (sent[0].scan.volume.lungs is not None) == with_outlines
+        if with_outlines:
+            finished = tasks.finish_scan(*sent, RESULTS, 'none', MAKER)
+            segments = pydicom.dcmread(io.BytesIO(finished.dicom['segments']))
+            assert segments.PixelData == pydicom.dcmread(io.BytesIO(files['both']['segments'])).PixelData
 
 
 def test_no_lungs_no_segments(source, volume, predictions):

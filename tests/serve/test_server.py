@@ -223,6 +223,17 @@ class TestOptions:
         assert read_token(tmp_path / 'token') == '0123456789abcdef'
 
 
+def test_every_attack_of_the_docs_has_its_tests():
+    text = (ROOT / 'docs/serve.md').read_text()
+    rows = re.findall(r'^\|.*test_.*\|$', text, re.MULTILINE)
+    assert len(rows) > 12
+    for row in rows:
+        for path, names in re.findall(r'`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)', row):
+            code = (ROOT / 'tests' / path).read_text()
+            for name in re.findall(r'`(\w+)`', names):
+                assert f'def {name}(' in code, f'{path}: {name}'
+
+
 class TestClientsOfTheDocs:
     """The clients in docs/serve.md, as they stand but for the port."""
 
