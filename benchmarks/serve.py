@@ -3,9 +3,9 @@
   python benchmarks/serve.py --workdir=/tmp/run
 
 Good ones are synthetic DICOM scans of 20 slices, broken ones zips of damaged DICOM, huge ones announce 3 GB. A client
-that gets 429 waits a second and tries again. Printed are the answers by kind and status, the latency of good scans from the
-post that was accepted to the result, and the largest resident memory of the server and of its worker. Exit status 1: a
-5xx, a connection that broke, or an accepted scan without an answer.
+that gets 429 waits a second and tries again. Printed are the answers by kind and status, the latency of good scans from
+the post that was accepted to the result, and the largest resident memory of the server and of its worker. The exit
+status is 1 after a 5xx, a connection that broke, or an accepted scan without an answer.
 """
 
 import argparse

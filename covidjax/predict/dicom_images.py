@@ -97,12 +97,7 @@ def compute_top_maps(prediction: Prediction, name: str) -> np.ndarray:
     """Returns the map `name` of the slices that the verdict rests on, float [R, S, S] in [0, 1]."""
     places = prediction.get_top_places()
     explained = jax.tree.map(lambda of_slices: of_slices[places], prediction.explained)
-    images = prediction.images[places]
-    maps = catalogue.compute_maps(explained, images.shape[1], prediction.combination)
-    whole = name.removesuffix(catalogue.IN_LUNGS)
-    if whole != name:
-        maps = catalogue.restrict({whole: maps[whole]}, catalogue.find_lungs(images[..., np.newaxis]))
-    return maps[name]
+    return catalogue.compute_map(name, explained, prediction.images[places], prediction.combination)
 
 
 def place_map(map_SxS: np.ndarray, box: Box, shape: tuple[int, int]) -> np.ndarray:

@@ -19,13 +19,12 @@ from covidjax.data.scan.dicom import quiet
 from covidjax.data.scan.sources import open_entries
 from covidjax.data.scan.volume import Volume, find_frames
 from covidjax.errors import UserError
-from covidjax.explain import catalogue
 from covidjax.files import replace_file
 from covidjax.predict.dicom_images import compute_top_maps, create_map, create_segments
 from covidjax.predict.dicom_page import create_page
 from covidjax.predict.dicom_report import MAKER, create_refusal_report, create_report
 from covidjax.report.burden import LesionPrediction
-from covidjax.report.leading import get_shown_map
+from covidjax.report.leading import get_classifier_map
 from covidjax.report.prediction import Prediction
 
 NAMES = ('report', 'segments', 'map', 'page')
@@ -124,9 +123,7 @@ def create_results(
       UserError: the headers do not identify the slices.
     """
     headers = check_headers(headers)
-    shown = None if isinstance(prediction, LesionPrediction) else get_shown_map(results)
-    if shown is not None and shown.startswith(catalogue.LESIONS):
-        shown = None  # the outlines show it
+    shown = None if isinstance(prediction, LesionPrediction) else get_classifier_map(results)
     maps_RxSxS = None if shown is None else compute_top_maps(prediction, shown)
     found: dict[str, Dataset | None] = {}
     with quiet():  # highdicom's messages quote attributes
