@@ -168,6 +168,8 @@ def test_a_real_scan_and_an_x_ray(browser, real_data, tmp_path):
         page.locator('.headline').get_by_text(re.compile(r'^Lesions in [1-9]')).wait_for()
         assert page.locator('.verdict').inner_text() == 'Lungs and lesions'
         assert page.locator('#scans').inner_text().splitlines() == ['covid', 'Predicted']
+        assert page.locator('.parts tr').count() == 7
+        assert page.evaluate('document.documentElement.scrollWidth') == 390
         page.locator('.stage').focus()
         page.keyboard.press('Home')
         assert get_slice(page).startswith('Slice 1 of 25')

@@ -132,6 +132,13 @@ def test_words(run, tmp_path):
     source = write_series(tmp_path / 'source', HU)
     summary = scan.predict_scan(run, scan.read_volume(source), {}, force=False, path=source).summary
     summary |= {'novelty': {'median': 1.5, 'share_unusual': 0.8}, 'left_out': {'copies': 2}, 'forced': ['no lungs']}
+    summary['sick'] = {
+        'probability': 0.9,
+        'classifier_alone': {'normal': 0.2, 'covid19': 0.8},
+        'disagreement': 'the two disagree',
+    }
+    answer = {'score': 0.5, 'threshold': 0.4, 'is_finding': True}
+    summary['screening'] = {'covid19': answer, 'disease': answer | {'threshold': 0.6, 'is_finding': False}}
     found = words.describe_prediction(summary)
     assert found['headline'].startswith('Uncertain: the scan is unlike the training data.')
     assert 'Forced in spite of: no lungs.' in found['warnings']
@@ -141,6 +148,9 @@ def test_words(run, tmp_path):
         'holds normal, pneumonia, covid19',
         '1.50 of the threshold, and 80% of the slices',
         'Left out: 2 copies.',
+        'probability of sick 0.90. The classifier decides which disease; alone it gives normal 0.20, covid19 0.80.',
+        'The two disagree.',
+        'Each screening has a threshold of its own, so they can differ.',
     ):
         assert part in text
 
