@@ -127,7 +127,8 @@ def load_run(workdir: Path | None) -> Run:
 def create_lesion_run(outlining: LesionModel) -> Run:
     """Returns a run without classes: it outlines lungs and lesions."""
     config = ConfigDict({'name': 'lesions', 'data': {'image_size': outlining.image_size, 'region': 'body'}})
-    results = {'model': f'{lesions.TITLE}, {outlining.name}', 'data': outlining.data, 'notice': outlining.notice}
+    title = f'{lesions.TITLE}, {Path(outlining.name).name}'
+    results = {'model': title, 'data': outlining.data, 'notice': outlining.notice}
     return Run(config, results, {}, (), outlining)
 
 

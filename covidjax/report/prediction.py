@@ -59,6 +59,10 @@ class Prediction(NamedTuple):
     novelty: np.ndarray | None
     outlined: Outlined | None = None
 
+    def get_top_places(self) -> np.ndarray:
+        """Returns the indices in `images` of the slices that the verdict rests on."""
+        return np.searchsorted(self.used, np.array(self.summary['rests_on']) - 1)
+
 
 def write_page(path: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]) -> None:
     """Writes prediction.html of a classifier or of a lesion model alone; see `write_prediction_page`."""
@@ -150,6 +154,18 @@ def build_headline(summary: dict[str, Any]) -> str:
     return f'Uncertain: no class is in the {conformal["coverage"]:.0%} conformal set. {text}'
 
 
+def describe_sick(sick: dict[str, Any]) -> list[str]:
+    """Returns what lesions and classifier say, and whether they disagree; `sick` is that part of prediction.json."""
+    alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
+    sentences = [
+        f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
+        f'which disease; alone it gives {alone}.'
+    ]
+    if sick['disagreement']:
+        sentences.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
+    return sentences
+
+
 def _build_verdict(summary: dict[str, Any]) -> Section:
     conformal, screening, vote = summary['conformal'], summary['screening'], summary['vote']
     rows = [
@@ -158,14 +174,7 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
     ]
     parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
     if 'sick' in summary:
-        sick = summary['sick']
-        alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
-        parts.append(
-            f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
-            f'which disease; alone it gives {alone}.'
-        )
-        if sick['disagreement']:
-            parts.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
+        parts += describe_sick(summary['sick'])
     basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
         parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
@@ -283,7 +292,7 @@ def _render_course(prediction: Prediction) -> Figure:
 
 
 def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
-    places = np.searchsorted(prediction.used, np.array(prediction.summary['rests_on']) - 1)
+    places = prediction.get_top_places()
     images, size = prediction.images[places], prediction.images.shape[1]
     explained = jax.tree.map(lambda of_slices: of_slices[places], prediction.explained)
     combination = prediction.combination

@@ -222,12 +222,14 @@ class Found(NamedTuple):
       sha256: SHA-256, in hex, of the files of the series.
       share_copies: share of the slices that are copies of others.
       read: returns the scan or raises UserError.
+      frames: slices of a DICOM series, from head to feet; empty for other files.
     """
 
     series: str
     sha256: str
     share_copies: float
     read: Callable[[], Volume]
+    frames: Sequence[dicom.Frame] = ()
 
 
 def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool, hu_step: int = 0) -> list[Found]:
@@ -260,7 +262,7 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool, hu_step
                 return _read_series((name, sha256), one, series, how, contents.left_out, wanted)
 
             share = one.num_copies / (one.num_copies + len(one.frames))
-            found.append(Found(one.name, sha256, share, read))
+            found.append(Found(one.name, sha256, share, read, one.frames))
     counts = Counter(map(str, contents.left_out))
     if contents.frames:
         # Nothing may vanish: neither a scan of which most is damaged nor one in pieces.
@@ -405,18 +407,6 @@ def _window_planes(
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
 
 
-def turn_upright(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
-    """Turns a plane as stored [rows, columns] to the orientation of `Volume.slices`."""
-    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(io_orientation(create_affine(frames)), _ORDER))
-    return turned
-
-
-def turn_back(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
-    """Turns a plane in the orientation of `Volume.slices` to that of the stored slices."""
-    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(_ORDER, io_orientation(create_affine(frames))))
-    return turned
-
-
 def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Returns the distances in mm of slices, rows and columns after a turn to `_ORDER`."""
     lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
@@ -432,6 +422,17 @@ def _swap_axes(affine: np.ndarray) -> np.ndarray:
 def restore_axes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Turns an array of slices in the order of `Volume.slices` back to the axes of the source: see `Volume.affine`."""
     return apply_orientation(slices_TxHxW, ornt_transform(_ORDER, io_orientation(affine)))
+
+
+def restore_planes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Turns slices in the orientation of `Volume.slices` to that of the stored slices of DICOM, in the same order.
+
+    Args:
+      slices_TxHxW: all slices, or some.
+      affine: of the scan, see `Volume.affine`.
+    """
+    # Of DICOM, the last axis runs from head to feet, as the first one does here.
+    return restore_axes(slices_TxHxW, affine).T
 
 
 def _keeps_axes(affine: np.ndarray) -> bool:
