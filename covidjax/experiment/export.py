@@ -30,6 +30,7 @@ from covidjax.experiment.runs import Member, Run, load_run
 from covidjax.explain.evidence import combine_evidence
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel, write_lesion_weights
 from covidjax.models.lesions import PLANES
 from covidjax.models.seq import HEADS
@@ -93,8 +94,10 @@ def write_lesion_stablehlo(path: Path, lesions: LesionModel) -> str:
     S / 4], probabilities; the last is given that the position is lesion.
     """
 
+    variables = fold_batch_norm(lesions.variables)
+
     def outline(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        logits = lesions.model.apply(lesions.variables, normalise(images_BxSxS)[..., None], train=False)
+        logits = lesions.model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
         return dict(zip(PLANES, jnp.moveaxis(jax.nn.sigmoid(logits), -1, 0), strict=True))
 
     outline.__name__ = '_'.join(['lesions', *(['trained_on_phantoms'] if lesions.notice else [])])
@@ -209,7 +212,7 @@ def create_slice_function(member: Member) -> Callable[..., dict]:
     model = member.slice_model
 
     def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        outputs = model.apply(member.slice_variables, normalise(images_BxSxS)[..., None], train=False)
+        outputs = model.apply(member.folded, normalise(images_BxSxS)[..., None], train=False)
         evidence = combine_evidence(outputs.evidence, images_BxSxS.shape[-1], model.combination)
         return {'logits': outputs.logits / member.temperature, 'evidence': evidence / member.temperature}
 
@@ -228,7 +231,7 @@ def create_scan_function(config: ConfigDict, member: Member) -> Callable[..., di
         filled = images_NxSxS[jnp.arange(parts * _AT_ONCE).clip(max=n - 1)].reshape(parts, _AT_ONCE, s, s, 1)
 
         def apply(images: jax.Array) -> jax.Array:
-            return member.slice_model.apply(member.slice_variables, normalise(images), train=False).embedding
+            return member.slice_model.apply(member.folded, normalise(images), train=False).embedding
 
         embeddings = jax.lax.map(apply, filled)
         return embeddings.reshape(parts * _AT_ONCE, -1)[jnp.arange(n)]

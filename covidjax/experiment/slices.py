@@ -40,6 +40,7 @@ from covidjax.experiment.sick import Judge, compare_verdicts
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.ct_weights import ASTRA, STAGE_SIZES
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
@@ -161,7 +162,7 @@ def create_predictor(
 
     def predict(variables: dict[str, Any], split: str) -> np.ndarray:
         batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
-        return compute_logits(apply, variables, map(place_batch, batches), len(data.sources[split]))
+        return compute_logits(apply, fold_batch_norm(variables), map(place_batch, batches), len(data.sources[split]))
 
     return predict
 

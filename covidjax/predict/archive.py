@@ -155,7 +155,7 @@ class _Job:
             raise UserError(f'{output} holds predictions with DICOM results: pass --dicom, or choose another --output')
         self._known = frozenset((row['path'], row['id']) for row in known)
         self._refused: list[tasks.Refusal] = []
-        self._queue = OutputQueue([(member.slice_model, member.slice_variables) for member in run.members])
+        self._queue = OutputQueue([(member.slice_model, member.folded) for member in run.members])
         self._keys = itertools.count()
         self._waiting: dict[int, tasks.Prepared] = {}  # for the model, by key
         self._open: dict[str, set[int]] = {}  # keys of the scans of a unit that are not written, by its name
