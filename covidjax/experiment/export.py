@@ -25,7 +25,7 @@ from covidjax.errors import UserError
 from covidjax.experiment.common import load_output
 from covidjax.experiment.config import load_config
 from covidjax.experiment.lesions import load_lesions
-from covidjax.experiment.preprocessing import NORMALISATION, describe_preprocessing
+from covidjax.experiment.preprocessing import describe_preprocessing, describe_scaling
 from covidjax.experiment.runs import Member, Run, load_run
 from covidjax.explain.evidence import combine_evidence
 from covidjax.files import replace_file, write_json
@@ -117,7 +117,7 @@ def write_safetensors(path: Path, run: Run) -> str:
 
     The file's metadata are strings. These are JSON:
       classes: names of the outputs.
-      normalisation: maps a grey slice to an input, (x - mean) / std in `channels` equal channels.
+      normalisation: maps a grey slice to an input: (x - mean) / std in `channels` equal channels, or what 'rule' says.
       temperature: divisor of the logits for calibrated probabilities.
       warnings: warnings about the training data.
       config: config of the run.
@@ -139,7 +139,7 @@ def write_safetensors(path: Path, run: Run) -> str:
         'notice': run.results['notice'],
         'warnings': json.dumps(run.results.get('warnings', [])),
         'classes': json.dumps(CLASSES),
-        'normalisation': json.dumps(NORMALISATION),
+        'normalisation': json.dumps(describe_scaling(run.config)),
         'temperature': json.dumps(run.temperature),
         'members': json.dumps([member.temperature for member in run.members] if is_ensemble else []),
         'config': json.dumps(run.config.to_dict()),

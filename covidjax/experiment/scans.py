@@ -357,7 +357,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
     return Classification(
         config=config,
         data=data,
-        title=f'{slices.BACKBONE_NAMES[config.att2.model.backbone]}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
+        title=f'{slices.name_backbone(config.att2.model)}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
         unit='scans',
         paper=PAPER,
         examples=chosen,
@@ -443,6 +443,7 @@ def _compare(
         columns={
             'scan': [scan.scan for scan in test],
             'patient': [scan.patient for scan in test],
+            **common.create_source_column(test),
             'label': [scan.label for scan in test],
             **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_MxK.T, strict=True)},
             **{f'vote_{name}': p for name, p in zip(CLASSES, votes[rule].T, strict=True)},
