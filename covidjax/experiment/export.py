@@ -209,10 +209,10 @@ def average_functions(functions: Sequence[Callable[..., dict]], temperature: flo
 
 def create_slice_function(member: Member) -> Callable[..., dict]:
     """Returns a function uint8 [B, S, S] -> 'logits' [B, K] and 'evidence' [B, S, S, K], over the temperature."""
-    model = member.slice_model
+    model, variables = member.slice_model, member.folded  # folded here, not while the program is traced
 
     def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        outputs = model.apply(member.folded, normalise(images_BxSxS)[..., None], train=False)
+        outputs = model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
         evidence = combine_evidence(outputs.evidence, images_BxSxS.shape[-1], model.combination)
         return {'logits': outputs.logits / member.temperature, 'evidence': evidence / member.temperature}
 
@@ -225,13 +225,15 @@ def create_scan_function(config: ConfigDict, member: Member) -> Callable[..., di
     B and T may be symbolic. `models.seq.Seq` does not support that, because it divides the slices into batches.
     """
 
+    variables = member.folded  # folded here, not while the program is traced
+
     def embed(images_NxSxS: jax.Array) -> jax.Array:
         n, s = images_NxSxS.shape[:2]
         parts = -(-n // _AT_ONCE)
         filled = images_NxSxS[jnp.arange(parts * _AT_ONCE).clip(max=n - 1)].reshape(parts, _AT_ONCE, s, s, 1)
 
         def apply(images: jax.Array) -> jax.Array:
-            return member.slice_model.apply(member.folded, normalise(images), train=False).embedding
+            return member.slice_model.apply(variables, normalise(images), train=False).embedding
 
         embeddings = jax.lax.map(apply, filled)
         return embeddings.reshape(parts * _AT_ONCE, -1)[jnp.arange(n)]
