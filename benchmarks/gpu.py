@@ -51,7 +51,7 @@ PEAKS = {
 PRECISIONS = {'float32': ('float32', 'highest'), 'tf32': ('float32', 'default'), 'bfloat16': ('bfloat16', 'default')}
 # Largest difference from the CPU's float32, as a share of the largest value.
 TOLERANCES = {'float32': 1e-3, 'tf32': 2e-2, 'bfloat16': 1e-1}
-LOSS_TOLERANCES = {'float32': 1e-3, 'tf32': 1e-2, 'bfloat16': 5e-2}  # of the loss of a step, relative
+LOSS_TOLERANCES = {'float32': 1e-3, 'tf32': 1e-2, 'bfloat16': 1e-1}  # of the loss of a step, relative
 FORM_TOLERANCE = 1e-4  # of the forms of `models.fast` against the plain ones, float32
 AUGMENTATION_TOLERANCE = 1e-3  # mean difference of grey values in [0, 1]
 
@@ -88,7 +88,7 @@ TINY = Settings(
     32,
     (2,),
     2,
-    ('float32', 'bfloat16'),
+    ('float32',),
     1,
     450,
     {'xla_backend_optimization_level': 0},  # compiling is most of the time

@@ -13,7 +13,9 @@ import pytest
 
 from benchmarks import gpu
 
-SETTINGS = gpu.TINY._replace(models={**gpu.TINY.models, 'light': gpu.WHOLE.models['light']})
+SETTINGS = gpu.TINY._replace(
+    precisions=('float32', 'bfloat16'), models={**gpu.TINY.models, 'light': gpu.WHOLE.models['light']}
+)
 BLOCKED = ('grain', 'tensorflow_datasets', 'ml_collections', 'PIL', 'joblib', 'filelock')  # absl is optax's
 
 
