@@ -108,20 +108,8 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
 
 def apply_window(hu: np.ndarray) -> np.ndarray:
     """Maps Hounsfield units of any shape to uint8 grey values by the COVIDx CT window, -1350 to 150 HU."""
-    if hu.dtype == np.int16:
-        return _window_all()[hu.view(np.uint16)]
-    return _window(hu)
-
-
-def _window(hu: np.ndarray) -> np.ndarray:
     low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
     return np.round((hu.astype(np.float32) - low).clip(0, WINDOW_WIDTH_HU) * (255 / WINDOW_WIDTH_HU)).astype(np.uint8)
-
-
-@functools.cache
-def _window_all() -> np.ndarray:
-    """Returns the grey value of every int16, by its bits: a table is five times as fast as the formula."""
-    return _window(np.arange(2**16, dtype=np.uint16).view(np.int16))
 
 
 def encode_slices(
