@@ -17,6 +17,10 @@ def get_config(raw_dir: str = '') -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
+    data.sources = ''  # the sources of metadata.csv to use, separated by commas; empty: all
+    # draws of training slices: 'none' (as they are), 'class' (classes equally often, and of one weight in the loss)
+    # or 'class_and_source' (moreover, the sources of a class equally often)
+    data.balance = 'none'
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.image_size = 224  # side of a slice, pixels
     data.region = 'body'  # what is left of a slice: 'body' (its box) or 'lungs' (on black)
@@ -35,7 +39,12 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     model.combination = 'concat'  # how the two attention modules combine: 'concat' or 'average'
     model.dropout = 0.0  # of the embedding
     model.mirror = False  # evaluation averages over a slice and its mirror image
-    model.pretrained = 'timm/resnet50.tv_in1k'  # Hugging Face name or .safetensors file; empty: from scratch
+    # Hugging Face name, .safetensors file, 'astra' (weights that have seen CT, docs/ct_weights.md); for
+    # efficientnet_lite0 also 'efficientnet-lite0' (ImageNet) or 'box' (the lesion model of this package); empty: from
+    # scratch
+    model.pretrained = 'timm/resnet50.tv_in1k'
+    model.frozen = False  # keep the backbone as it is; its features are computed once (needs train.augment='none')
+    model.pooled = False  # attend to mean and maximum of a map instead of its positions
 
     config.train = train = ConfigDict()
     train.batch_size = 64  # slices per step, over all devices

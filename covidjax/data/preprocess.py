@@ -19,6 +19,8 @@ from PIL import Image
 # CT slices are 512 to 1024 pixels wide. A far larger image is a decompression bomb or damaged.
 MAX_PIXELS = 64_000_000
 WINDOW_WIDTH_HU, WINDOW_LEVEL_HU = 1500, -600  # of COVIDx CT: lungs in the middle, soft tissue bright
+WINDOW_HU = (WINDOW_LEVEL_HU - WINDOW_WIDTH_HU // 2, WINDOW_LEVEL_HU + WINDOW_WIDTH_HU // 2)
+FURTHER_WINDOWS_HU = ((-1000, 400), (-1200, 600))  # other usual lung windows
 
 REGIONS = ('body', 'lungs')  # what is left of a slice
 
@@ -106,10 +108,13 @@ def crop_grey_resize(image: Image.Image, box: Box | None, size: int) -> np.ndarr
     return resize(cut_region(image, box, 'body')[0], size)
 
 
-def apply_window(hu: np.ndarray) -> np.ndarray:
-    """Maps Hounsfield units of any shape to uint8 grey values by the COVIDx CT window, -1350 to 150 HU."""
-    low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
-    return np.round((hu.astype(np.float32) - low).clip(0, WINDOW_WIDTH_HU) * (255 / WINDOW_WIDTH_HU)).astype(np.uint8)
+def apply_window(hu: np.ndarray, window_hu: tuple[int, int] = WINDOW_HU) -> np.ndarray:
+    """Maps Hounsfield units of any shape to uint8 grey values: the ends of the window to 0 and 255.
+
+    The default is the COVIDx CT window, -1350 to 150 HU.
+    """
+    low, high = window_hu
+    return np.round((hu.astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))).astype(np.uint8)
 
 
 def encode_slices(

@@ -59,6 +59,10 @@ class Prediction(NamedTuple):
     novelty: np.ndarray | None
     outlined: Outlined | None = None
 
+    def get_top_places(self) -> np.ndarray:
+        """Returns the indices in `images` of the slices that the verdict rests on."""
+        return np.searchsorted(self.used, np.array(self.summary['rests_on']) - 1)
+
 
 def write_page(path: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]) -> None:
     """Writes prediction.html of a classifier or of a lesion model alone; see `write_prediction_page`."""
@@ -113,6 +117,22 @@ def do_members_disagree(summary: dict[str, Any]) -> bool:
     return summary['members'] is not None and summary['members']['is_beyond']
 
 
+def do_windows_disagree(summary: dict[str, Any]) -> bool:
+    """Returns whether another grey window changes the call; False if none was tried."""
+    return summary['windows'] is not None and summary['windows']['is_changed']
+
+
+def describe_windows(windows: dict[str, Any]) -> str:
+    """Returns what each window calls in a sentence, e.g. 'At -1350 to 150 HU covid19 0.90; at ...'."""
+    found = [
+        f'at {low} to {high} HU {one["class"]} {one["probabilities"][one["class"]]:.2f}'
+        for one in windows['by_window']
+        for low, high in [one['window_hu']]
+    ]
+    text = '; '.join(found)
+    return f'{text[0].upper()}{text[1:]}.'
+
+
 def build_headline(summary: dict[str, Any]) -> str:
     """Returns the verdict in a sentence or two."""
     share = summary['probabilities'][summary['class']]
@@ -122,6 +142,8 @@ def build_headline(summary: dict[str, Any]) -> str:
         return f'Uncertain: the scan is unlike the training data. {text}'
     if do_members_disagree(summary):
         return f'Uncertain: the members of the ensemble disagree. {text}'
+    if do_windows_disagree(summary):
+        return f'Uncertain: the call depends on the grey window. {text}'
     if conformal is None:
         return f'{text} The run has no calibration for scans, so there is no conformal set and no threshold.'
     held = ', '.join(conformal['set'])
@@ -132,6 +154,18 @@ def build_headline(summary: dict[str, Any]) -> str:
     return f'Uncertain: no class is in the {conformal["coverage"]:.0%} conformal set. {text}'
 
 
+def describe_sick(sick: dict[str, Any]) -> list[str]:
+    """Returns what lesions and classifier say, and whether they disagree; `sick` is that part of prediction.json."""
+    alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
+    sentences = [
+        f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
+        f'which disease; alone it gives {alone}.'
+    ]
+    if sick['disagreement']:
+        sentences.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
+    return sentences
+
+
 def _build_verdict(summary: dict[str, Any]) -> Section:
     conformal, screening, vote = summary['conformal'], summary['screening'], summary['vote']
     rows = [
@@ -140,14 +174,7 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
     ]
     parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
     if 'sick' in summary:
-        sick = summary['sick']
-        alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
-        parts.append(
-            f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
-            f'which disease; alone it gives {alone}.'
-        )
-        if sick['disagreement']:
-            parts.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
+        parts += describe_sick(summary['sick'])
     basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
         parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
@@ -165,6 +192,8 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         parts += conformal['notes']
     if summary['members'] is not None:
         parts += _describe_members(summary['members'])
+    if summary['windows'] is not None:
+        parts += _build_windows(summary['windows'])
     if screening is not None:
         answers = [
             (
@@ -200,6 +229,28 @@ def _describe_members(members: dict[str, Any]) -> list[Any]:
         else f'The limit chosen on out-of-fold examples is {limit:.3f}, {beyond}.'
     )
     return [Table('Probabilities by the members of the ensemble', ('member', *CLASSES), rows), text]
+
+
+def _build_windows(windows: dict[str, Any]) -> list[Any]:
+    """Returns a table of the probabilities under every window, and a paragraph."""
+    rows = [
+        (f'{low} to {high} HU', *one['probabilities'].values(), one['class'])
+        for one in windows['by_window']
+        for low, high in [one['window_hu']]
+    ]
+    beyond = (
+        'The call depends on the window, so the verdict is uncertain'
+        if windows['is_changed']
+        else 'The call is the same under all'
+    )
+    return [
+        Table(
+            f'Grey windows, {windows["num_slices"]:,} slices under each; the first is that of the verdict',
+            ('window', *CLASSES, 'call'),
+            [*rows, ('spread', *windows['spread'].values(), '')],
+        ),
+        f'{beyond}. The finding of a scan does not change with the window; what a model has learned of one may.',
+    ]
 
 
 def _build_course(prediction: Prediction) -> Section:
@@ -241,7 +292,7 @@ def _render_course(prediction: Prediction) -> Figure:
 
 
 def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
-    places = np.searchsorted(prediction.used, np.array(prediction.summary['rests_on']) - 1)
+    places = prediction.get_top_places()
     images, size = prediction.images[places], prediction.images.shape[1]
     explained = jax.tree.map(lambda of_slices: of_slices[places], prediction.explained)
     combination = prediction.combination
@@ -332,8 +383,24 @@ def _build_novelty(prediction: Prediction) -> Section:
             f'{found["share_unusual"]:.0%} of the slices are above 1. A small distance does not mean that the '
             'prediction is right.',
             create_picture(figure, 'Distance of each slice from the training data'),
+            *_describe_home(prediction.summary['home']),
         ],
     )
+
+
+def _describe_home(home: dict[str, Any] | None) -> list[Any]:
+    """Returns a sentence and a table on the nearest source; nothing without sources."""
+    if home is None:
+        return []
+    return [
+        f'By the same features the scan is {home["text"]}. The likeness may be that of the scanner, the preparation or '
+        'the patients; it says nothing about the class.',
+        Table(
+            'Median distance of the slices from the centre of each training source; 1 is usual inside a source',
+            ('source', 'distance'),
+            sorted(home['distances'].items(), key=lambda pair: pair[1]),
+        ),
+    ]
 
 
 def _build_limits(summary: dict[str, Any], results: dict[str, Any]) -> Section:

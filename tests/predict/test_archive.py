@@ -100,6 +100,30 @@ def read(path, without=('seconds',)):
         return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
 
 
+class TestDicom(Threads):
+    def test_every_scan_gets_its_results_and_a_refused_one_a_report(self, tmp_path, tree, capsys):
+        pytest.importorskip('highdicom', reason='DICOM results need covidjax[dicom]')
+        for name in ('p1', 'p2'):
+            shutil.rmtree(tree / name)
+        out = tmp_path / 'out'
+        archive.predict_archive(tmp_path, tree, out, pages='none', dicom=True)
+        # Those of p0 have no SOP Instance UIDs; 'no lungs' is refused, and 'broken' can't be decoded.
+        ids = {row['path']: row['id'] for row in read(out / 'predictions.csv')}
+        assert not (out / ids['p0/CT'] / 'dicom').exists()
+        found = {}
+        for file in out.glob('*/dicom/*.dcm'):
+            found.setdefault(file.parts[-3], []).append(file.stem)
+        assert len(found) == 4
+        assert {tuple(sorted(names)) for names in found.values()} == {('page', 'report'), ('report',)}
+        assert [sorted(names) for name, names in found.items() if name == ids['both kernels']] == [['page', 'report']]
+        assert '; 1 without DICOM results' in capsys.readouterr().out
+        with pytest.raises(UserError, match='pass --dicom'):
+            archive.predict_archive(tmp_path, tree, out)
+        archive.predict_archive(tmp_path, tree, tmp_path / 'plain', pages='none')
+        with pytest.raises(UserError, match='without DICOM results'):
+            archive.predict_archive(tmp_path, tree, tmp_path / 'plain', dicom=True)
+
+
 class TestTables(Threads):
     def predict(self, tmp_path, tree, name='out', **options):
         return archive.predict_archive(tmp_path, tree, tmp_path / name, **options)

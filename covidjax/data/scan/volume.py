@@ -62,6 +62,8 @@ class Volume(NamedTuple):
       doubts: reasons not to use the scan without --force.
       left_out: how many files or slices were left out, by reason.
       thickness_mm: of a slice, from the header; None if it is not there.
+      planes_hu: Hounsfield units of some slices by their number (from 0), int16 [H, W]; None for images, or if not
+        asked for.
     """
 
     name: str
@@ -76,9 +78,22 @@ class Volume(NamedTuple):
     doubts: list[str]
     left_out: dict[str, int]
     thickness_mm: float | None = None
+    planes_hu: dict[int, np.ndarray] | None = None
 
 
-def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
+class _Wanted(NamedTuple):
+    """What to keep of Hounsfield units, beside grey values.
+
+    Attributes:
+      lungs: also find the lungs.
+      hu_step: keep the planes 0, hu_step, 2 hu_step ...; 0: none.
+    """
+
+    lungs: bool
+    hu_step: int
+
+
+def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False, hu_step: int = 0) -> Volume:
     """Reads a scan.
 
     DICOM slices are ordered by position, not by name. NIfTI, MetaImage and NRRD are reoriented by their header. Images
@@ -90,6 +105,7 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
         (.mha, .mhd), NRRD (.nrrd, .nhdr), or a single file.
       series: name of the DICOM series to read if there are several.
       with_lungs: also find the lungs, where there are Hounsfield units.
+      hu_step: also keep the Hounsfield units of every `hu_step`-th slice, where there are any; 0 keeps none.
 
     Raises:
       UserError: no CT found, or the input is unreadable; the message is the reason on one line.
@@ -97,7 +113,7 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
     path = Path(path)
     with open_entries(path) as entries:
         try:
-            return _read_entries(entries, path.resolve().name, series, with_lungs)
+            return _read_entries(entries, path.resolve().name, series, _Wanted(with_lungs, hu_step))
         except UserError as error:
             raise type(error)(f'{path}: {error}') from error
 
@@ -157,28 +173,28 @@ def _hash_entry(entry: Entry) -> bytes:
         return hashlib.file_digest(file, 'sha256').digest()
 
 
-def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
+def _read_entries(entries: Sequence[Entry], name: str, series: str | None, wanted: _Wanted) -> Volume:
     contents = _sort_entries(entries)
     identity = name, hash_contents(list(contents.digests.values()))
     if contents.frames:
-        series = group_series(contents.frames)
+        groups = group_series(contents.frames)
         how = (
-            'by --series' if wanted else 'the chest series with the most slices' if len(series) > 1 else 'the only one'
+            'by --series' if series else 'the chest series with the most slices' if len(groups) > 1 else 'the only one'
         )
-        return _read_series(identity, choose_series(series, wanted), series, how, contents.left_out, with_lungs)
+        return _read_series(identity, choose_series(groups, series), groups, how, contents.left_out, wanted)
     counts = Counter(map(str, contents.left_out))
     reasons = format_counts(counts)
     if counts.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
-    if wanted is not None:
-        raise UserError(f'--series={wanted} is for DICOM, and no DICOM slice is in it')
+    if series is not None:
+        raise UserError(f'--series={series} is for DICOM, and no DICOM slice is in it')
     images, voxels = contents.images, contents.voxels
     if len(voxels) > 1 or (voxels and images):
         raise UserError(
             f'{len(voxels)} NIfTI, MetaImage or NRRD files and {len(images)} images in it: name one of them'
         )
     if voxels:
-        return _read_voxels(identity, voxels[0], counts, with_lungs)
+        return _read_voxels(identity, voxels[0], counts, wanted)
     if images:
         return _read_images(identity, images, counts)
     raise UserError(
@@ -206,26 +222,28 @@ class Found(NamedTuple):
       sha256: SHA-256, in hex, of the files of the series.
       share_copies: share of the slices that are copies of others.
       read: returns the scan or raises UserError.
+      frames: slices of a DICOM series, from head to feet; empty for other files.
     """
 
     series: str
     sha256: str
     share_copies: float
     read: Callable[[], Volume]
+    frames: Sequence[dicom.Frame] = ()
 
 
-def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list[Found]:
+def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool, hu_step: int = 0) -> list[Found]:
     """Finds every chest CT by the headers: axial series of `MIN_SERIES` slices or more, and files of whole scans.
 
     Args:
       entries: of a folder or of a file.
       name: for the scans.
-      with_lungs: see `read_volume`.
+      with_lungs, hu_step: see `read_volume`.
 
     Raises:
       UserError: no scan is found, but damaged files or single slices are.
     """
-    contents = _sort_entries(entries)
+    contents, wanted = _sort_entries(entries), _Wanted(with_lungs, hu_step)
     found = []
     if contents.frames:
         series = group_series(contents.frames)
@@ -241,10 +259,10 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
             def read(one: Series = one, sha256: str = sha256) -> Volume:
                 check_series(one)
                 how = 'the only one' if len(series) == 1 else 'every series of an archive is'
-                return _read_series((name, sha256), one, series, how, contents.left_out, with_lungs)
+                return _read_series((name, sha256), one, series, how, contents.left_out, wanted)
 
             share = one.num_copies / (one.num_copies + len(one.frames))
-            found.append(Found(one.name, sha256, share, read))
+            found.append(Found(one.name, sha256, share, read, one.frames))
     counts = Counter(map(str, contents.left_out))
     if contents.frames:
         # Nothing may vanish: neither a scan of which most is damaged nor one in pieces.
@@ -255,7 +273,7 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
         return found
     for entry in contents.voxels:
         identity = name, contents.digests[entry.name].hex()
-        found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
+        found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, wanted)))
     if not found and counts['damaged']:
         raise UserError(f'no axial CT slice in it ({format_counts(counts)})')
     return found
@@ -272,7 +290,7 @@ def _read_series(
     series: Sequence[Series],
     how: str,
     left_out: Sequence[dicom.LeftOut],
-    with_lungs: bool,
+    wanted: _Wanted,
 ) -> Volume:
     kept = chosen.frames
     counts, doubts, notes = Counter(map(str, left_out)), [], []
@@ -308,11 +326,12 @@ def _read_series(
     between = float(np.median(np.diff(depths))) if len(depths) > 1 else 5.0  # any thickness does for one slice
     affine = create_affine(kept)
     finder = None
-    if with_lungs:
+    if wanted.lungs:
         _, front, right = _orient_spacing(affine)
         height, width = kept[0].shape if _keeps_axes(affine) else kept[0].shape[::-1]
         finder = LungsFinder((len(kept), height, width), (between, front, right))
-    slices = _window_planes(compute_planes(kept), affine, [frame.entry.name for frame in kept], finder)
+    names = [frame.entry.name for frame in kept]
+    slices, planes_hu = _window_planes(compute_planes(kept), affine, names, finder, wanted.hu_step)
     lungs = None if finder is None else finder.find()
     others = [one.describe() for one in series if one is not chosen]
     facts = [
@@ -336,6 +355,7 @@ def _read_series(
         doubts,
         dict(counts),
         kept[0].thickness,
+        planes_hu,
     )
 
 
@@ -344,8 +364,12 @@ def _is_other(reason: dicom.LeftOut) -> bool:
 
 
 def _window_planes(
-    planes: Iterable[np.ndarray | Exception], affine: np.ndarray, names: Sequence[str], finder: LungsFinder | None
-) -> list[np.ndarray]:
+    planes: Iterable[np.ndarray | Exception],
+    affine: np.ndarray,
+    names: Sequence[str],
+    finder: LungsFinder | None,
+    hu_step: int,
+) -> tuple[list[np.ndarray], dict[int, np.ndarray] | None]:
     """Maps the planes of a scan, from head to feet, to grey as they come: the scan takes one byte a voxel.
 
     Args:
@@ -353,11 +377,15 @@ def _window_planes(
       affine: of the scan.
       names: of the files, for messages.
       finder: gets every plane in Hounsfield units.
+      hu_step: see `_Wanted`.
+
+    Returns:
+      The grey slices, and the planes to keep, or None.
 
     Raises:
       UserError: planes that can't be decoded, or values that are not Hounsfield units.
     """
-    slices, faults, check = [], [], HounsfieldCheck()
+    slices, kept, faults, check = [], {}, [], HounsfieldCheck()
     turn = ornt_transform(io_orientation(affine), _ORDER)
     for plane, name in zip(planes, names, strict=True):
         if isinstance(plane, Exception):
@@ -367,26 +395,16 @@ def _window_planes(
             [plane] = apply_orientation(plane[np.newaxis], turn)
             if finder is not None:
                 finder.add(plane)
+            if hu_step and not len(slices) % hu_step:
+                kept[len(slices)] = np.array(plane)
             slices.append(apply_window(np.ascontiguousarray(plane)))
     if faults:
         refuse_undecodable(list(dict.fromkeys(faults)))
     check.finish()
-    return slices
+    return slices, kept or None
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
-
-
-def turn_upright(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
-    """Turns a plane as stored [rows, columns] to the orientation of `Volume.slices`."""
-    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(io_orientation(create_affine(frames)), _ORDER))
-    return turned
-
-
-def turn_back(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
-    """Turns a plane in the orientation of `Volume.slices` to that of the stored slices."""
-    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(_ORDER, io_orientation(create_affine(frames))))
-    return turned
 
 
 def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
@@ -406,12 +424,23 @@ def restore_axes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return apply_orientation(slices_TxHxW, ornt_transform(_ORDER, io_orientation(affine)))
 
 
+def restore_planes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Turns slices in the orientation of `Volume.slices` to that of the stored slices of DICOM, in the same order.
+
+    Args:
+      slices_TxHxW: all slices, or some.
+      affine: of the scan, see `Volume.affine`.
+    """
+    # Of DICOM, the last axis runs from head to feet, as the first one does here.
+    return restore_axes(slices_TxHxW, affine).T
+
+
 def _keeps_axes(affine: np.ndarray) -> bool:
     """Returns whether rows stay rows in a turn to `_ORDER`."""
     return bool(io_orientation(affine)[1, 0] == 1)
 
 
-def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
     with report_damage(), contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_nifti_file(entry.path)) if entry.path else open_nifti(entry.read())
         image, shape = opened
@@ -422,22 +451,22 @@ def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str],
 
         doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
         voxels = _Voxels('NIfTI', read, shape, 2, image.affine)
-        return _read_planes(identity, voxels, doubts, left_out, with_lungs)
+        return _read_planes(identity, voxels, doubts, left_out, wanted)
 
 
-def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
     read = _read_itk if entry.name.lower().endswith(itk.ENDINGS) else _read_nifti
-    return read(identity, entry, left_out, with_lungs)
+    return read(identity, entry, left_out, wanted)
 
 
-def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
     planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
     name, contents = identity
     # The header alone does not identify a scan whose voxels lie in a file of their own.
     identity = name, hash_contents([bytes.fromhex(contents), digest])
     kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
     voxels = _Voxels(kind, planes.__getitem__, planes.shape, 0, affine)
-    return _read_planes(identity, voxels, [], left_out, with_lungs)
+    return _read_planes(identity, voxels, [], left_out, wanted)
 
 
 class _Voxels(NamedTuple):
@@ -459,7 +488,7 @@ class _Voxels(NamedTuple):
 
 
 def _read_planes(
-    identity: tuple[str, str], voxels: _Voxels, doubts: list[str], left_out: Counter[str], with_lungs: bool
+    identity: tuple[str, str], voxels: _Voxels, doubts: list[str], left_out: Counter[str], wanted: _Wanted
 ) -> Volume:
     """Maps voxels to grey plane by plane and turns them by their affine to slices from head to feet."""
     affine = voxels.affine
@@ -480,12 +509,15 @@ def _read_planes(
         of_place[...] = apply_window(plane)
     check.finish()
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
-    lungs = None
-    if with_lungs:
-        finder = LungsFinder(slices.shape, _orient_spacing(affine))
-        for plane in _iterate_slices(voxels, ornt_transform(turn, _ORDER)):
-            finder.add(plane)
-        lungs = finder.find()
+    lungs, planes_hu = None, {} if wanted.hu_step else None
+    if any(wanted):
+        finder = LungsFinder(slices.shape, _orient_spacing(affine)) if wanted.lungs else None
+        for place, plane in enumerate(_iterate_slices(voxels, ornt_transform(turn, _ORDER))):
+            if finder is not None:
+                finder.add(plane)
+            if planes_hu is not None and place % wanted.hu_step == 0:
+                planes_hu[place] = np.array(plane)
+        lungs = finder and finder.find()
     facts = [
         ('voxels', ' x '.join(map(str, grey.shape))),
         *([('left out', format_counts(left_out))] if left_out else []),
@@ -495,7 +527,10 @@ def _read_planes(
     ]
     depths = spacing * np.arange(len(slices))
     source = affine if voxels.kind == 'NIfTI' else _swap_axes(affine)
-    return Volume(*identity, voxels.kind, list(slices), depths, lungs, source, facts, [], doubts, dict(left_out))
+    counts = dict(left_out)
+    return Volume(
+        *identity, voxels.kind, list(slices), depths, lungs, source, facts, [], doubts, counts, planes_hu=planes_hu
+    )
 
 
 def _iterate_slices(voxels: _Voxels, turn: np.ndarray) -> Iterator[np.ndarray]:
