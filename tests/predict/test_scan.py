@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -254,7 +255,8 @@ def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
     for found in (None, novelty):
         series = write_series(tmp_path / 'scan', HU[:3])
         changed = run._replace(
-            members=(run.members[0]._replace(novelty=found),), rules=RULES | {'scans': {'rule': 'mean', **sure}}
+            members=(dataclasses.replace(run.members[0], novelty=found),),
+            rules=RULES | {'scans': {'rule': 'mean', **sure}},
         )
         verdicts.append(scan.predict_one(changed, series, tmp_path / 'out', series=None, force=False, windows=1))
     assert 'scan: uncertain' not in verdicts[0]
