@@ -3,8 +3,9 @@
   python benchmarks/serve.py --workdir=/tmp/run
 
 Good ones are synthetic DICOM scans of 20 slices, broken ones zips of damaged DICOM, huge ones announce 3 GB. A client
-that gets 429 waits a second and tries again. Printed are the answers by kind and status, the latency of every good scan
-from its first post to its result, and the largest resident memory of the server and of its worker.
+that gets 429 waits a second and tries again. Printed are the answers by kind and status, the latency of good scans from
+the post that was accepted to the result, and the largest resident memory of the server and of its worker. The exit
+status is 1 after a 5xx, a connection that broke, or an accepted scan without an answer.
 """
 
 import argparse
@@ -80,12 +81,12 @@ class Load:
             kind = rng.choices(('good', 'broken', 'huge'), (6, 2, 2))[0]
             start = time.monotonic()
             if kind == 'huge':
-                status, _ = self.call('POST', '/api/scans', iter([HEAD, *[bytes(1_000_000)] * 50]), 3_000_000_000)
-                self.count(kind, status)
+                status, answer = self.call('POST', '/api/scans', iter([HEAD, *[bytes(1_000_000)] * 50]), 3_000_000_000)
+                self.count(kind, status or answer['error']['code'])
                 continue
             body = HEAD + (self.good if kind == 'good' else self.broken) + TAIL
             status, answer = self.call('POST', '/api/scans', body)
-            self.count(kind, status)
+            self.count(kind, status or answer['error']['code'])
             if status == 429:
                 time.sleep(1)
                 continue
@@ -97,7 +98,7 @@ class Load:
                 if status != 200 or answer['state'] in ('done', 'refused'):
                     break
                 time.sleep(0.2)
-            outcome = answer['state'] if status == 200 else f'lost ({status})'
+            outcome = answer['state'] if status == 200 else f'lost ({status or answer["error"]["code"]})'
             self.count(kind, outcome)
             if kind == 'good' and outcome == 'done':
                 with self.lock:
@@ -143,9 +144,14 @@ def main():
         process.wait()
     for (kind, outcome), count in sorted(load.answers.items(), key=str):
         print(f'{kind:<8}{outcome!s:<16}{count:>7,}')
-    quantiles = ', '.join(f'{q:.0%} {np.quantile(load.latencies, q):.1f} s' for q in (0.5, 0.95, 1))
-    print(f'latency of {len(load.latencies):,} good scans: {quantiles}')
+    if load.latencies:
+        quantiles = ', '.join(f'{q:.0%} {np.quantile(load.latencies, q):.1f} s' for q in (0.5, 0.95, 1))
+        print(f'latency of {len(load.latencies):,} good scans: {quantiles}')
     print(', '.join(f'{name} at most {peak:,.0f} MB' for name, peak in peaks.items()))
+    good = {200, 202, 413, 429, 'done', 'refused'}
+    faults = {key: count for key, count in load.answers.items() if key[1] not in good or key == ('good', 'refused')}
+    print(f'faults: {faults or "none"}')
+    sys.exit(bool(faults))
 
 
 if __name__ == '__main__':

@@ -172,16 +172,18 @@ def predict(values: flags.FlagValues) -> None:
 
 
 def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
-    if values.input or values.series is not None or values.masks or values.dicom:
+    if values.input or values.series is not None or values.masks:
         raise UserError(
-            '--archive takes no --input, --series, --masks or --dicom: it finds every scan and series itself, and '
-            'writes tables'
+            '--archive takes no --input, --series or --masks: it finds every scan and series itself, and writes tables'
         )
     if values.output is None:
         raise UserError('--archive needs --output=<folder for the tables>')
     _start_jax(values)
     from covidjax.predict.archive import predict_archive
+    from covidjax.predict.dicom_results import check_package
 
+    if values.dicom:
+        check_package()
     all_well = predict_archive(
         workdir,
         Path(values.archive),
@@ -191,6 +193,7 @@ def _predict_archive(values: flags.FlagValues, workdir: Path | None) -> None:
         scheduler=values.scheduler,
         force=values.force,
         windows=_get_windows(values),
+        dicom=values.dicom,
     )
     if not all_well:
         sys.exit(1)

@@ -39,7 +39,12 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     model.combination = 'concat'  # how the two attention modules combine: 'concat' or 'average'
     model.dropout = 0.0  # of the embedding
     model.mirror = False  # evaluation averages over a slice and its mirror image
-    model.pretrained = 'timm/resnet50.tv_in1k'  # Hugging Face name or .safetensors file; empty: from scratch
+    # Hugging Face name, .safetensors file, 'astra' (weights that have seen CT, docs/ct_weights.md); for
+    # efficientnet_lite0 also 'efficientnet-lite0' (ImageNet) or 'box' (the lesion model of this package); empty: from
+    # scratch
+    model.pretrained = 'timm/resnet50.tv_in1k'
+    model.frozen = False  # keep the backbone as it is; its features are computed once (needs train.augment='none')
+    model.pooled = False  # attend to mean and maximum of a map instead of its positions
 
     config.train = train = ConfigDict()
     train.batch_size = 64  # slices per step, over all devices

@@ -2,6 +2,7 @@
 
 A batch is a dict: 'image' uint8 [B, S, S, 1], 'index' int32 [B] (record number in the split), 'mask' float32 [B] (0
 marks padding), and what else the records hold: 'label' int32 [B], or 'masks' and 'known' (see `masked.read_masked`).
+Records may hold 'embedding' [E] instead of 'image'.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)
 
 
 # Columns of a record that batches hold, with their dtypes; others are names.
-_INPUTS = {'image': np.asarray, 'label': np.int32, 'masks': np.asarray, 'known': np.uint8}
+_INPUTS = {'image': np.asarray, 'embedding': np.asarray, 'label': np.int32, 'masks': np.asarray, 'known': np.uint8}
 
 
 class _Records(grain.sources.RandomAccessDataSource):

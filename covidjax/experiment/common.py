@@ -205,12 +205,14 @@ class Procedure:
       create_experiment: (config, data) -> the experiment; not called if the run is finished.
       test: (experiment, checkpoints, history, workdir) -> content of results.json, which it writes last.
       format_summary: (results, workdir) -> text.
+      settle: (config, data) -> the config to run and save, with what only the data decide.
     """
 
     load_data: Callable[[ConfigDict, Path], Any]
     create_experiment: Callable[[ConfigDict, Any], Experiment]
     test: Callable[[Any, Checkpoints, Sequence[dict], Path], dict[str, Any]]
     format_summary: Callable[[dict[str, Any], Path], str]
+    settle: Callable[[ConfigDict, Any], ConfigDict] = lambda config, data: config
 
 
 def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = None) -> dict[str, Any]:
@@ -237,6 +239,7 @@ def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = N
         else:
             check_batch_size(config.train.batch_size, config.train.accumulation_steps)
             data = data or procedure.load_data(config.data, workdir)
+            config = procedure.settle(config, data)
             save_config(workdir, config)
             experiment = procedure.create_experiment(config, data)
             with open_checkpoints(workdir) as checkpoints:
@@ -601,7 +604,8 @@ def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any
 def describe_training(experiment: Experiment, history: Sequence[dict]) -> dict[str, Any]:
     """Returns the part `training` of results.json."""
     config = experiment.config
-    pretrained = (config.model if 'pretrained' in config.model else config.att2.model).pretrained
+    model = config.model if 'pretrained' in config.model else config.att2.model
+    pretrained = f'{model.pretrained}, frozen' if model.get('frozen') else model.pretrained
     best_epoch = loop.find_best_epoch([entry['val_loss'] for entry in history], config.train.min_delta)
     return {
         'pretrained': pretrained or 'none (from scratch)',

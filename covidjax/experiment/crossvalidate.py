@@ -57,6 +57,7 @@ from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.experiment.runs import EXPERIMENTS
 from covidjax.experiment.workdir import FOLDS, list_folds
 from covidjax.files import report_full_disk, report_write_errors, write_json
+from covidjax.models.pretrained import LESION_BOX
 from covidjax.report import folds as report
 from covidjax.report.checklist import write_checklist
 from covidjax.training.checkpoints import open_checkpoints
@@ -99,7 +100,7 @@ def crossvalidate(
     """
     _check(config, workdir, division)
     with report_full_disk(workdir):
-        data, folds = _plan(config, workdir, division)
+        config, data, folds = _plan(slices.adopt_pooling(config, workdir), workdir, division)
         if fold is not None and not 1 <= fold <= len(folds):
             raise UserError(f'--fold={fold}: it must be from 1 to {len(folds)}')
         if fold is None and (workdir / 'results.json').exists():
@@ -139,6 +140,11 @@ def _check(config: ConfigDict, workdir: Path, division: Division) -> None:
             f'config.lesions={config.lesions} may have been trained on patients that the folds hold out: leave it '
             'out, or pass --by=source'
         )
+    if config.model.get('pretrained') == LESION_BOX:
+        raise UserError(
+            f'config.model.pretrained={LESION_BOX} may have been trained on patients that the folds hold out: pass the '
+            '.safetensors file of a lesion model that was trained without them'
+        )
     if config.get('extractor'):
         raise UserError(
             f'config.extractor={config.extractor} was trained on patients that the folds hold out: leave it out, so '
@@ -148,7 +154,7 @@ def _check(config: ConfigDict, workdir: Path, division: Division) -> None:
         raise UserError(f'{workdir} holds a single run, not a cross-validation: choose another --workdir')
 
 
-def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx_ct.Prepared, list[Fold]]:
+def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[ConfigDict, covidx_ct.Prepared, list[Fold]]:
     """Loads the data and writes folds.json and the workdirs of the folds, or checks that they are the same."""
     with report_write_errors(workdir, '--workdir'):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -156,6 +162,7 @@ def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx
     with lock:  # commands for single folds may start at once: they wait for the first one
         check_workdir(workdir, config)
         data = common.load_data(config.data, workdir)
+        config = slices.settle_pooling(config, data)
         if division.by == 'source':
             folds = divide_sources(get_pool(data), get_sources(data), division.groups, config.seed)
         else:
@@ -173,7 +180,7 @@ def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx
             write_json(workdir / FOLDS, {'by': division.by, 'folds': [fold._asdict() for fold in folds]})
         for fold, folder in zip(folds, list_folds(workdir), strict=True):
             _create_folder(config, folder, fold)
-    return data, folds
+    return config, data, folds
 
 
 def _find_left_out(data: covidx_ct.Prepared, fold: Fold) -> set[str]:

@@ -34,8 +34,8 @@ from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import (
-    BOX,
     LesionModel,
     compute_digest,
     holds_lesion_weights,
@@ -77,9 +77,7 @@ def find_start(pretrained: str) -> Path | None:
     Raises:
       UserError: there is no such file.
     """
-    if not pretrained:
-        return None
-    return BOX if pretrained == 'box' else find_weights(pretrained)
+    return find_weights(pretrained) if pretrained else None
 
 
 def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def create_predictor(
     batch_size = pad_batch_size(batch_size)
 
     def predict(variables: dict[str, Any], split: str) -> Iterator[tuple[int, np.ndarray, float, float]]:
-        count = len(data.sources[split])
+        count, variables = len(data.sources[split]), fold_batch_norm(variables)
         batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
         for number, batch in enumerate(batches):
             probabilities, losses_B, scores_B = jax.device_get(_apply(model, variables, place_batch(batch)))

@@ -1,5 +1,7 @@
 """Maps config names to experiments, and loads finished runs and ensembles of them."""
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +18,15 @@ from covidjax.experiment.config import load_config
 from covidjax.experiment.lesions import load_lesions
 from covidjax.experiment.workdir import list_folds
 from covidjax.models.att2 import Att2
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.training.checkpoints import open_checkpoints
 
-EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
+EXPERIMENTS = {'att2': slices, 'lite': slices, 'ct': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
 
 
-class Member(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Member:
     """One model of a run.
 
     Attributes:
@@ -39,6 +43,11 @@ class Member(NamedTuple):
     novelty: Novelty | None
     temperature: float = 1.0
     home: Home | None = None
+
+    @functools.cached_property
+    def folded(self) -> dict[str, Any]:
+        """Variables of the slice model for evaluation mode, on the device (see `folding.fold_batch_norm`)."""
+        return jax.device_put(fold_batch_norm(self.slice_variables))
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -120,14 +129,15 @@ def load_run(workdir: Path | None) -> Run:
     members = []
     for folder in folds:
         temperature = common.load_output(folder, 'calibration.json')['temperature']
-        members.append(_load_member(config, folder)._replace(temperature=temperature))
+        members.append(dataclasses.replace(_load_member(config, folder), temperature=temperature))
     return Run(config, results, rules, tuple(members), outlining)
 
 
 def create_lesion_run(outlining: LesionModel) -> Run:
     """Returns a run without classes: it outlines lungs and lesions."""
     config = ConfigDict({'name': 'lesions', 'data': {'image_size': outlining.image_size, 'region': 'body'}})
-    results = {'model': f'{lesions.TITLE}, {outlining.name}', 'data': outlining.data, 'notice': outlining.notice}
+    title = f'{lesions.TITLE}, {Path(outlining.name).name}'
+    results = {'model': title, 'data': outlining.data, 'notice': outlining.notice}
     return Run(config, results, {}, (), outlining)
 
 
@@ -159,7 +169,7 @@ def _load_member(config: ConfigDict, workdir: Path) -> Member:
 
 def compute_member_outputs(run: Run, images: np.ndarray) -> tuple[SliceOutputs, ...]:
     """Returns the outputs of every member for images uint8 [N, S, S, 1], N at least 1."""
-    return tuple(compute_outputs(m.slice_model, m.slice_variables, images) for m in run.members)
+    return tuple(compute_outputs(m.slice_model, m.folded, images) for m in run.members)
 
 
 def average_outputs(run: Run, outputs: tuple[SliceOutputs, ...]) -> SliceOutputs:

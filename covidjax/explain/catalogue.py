@@ -72,6 +72,15 @@ def _scale_inside(maps: np.ndarray, lungs: np.ndarray) -> np.ndarray:
     return scale_to_unit(np.where(lungs, maps, lowest))
 
 
+def compute_map(name: str, explained: Explanations, images: np.ndarray, combination: str) -> np.ndarray:
+    """Returns the map `name` of `compute_maps` or `restrict` of slices uint8 [N, S, S]: float [N, S, S] in [0, 1]."""
+    whole = name.removesuffix(IN_LUNGS)
+    maps = compute_maps(explained, images.shape[1], combination)
+    if whole != name:
+        maps = restrict({whole: maps[whole]}, find_lungs(images[..., np.newaxis]))
+    return maps[name]
+
+
 def compute_controls(images: np.ndarray, lungs: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns CONTROLS, and 'no preference' and the random map inside the lungs, by name: float [N, S, S] in [0, 1]."""
     count, size = images.shape[:2]

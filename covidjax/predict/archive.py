@@ -5,22 +5,19 @@ crash interrupts is repeated; what is done is skipped.
 """
 
 import functools
-import hashlib
 import itertools
 import logging
 import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import jax
 import joblib
-import numpy as np
 from joblib.externals import loky
 
 import covidjax
@@ -30,10 +27,12 @@ from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, report_full_disk, report_write_errors, write_json
 from covidjax.predict import tables, tasks
 from covidjax.predict.prepare import stack_images
-from covidjax.predict.scan import conclude, create_recipe
+from covidjax.predict.scan import compute_version, conclude, create_recipe
 from covidjax.predict.tables import DONE, FAILURES, PREDICTIONS, Table, create_row
 from covidjax.predict.units import Unit, list_units, select_shard
 from covidjax.progress import open_progress
+from covidjax.report.burden import LesionPrediction
+from covidjax.report.prediction import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,7 @@ PAGES = ('all', 'positive', 'none')
 BACKEND = 'loky'  # of joblib, on this host
 MAX_AHEAD = 2  # units for each worker that are read or wait for the model; bounds the memory
 MAX_CRASHES = 5  # without a result between them
+_DICOM = 'dicom'  # file in it: there are DICOM results
 STATE = '.state'  # folder below --output: locks, and the tables of shards and of finished units
 
 
@@ -69,6 +69,7 @@ def predict_archive(
     shard: str | None = None,
     scheduler: str | None = None,
     force: bool = False,
+    dicom: bool = False,
     windows: int = 3,
 ) -> bool:
     """Predicts every chest CT of an archive; returns whether none failed.
@@ -84,10 +85,12 @@ def predict_archive(
       shard: 'k/n' for part k of n; None for everything.
       scheduler: address of a Dask scheduler; None for this host.
       force: predicts in spite of doubts.
+      dicom: also writes DICOM results into dicom/ of the folder of each scan, refused ones included.
       windows: see `scan.create_recipe`.
 
     Raises:
-      UserError: the run, the archive or the output is no good, or the output holds predictions of another run.
+      UserError: the run, the archive or the output is no good, or the output holds predictions of another run, or with
+        or without DICOM results in contrast to `dicom`.
     """
     if pages not in PAGES:
         raise UserError(f'--pages={pages}: it must be {", ".join(PAGES)}')
@@ -105,7 +108,7 @@ def predict_archive(
     except filelock.Timeout as error:
         raise UserError(f'{output} is in use by another command: wait for it, or choose another --output') from error
     with lock, report_write_errors(output, '--output'), report_full_disk(output):
-        job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler, windows)
+        job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler, dicom, windows)
         return job.run_units(units)
 
 
@@ -117,18 +120,6 @@ def _parse_shard(shard: str | None) -> tuple[int, int]:
     if not 1 <= number <= count:
         raise UserError(f'--shard={shard}: it must be k/n with k from 1 to n, e.g. 3/8')
     return number, count
-
-
-def compute_version(run: Run, windows: int = 3) -> str:
-    """Returns 12 digits that name a run: the SHA-256 of its config, rules and weights, and of the number of windows."""
-    digest = hashlib.sha256(run.config.to_json(sort_keys=True).encode())
-    digest.update(repr(run.rules).encode())
-    digest.update(f'windows {windows}'.encode())
-    for leaf in jax.tree.leaves([(member.variables, member.novelty, member.home) for member in run.members]):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    if run.lesions:
-        digest.update(run.lesions.digest.encode())
-    return digest.hexdigest()[:12]
 
 
 class _Job:
@@ -144,6 +135,7 @@ class _Job:
         pages: str,
         force: bool,
         scheduler: str | None,
+        dicom: bool,
         windows: int,
     ):
         self._run, self._workdir, self._output, self._versions = run, workdir, output, versions
@@ -158,16 +150,29 @@ class _Job:
         if others:
             of = ', '.join(f'run {run}, covidjax {program}' for run, program in sorted(others))
             raise UserError(f'{output} holds predictions of another run or version ({of}): choose another --output')
+        self._maker = self._describe_maker(bool(known)) if dicom else None
+        if not dicom and (output / STATE / _DICOM).exists():
+            raise UserError(f'{output} holds predictions with DICOM results: pass --dicom, or choose another --output')
         self._known = frozenset((row['path'], row['id']) for row in known)
         self._refused: list[tasks.Refusal] = []
-        self._queue = OutputQueue([(member.slice_model, member.slice_variables) for member in run.members])
+        self._queue = OutputQueue([(member.slice_model, member.folded) for member in run.members])
         self._keys = itertools.count()
         self._waiting: dict[int, tasks.Prepared] = {}  # for the model, by key
         self._open: dict[str, set[int]] = {}  # keys of the scans of a unit that are not written, by its name
         self._faulty: set[str] = set()  # units with a refusal
         self._units: dict[str, Unit] = {}
-        self._num_new = self._num_known = self._num_empty = 0
+        self._num_new = self._num_known = self._num_empty = self._num_without_dicom = 0
         self._seconds = dict.fromkeys(('model', 'waiting', 'writing'), 0.0)
+
+    def _describe_maker(self, has_rows: bool) -> dict[str, str]:
+        """Returns who makes the DICOM results. What was predicted without them would stay without."""
+        from covidjax.predict.dicom_results import describe_maker
+
+        marker = self._output / STATE / _DICOM
+        if has_rows and not marker.exists():
+            raise UserError(f'{self._output} holds predictions without DICOM results: choose another --output')
+        marker.touch()
+        return describe_maker(self._run.results, self._versions['run'])
 
     def _list_tables(self, name: str) -> list[Path]:
         """Returns the tables of the whole and of all shards, less the own one."""
@@ -187,7 +192,7 @@ class _Job:
         }
         todo = [unit for unit in units if (unit.name, unit.signature) not in done]
         start = time.monotonic()
-        pool = _Pool(todo, self._scheduler, self._create_call)
+        pool = _Pool(todo, self._scheduler, self._create_call, with_pages=self._pages != 'none')
         try:
             with open_progress('archive', len(units), 'unit', initial=len(units) - len(todo)) as progress:
                 count = 0
@@ -212,10 +217,12 @@ class _Job:
         known = frozenset(key for key in self._known if key[0] == unit.name or unit.more)
         if self._scheduler is None:
             call = joblib.delayed(tasks.prepare_unit)
-            return call(unit, create_recipe(self._run, self._windows), known, force=self._force, main_pid=os.getpid())
+            recipe = create_recipe(self._run, self._windows)
+            return call(unit, recipe, known, force=self._force, maker=self._maker, main_pid=os.getpid())
         call = joblib.delayed(tasks.predict_unit)
         workdir = self._workdir and str(self._workdir.resolve())
-        return call(unit, workdir, known, force=self._force, pages=self._pages, windows=self._windows)
+        options = {'force': self._force, 'pages': self._pages, 'windows': self._windows, 'maker': self._maker}
+        return call(unit, workdir, known, **options)
 
     def _take(self, task: Task, result: Any, pool: '_Pool') -> None:
         """Takes the result of a task: a `UnitResult`, or the (key, `Finished`) of a page."""
@@ -255,16 +262,13 @@ class _Job:
                 prediction = conclude(self._run, prepared.scan, outputs)
                 # A page needs neither the slices nor the grids, which would be copied to its worker.
                 scan = prepared.scan._replace(images=prepared.scan.images[:0], whole=None, views=None)
-                light = prepared._replace(scan=scan._replace(volume=scan.volume._replace(lungs=None)))
-                if prediction.outlined:
-                    prediction = prediction._replace(
-                        outlined=prediction.outlined._replace(burden=None, probabilities=None)
-                    )
-                finish = functools.partial(tasks.finish_scan, light, prediction, self._run.results)
-                if tasks.has_page(prediction.summary, self._pages):
+                light = prepared._replace(scan=scan)
+                light, prediction = lighten(light, prediction, with_outlines=bool(light.headers))
+                finish = functools.partial(tasks.finish_scan, light, prediction, self._run.results, maker=self._maker)
+                if light.headers or tasks.has_page(prediction.summary, self._pages):
                     pool.add_page(joblib.delayed(_finish)(key, finish, self._pages))
                 else:
-                    self._write(key, finish('none'))
+                    self._write(key, finish(pages='none'))
                 del self._waiting[key]
 
     def _write(self, key: int, finished: tasks.Finished) -> None:
@@ -277,6 +281,7 @@ class _Job:
             with replace_file(folder / 'prediction.html') as temporary:
                 temporary.write_text(finished.page)
         write_json(folder / 'prediction.json', summary)
+        self._write_dicom(folder, finished.dicom)
         self._predictions.append(create_row(finished.path, finished.series, summary) | self._versions)
         self._num_new += 1
         self._seconds['writing'] += time.monotonic() - start
@@ -284,6 +289,16 @@ class _Job:
             if key in keys:
                 keys.remove(key)
                 self._close_unit(name)
+
+    def _write_dicom(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        if self._maker is None:
+            return
+        if not files:
+            self._num_without_dicom += 1
+            return
+        from covidjax.predict.dicom_results import write_files
+
+        write_files(folder / 'dicom', files)
 
     def _close_unit(self, name: str) -> None:
         """Remembers a unit of which everything is written, so that it is not read again."""
@@ -297,6 +312,10 @@ class _Job:
         self._faulty.add(name)
         self._refused.append(refusal)
         self._failures.append(refusal._asdict() | self._versions)
+        if refusal.dicom:
+            folder = self._output / refusal.id
+            folder.mkdir(exist_ok=True)
+            self._write_dicom(folder, refusal.dicom)
         log.info('%s%s: %s', refusal.path, refusal.series and f', series {refusal.series}', refusal.reason)
 
     def _close_tables(self) -> None:
@@ -324,19 +343,36 @@ class _Job:
         if self._num_new and self._scheduler is None:
             model, waiting = (self._seconds[name] / seconds for name in ('model', 'waiting'))
             shares = f'; the model ran {model:.0%} of the time and waited for data {waiting:.0%}'
+        count = self._num_without_dicom
+        without = f'; {count:,} without DICOM results, as nothing can refer to their slices' if count else ''
         table = self._output / 'predictions.csv'
         print(
             f'{len(self._predictions.rows):,} scans{self._suffix and " of this part"} in {table}, '
             f'{self._num_new:,} of them new; '
             f'{len(self._failures.rows):,} failures in {self._output / "failures.csv"}; '
             f'{self._num_empty:,} folders or files without a chest CT, {num_skipped:,} skipped as done; '
-            f'{seconds:.0f} s{speed}{shares}',
+            f'{seconds:.0f} s{speed}{shares}{without}',
             flush=True,
         )
 
 
-def _finish(key: int, finish: Callable[[str], tasks.Finished], pages: str) -> tuple[int, tasks.Finished]:
-    return key, finish(pages)
+def _finish(key: int, finish: Callable[..., tasks.Finished], pages: str) -> tuple[int, tasks.Finished]:
+    return key, finish(pages=pages)
+
+
+def lighten(
+    prepared: tasks.Prepared, prediction: Prediction | LesionPrediction, *, with_outlines: bool
+) -> tuple[tasks.Prepared, Prediction | LesionPrediction]:
+    """Drops the grids that a page does not need, which would be copied to its worker. DICOM needs the outlines."""
+    volume, outlined = prepared.scan.volume, prediction.outlined
+    if outlined is None or not with_outlines:
+        volume = volume._replace(lungs=None)
+    elif volume.lungs is not None:
+        volume = volume._replace(lungs=volume.lungs._replace(hu_txhxw=volume.lungs.hu_txhxw[:0]))
+    if outlined is not None and not with_outlines:
+        outlined = outlined._replace(burden=None, probabilities=None)
+    prepared = prepared._replace(scan=prepared.scan._replace(volume=volume))
+    return prepared, prediction._replace(outlined=outlined)
 
 
 def _peek(path: Path) -> list[tables.Row]:
@@ -364,11 +400,14 @@ class _Pool:
       units: to read.
       scheduler: of Dask; None for processes of this host.
       create_call: returns the task of a unit.
+      with_pages: pages will be added.
     """
 
-    def __init__(self, units: list[Unit], scheduler: str | None, create_call: Callable[[Unit], Any]):
+    def __init__(
+        self, units: list[Unit], scheduler: str | None, create_call: Callable[[Unit], Any], *, with_pages: bool
+    ):
         self._units, self._pages, self._suspects = deque(units), deque(), deque()
-        self._scheduler, self._create_call = scheduler, create_call
+        self._scheduler, self._create_call, self._with_pages = scheduler, create_call, with_pages
         self._numbers, self._running = itertools.count(), {}
         self._num_crashes = 0  # since the last result
         self._is_careful = False  # a worker died: one unit at a time, to find which
@@ -439,14 +478,15 @@ class _Pool:
 
     def _generate(self) -> Iterator[Any]:
         """Yields calls. joblib fetches them from its threads, one at a time."""
+        main_pid = os.getpid() if self._scheduler is None else None
         while True:
             call = self._choose()
             if call is not None:
-                yield joblib.delayed(_run)(*call)
+                yield joblib.delayed(_run)(*call, main_pid, self._with_pages)
             elif not (self.is_reading or self._running or self._pages or self._get_num_waiting()):
                 return
             else:
-                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)())
+                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)(), main_pid, self._with_pages)
 
     def _choose(self) -> tuple[int, Any] | None:
         num_reading = sum(task.unit is not None for task in list(self._running.values()))
@@ -504,7 +544,9 @@ class _Pool:
             loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
-def _run(number: int | None, call: Any) -> tuple[int | None, Any]:
+def _run(number: int | None, call: Any, main_pid: int | None, with_pages: bool) -> tuple[int | None, Any]:
+    if main_pid is not None:
+        tasks.prepare_worker(main_pid, with_pages=with_pages)
     function, arguments, options = call
     return number, function(*arguments, **options)
 

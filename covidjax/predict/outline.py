@@ -3,6 +3,8 @@
 Shapes: T slices of a scan, S side of a slice as the model sees it, h = S / 4.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from covidjax.evaluation.burden import Burden, measure_burden
@@ -32,7 +34,7 @@ def outline_scan(lesions: LesionModel, prepared: PreparedScan) -> Outlined:
         labels = label_slice(probabilities[place], of_slice, burden.threshold, prepared.whole[place].shape)
         shown.append(ShownSlice(place + 1, prepared.whole[place], labels))
     summary = {
-        'model': lesions.name,
+        'model': Path(lesions.name).name,  # not where it lies on this machine
         'digest': lesions.digest,
         'trained_on_phantoms': bool(lesions.notice),
         **burden.to_json(),

@@ -1,6 +1,7 @@
 """One scan in, one report out: what a trained run says of a chest CT that belongs to no dataset."""
 
 import functools
+import hashlib
 import logging
 import sys
 import time
@@ -137,7 +138,8 @@ def predict_one(
       is_shared: appends the start of the SHA-256 of the contents to the name of the folder, which another scan has too.
       masks: also writes masks.nii.gz, in the geometry of the scan, and overlays/, slices with outlines; the run needs a
         lesion model.
-      dicom: also writes DICOM results into a folder dicom/, see `dicom_results`.
+      dicom: also writes DICOM results into a folder dicom/, see `dicom_results`; of a refused scan, a report that says
+        why.
       windows: see `create_recipe`.
 
     Raises:
@@ -145,11 +147,17 @@ def predict_one(
     """
     start = time.perf_counter()
     recipe = create_recipe(run, windows)
-    volume = read_volume(path, series, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
-    seconds = {'reading': time.perf_counter() - start}
-    if is_shared:
-        folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
-    prediction = predict_scan(run, volume, seconds, force=force, path=path, windows=windows)
+    try:
+        volume = read_volume(path, series, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
+        seconds = {'reading': time.perf_counter() - start}
+        if is_shared:
+            folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
+        prediction = predict_scan(run, volume, seconds, force=force, path=path, windows=windows)
+    except UserError as error:
+        if dicom:
+            with report_write_errors(folder, '--output'), report_full_disk(folder):
+                write_dicom_refusal(run, folder / 'dicom', path, series, error, windows)
+        raise
     start = time.perf_counter()
     with report_write_errors(folder, '--output'), report_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,18 +168,50 @@ def predict_one(
         summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
         write_json(folder / 'prediction.json', summary)
         if dicom:
-            write_dicom(run, folder / 'dicom', path, series, prediction, windows)
+            write_dicom(run, folder / 'dicom', path, series, volume, prediction, windows)
     return format_line(summary, folder)
 
 
 def write_dicom(
-    run: Run, folder: Path, path: Path, series: str | None, prediction: Prediction, windows: int = 3
+    run: Run,
+    folder: Path,
+    path: Path,
+    series: str | None,
+    volume: Volume,
+    prediction: Prediction | LesionPrediction,
+    windows: int = 3,
 ) -> None:
-    """Writes the DICOM results of a prediction; see `dicom_results.write_results`."""
-    from covidjax.predict.archive import compute_version
-    from covidjax.predict.dicom_results import write_results
+    """Writes the DICOM results of a prediction; see `dicom_results.create_results`.
 
-    write_results(folder, path, series, prediction, run.results, compute_version(run, windows))
+    Raises:
+      UserError: the scan is no DICOM, or its headers do not identify the slices.
+    """
+    from covidjax.predict import dicom_results
+
+    headers = dicom_results.read_headers(path, series)
+    maker = dicom_results.describe_maker(run.results, compute_version(run, windows))
+    try:
+        files = dicom_results.create_results(headers, volume, prediction, run.results, maker)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    dicom_results.write_files(folder, files)
+
+
+def write_dicom_refusal(
+    run: Run, folder: Path, path: Path, series: str | None, refusal: UserError, windows: int = 3
+) -> bool:
+    """Writes the DICOM report of a refused scan. Returns False, and writes nothing, if no slices can be referred to."""
+    from covidjax.predict import dicom_results
+
+    maker = dicom_results.describe_maker(run.results, compute_version(run, windows))
+    try:
+        headers = dicom_results.read_headers(path, series)
+        files = dicom_results.create_refusal(headers, str(refusal).removeprefix(f'{path}: '), maker)
+    except UserError:
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    dicom_results.write_files(folder, files)
+    return True
 
 
 def write_masks(folder: Path, volume: Volume, outlined: Outlined) -> None:
@@ -217,6 +257,18 @@ def predict_scan(
     seconds['model'] = time.perf_counter() - start
     rounded = {stage: round(s, 2) for stage, s in seconds.items()}
     return prediction._replace(summary=prediction.summary | {'seconds': rounded})
+
+
+def compute_version(run: Run, windows: int = 3) -> str:
+    """Returns 12 digits that name a run: the SHA-256 of its config, rules and weights, and of the number of windows."""
+    digest = hashlib.sha256(run.config.to_json(sort_keys=True).encode())
+    digest.update(repr(run.rules).encode())
+    digest.update(f'windows {windows}'.encode())
+    for leaf in jax.tree.leaves([(member.variables, member.novelty, member.home) for member in run.members]):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    if run.lesions:
+        digest.update(run.lesions.digest.encode())
+    return digest.hexdigest()[:12]
 
 
 def create_recipe(run: Run, windows: int = 1) -> Recipe:

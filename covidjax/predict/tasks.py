@@ -1,5 +1,6 @@
 """What workers do for an archive: read and prepare a unit, write a page, or, on a cluster, predict a unit."""
 
+import contextlib
 import functools
 import threading
 import time
@@ -9,8 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from joblib.externals.loky import process_executor
+
 from covidjax.data.preprocess import set_up_worker
-from covidjax.data.scan.volume import find_scans
+from covidjax.data.scan.dicom import read_headers
+from covidjax.data.scan.volume import Found, find_scans
 from covidjax.errors import UserError
 from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan, stack_images
 from covidjax.predict.tables import get_id
@@ -21,17 +25,27 @@ if TYPE_CHECKING:
 
 READ_SECONDS = 900  # for a unit; a file server that takes longer hangs
 IDLE_SECONDS = 0.02
+MAX_GROWTH = 1_000_000_000  # bytes; a worker that grows by more is replaced
 MAX_COPIES = 0.1  # share of the slices of a joined unit
 
 Known = frozenset[tuple[str, str]]  # (path, id) of scans that have a row
+Maker = dict[str, str] | None
 
 
 class Refusal(NamedTuple):
-    """A scan, or a whole unit, that could not be predicted."""
+    """A scan, or a whole unit, that could not be predicted.
+
+    Attributes:
+      path, series, reason: for the table of failures.
+      id: of the scan, '' for a whole unit.
+      dicom: DICOM files by name, see `dicom_results`; none without --dicom, or if nothing can refer to the slices.
+    """
 
     path: str
     series: str
     reason: str
+    id: str = ''
+    dicom: dict[str, bytes] | None = None
 
 
 class Prepared(NamedTuple):
@@ -41,12 +55,14 @@ class Prepared(NamedTuple):
       path, series: for its row.
       scan: the scan.
       seconds: of reading and preparing.
+      headers: of its slices, for DICOM results; empty if there are none.
     """
 
     path: str
     series: str
     scan: PreparedScan
     seconds: dict[str, float]
+    headers: list[Any]
 
 
 class Finished(NamedTuple):
@@ -56,12 +72,14 @@ class Finished(NamedTuple):
       path, series: for its row.
       summary: prediction.json.
       page: prediction.html; None without a page.
+      dicom: DICOM files by name, see `dicom_results`; none without --dicom, or if nothing can refer to the slices.
     """
 
     path: str
     series: str
     summary: dict[str, Any]
     page: str | None
+    dicom: dict[str, bytes]
 
 
 class UnitResult(NamedTuple):
@@ -78,12 +96,31 @@ class UnitResult(NamedTuple):
     num_known: int
 
 
+@functools.cache  # once in a process
+def prepare_worker(main_pid: int, *, with_pages: bool) -> None:
+    """Prepares a worker of this host, before its first task.
+
+    loky replaces a worker whose memory has grown by 300 MB since its first task. The libraries of pages and one scan
+    take that much, so that workers were replaced, and loaded everything again, every few scans.
+
+    Args:
+      main_pid: see `prepare_unit`.
+      with_pages: the worker will write pages.
+    """
+    set_up_worker(main_pid)
+    process_executor._MAX_MEMORY_LEAK_SIZE = MAX_GROWTH
+    if with_pages:
+        import covidjax.report.prediction  # noqa: F401
+
+
 def idle() -> None:
     """Waits a moment. A worker gets this while it must not run ahead of the model."""
     time.sleep(IDLE_SECONDS)
 
 
-def prepare_unit(unit: Unit, recipe: Recipe, known: Known, *, force: bool, main_pid: int | None) -> UnitResult:
+def prepare_unit(
+    unit: Unit, recipe: Recipe, known: Known, *, force: bool, maker: Maker, main_pid: int | None
+) -> UnitResult:
     """Reads and prepares the scans of a unit.
 
     Args:
@@ -91,16 +128,19 @@ def prepare_unit(unit: Unit, recipe: Recipe, known: Known, *, force: bool, main_
       recipe: how to prepare it.
       known: scans that have a row.
       force: see `prepare_scan`.
+      maker: see `dicom_results.describe_maker`; None: no DICOM results.
       main_pid: process that waits for the result; the worker exits when it ends. None on a cluster.
     """
     if main_pid is not None:
         set_up_worker(main_pid)
-    return _limit(functools.partial(_prepare_unit, unit, recipe, known, force), unit, READ_SECONDS)
+    return _limit(functools.partial(_prepare_unit, unit, recipe, known, force, maker), unit, READ_SECONDS)
 
 
-def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str, windows: int) -> UnitResult:
+def predict_unit(
+    unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str, windows: int, maker: Maker
+) -> UnitResult:
     """Reads, prepares and predicts the scans of a unit with the run of `workdir`, which each process loads once."""
-    result = prepare_unit(unit, _load_recipe(workdir, windows), known, force=force, main_pid=None)
+    result = prepare_unit(unit, _load_recipe(workdir, windows), known, force=force, maker=maker, main_pid=None)
     from covidjax.experiment.runs import compute_member_outputs
     from covidjax.predict.scan import conclude
 
@@ -111,7 +151,7 @@ def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, 
         outputs = compute_member_outputs(run, stack_images(one.scan))
         prediction = conclude(run, one.scan, outputs)
         seconds = one.seconds | {'model': time.perf_counter() - start}
-        finished.append(finish_scan(one._replace(seconds=seconds), prediction, run.results, pages))
+        finished.append(finish_scan(one._replace(seconds=seconds), prediction, run.results, pages, maker))
     return result._replace(scans=finished)
 
 
@@ -142,16 +182,19 @@ def has_page(summary: dict[str, Any], pages: str) -> bool:
     return pages == 'all' or (pages == 'positive' and is_positive)
 
 
-def finish_scan(prepared: Prepared, prediction: 'Prediction', results: dict[str, Any], pages: str) -> Finished:
-    """Renders the page of a scan, if it gets one.
+def finish_scan(
+    prepared: Prepared, prediction: 'Prediction', results: dict[str, Any], pages: str, maker: Maker
+) -> Finished:
+    """Renders the page of a scan, if it gets one, and its DICOM results.
 
     Args:
       prepared: the scan; its images are not needed.
       prediction: its prediction.
       results: results.json of the run.
       pages: 'all', 'positive' or 'none'.
+      maker: see `dicom_results.describe_maker`; None: no DICOM results.
     """
-    seconds, page = dict(prepared.seconds), None
+    seconds, page, dicom = dict(prepared.seconds), None, {}
     summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
     if has_page(summary, pages):
         from covidjax.report.prediction import write_page  # it takes seconds to import
@@ -163,7 +206,12 @@ def finish_scan(prepared: Prepared, prediction: 'Prediction', results: dict[str,
             page = path.read_text()
         seconds['report'] = time.perf_counter() - start
         summary['seconds'] = {stage: round(s, 2) for stage, s in seconds.items()}
-    return Finished(prepared.path, prepared.series, summary, page)
+    if maker is not None and prepared.headers:
+        from covidjax.predict import dicom_results
+
+        with contextlib.suppress(UserError):
+            dicom = dicom_results.create_results(prepared.headers, prepared.scan.volume, prediction, results, maker)
+    return Finished(prepared.path, prepared.series, summary, page, dicom)
 
 
 def _limit(work: Callable[[], UnitResult], unit: Unit, seconds: float) -> UnitResult:
@@ -178,7 +226,7 @@ def _limit(work: Callable[[], UnitResult], unit: Unit, seconds: float) -> UnitRe
     return UnitResult([], [Refusal(unit.name, '', reason)], 0)
 
 
-def _prepare_unit(unit: Unit, recipe: Recipe, known: Known, force: bool) -> UnitResult:
+def _prepare_unit(unit: Unit, recipe: Recipe, known: Known, force: bool, maker: Maker) -> UnitResult:
     result = UnitResult([], [], 0)
     try:
         with open_unit(unit) as groups:
@@ -186,7 +234,7 @@ def _prepare_unit(unit: Unit, recipe: Recipe, known: Known, force: bool) -> Unit
                 together = [entry for _, entries in groups for entry in entries]
                 groups = [(unit.name, together)] if not _holds_copies(together, recipe) else groups
             for name, entries in groups:
-                result = _prepare_group(name, entries, recipe, known, force, result)
+                result = _prepare_group(name, entries, recipe, known, force, maker, result)
     except UserError as error:
         result.refusals.append(Refusal(unit.name, '', _shorten(error, unit)))
     except Exception as error:  # one scan must not end the archive
@@ -201,7 +249,7 @@ def _holds_copies(entries: list[Any], recipe: Recipe) -> bool:
 
 
 def _prepare_group(
-    name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, result: UnitResult
+    name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, maker: Maker, result: UnitResult
 ) -> UnitResult:
     start = time.perf_counter()
     scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
@@ -218,13 +266,25 @@ def _prepare_group(
             start = time.perf_counter()
             prepared = prepare_scan(volume, recipe, force=force)
             seconds['preparing'] = time.perf_counter() - start
-        except UserError as error:
-            result.refusals.append(Refusal(name, scan.series, str(error)))
         except Exception as error:
-            result.refusals.append(Refusal(name, scan.series, describe_error(error)))
+            reason = str(error) if isinstance(error, UserError) else describe_error(error)
+            dicom = _report_refusal(scan, reason, maker)
+            result.refusals.append(Refusal(name, scan.series, reason, get_id(scan.sha256), dicom))
         else:
-            result.scans.append(Prepared(name, scan.series, prepared, seconds))
+            headers = [] if maker is None else read_headers(scan.frames)
+            result.scans.append(Prepared(name, scan.series, prepared, seconds, headers))
     return result._replace(num_known=num_known)
+
+
+def _report_refusal(scan: Found, reason: str, maker: Maker) -> dict[str, bytes]:
+    if maker is None or not scan.frames:
+        return {}
+    from covidjax.predict import dicom_results
+
+    try:
+        return dicom_results.create_refusal(read_headers(scan.frames), reason, maker)
+    except UserError:
+        return {}
 
 
 def _shorten(error: UserError, unit: Unit) -> str:

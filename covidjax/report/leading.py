@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from covidjax.explain.catalogue import LESIONS
 from covidjax.report.page import Table
 
 _MEASURES = {
@@ -57,6 +58,12 @@ def get_shown_map(results: Mapping[str, Any]) -> str | None:
     """
     lead = (results.get('explanations') or {}).get('leading_map')
     return 'evidence, predicted class' if lead is None else lead['name']
+
+
+def get_classifier_map(results: Mapping[str, Any]) -> str | None:
+    """Returns `get_shown_map`, but None if it is that of the lesion model, which outlines show better."""
+    shown = get_shown_map(results)
+    return None if shown is None or shown.startswith(LESIONS) else shown
 
 
 def list_margins(lead: Mapping[str, Any]) -> Table:

@@ -21,9 +21,10 @@ from covidjax.report.burden import LesionPrediction, Outlined, build_burden, wri
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.leading import get_shown_map
 from covidjax.report.page import Table
-from covidjax.report.pictures import Example, arrange_maps, render_maps, render_panels
+from covidjax.report.pictures import Example, arrange_maps
 from covidjax.report.reading import build_reading
 from covidjax.report.sections import TARGETS, Section, describe_interval
+from covidjax.report.tiles import draw_rows, draw_tiles
 
 _NUM_MONTAGE, _COLUMNS = 16, 4
 
@@ -57,6 +58,10 @@ class Prediction(NamedTuple):
     combination: str
     novelty: np.ndarray | None
     outlined: Outlined | None = None
+
+    def get_top_places(self) -> np.ndarray:
+        """Returns the indices in `images` of the slices that the verdict rests on."""
+        return np.searchsorted(self.used, np.array(self.summary['rests_on']) - 1)
 
 
 def write_page(path: Path, volume: Volume, prediction: Prediction | LesionPrediction, results: dict[str, Any]) -> None:
@@ -149,6 +154,18 @@ def build_headline(summary: dict[str, Any]) -> str:
     return f'Uncertain: no class is in the {conformal["coverage"]:.0%} conformal set. {text}'
 
 
+def describe_sick(sick: dict[str, Any]) -> list[str]:
+    """Returns what lesions and classifier say, and whether they disagree; `sick` is that part of prediction.json."""
+    alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
+    sentences = [
+        f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
+        f'which disease; alone it gives {alone}.'
+    ]
+    if sick['disagreement']:
+        sentences.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
+    return sentences
+
+
 def _build_verdict(summary: dict[str, Any]) -> Section:
     conformal, screening, vote = summary['conformal'], summary['screening'], summary['vote']
     rows = [
@@ -157,14 +174,7 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
     ]
     parts: list[Any] = [Table('Classes', ('class', 'probability', 'in the conformal set'), rows)]
     if 'sick' in summary:
-        sick = summary['sick']
-        alone = ', '.join(f'{name} {p:.2f}' for name, p in sick['classifier_alone'].items())
-        parts.append(
-            f'The lesions decide on sick or not: probability of sick {sick["probability"]:.2f}. The classifier decides '
-            f'which disease; alone it gives {alone}.'
-        )
-        if sick['disagreement']:
-            parts.append(f'{sick["disagreement"][0].upper()}{sick["disagreement"][1:]}.')
+        parts += describe_sick(summary['sick'])
     basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
         parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
@@ -282,7 +292,7 @@ def _render_course(prediction: Prediction) -> Figure:
 
 
 def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
-    places = np.searchsorted(prediction.used, np.array(prediction.summary['rests_on']) - 1)
+    places = prediction.get_top_places()
     images, size = prediction.images[places], prediction.images.shape[1]
     explained = jax.tree.map(lambda of_slices: of_slices[places], prediction.explained)
     combination = prediction.combination
@@ -313,7 +323,7 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
             'No map of this run beat chance when its maps were scored, so none is shown as an explanation.'
             if shown is None
             else 'The best map of this run is that of the lesion model: see the outlines above.',
-            create_picture(render_panels({'': examples}, len(examples)), 'The top slices'),
+            draw_tiles(examples, len(examples), 'The top slices'),
         ]
         return Section('slices', 'Top slices', parts)
     maps = catalogue.compute_maps(explained, size, combination)
@@ -329,15 +339,13 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
     parts += [
         f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It '
         'shows what the model weighed, not a lesion.',
-        create_picture(render_maps(leading_rows, scale='scaled to 0..1'), 'The top slices with the leading map'),
+        draw_rows(leading_rows, 'The top slices with the leading map', scale='scaled to 0..1'),
         'Evidence of the slices in their own logits, pixel by pixel: red is for a class (or for the first of two), '
         'blue against it.',
-        create_picture(
-            render_maps(
-                arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
-                scale='share in the logit, scaled to -1..1',
-            ),
+        draw_rows(
+            arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
             'The top slices with their evidence maps',
+            scale='share in the logit, scaled to -1..1',
         ),
     ]
     return Section('slices', 'Top slices', parts)
@@ -346,11 +354,12 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
 def _build_montage(prediction: Prediction) -> Section:
     chosen = np.unique(np.linspace(0, len(prediction.used) - 1, _NUM_MONTAGE).round().astype(int))
     examples = [Example(str(prediction.used[i] + 1), prediction.images[i]) for i in chosen]
-    figure = render_panels({'': examples}, min(_COLUMNS, len(examples)), width=7.5 if len(examples) > 1 else 3)
+    width = 7.5 if len(examples) > 1 else 3
+    picture = draw_tiles(examples, min(_COLUMNS, len(examples)), 'Montage of slices', width=width)
     return Section(
         'montage',
         'Montage',
-        ['Slices as the model sees them, numbered from the head.', create_picture(figure, 'Montage of slices')],
+        ['Slices as the model sees them, numbered from the head.', picture],
     )
 
 

@@ -88,8 +88,6 @@ class Access:
 
 def respond_refused(refused: Refused) -> JSONResponse:
     """Returns the answer for a refused request."""
-    from covidjax.serve.scans import describe_error
-
     headers = {}
     if refused.status == 429:
         headers['Retry-After'] = '10'
@@ -97,4 +95,4 @@ def respond_refused(refused: Refused) -> JSONResponse:
         headers['WWW-Authenticate'] = 'Bearer'
     if refused.status in (400, 408, 413, 415, 429):
         headers['Connection'] = 'close'  # the rest of an upload may still come
-    return JSONResponse({'error': describe_error(refused)}, refused.status, headers)
+    return JSONResponse({'error': refused.describe()}, refused.status, headers)

@@ -184,7 +184,8 @@ class Server:
             # It may be deleted at any time.
             with contextlib.suppress(OSError):
                 facts['view'] = json.loads((scan.results / 'view.json').read_bytes())
-                facts['files'] = [name for name in _FILES if (scan.results / name).exists()]
+        if facts['state'] in ('done', 'refused'):
+            facts['files'] = [name for name in _FILES if (scan.results / name).exists()]
         return facts
 
     def delete_scan(self, request: Request) -> Response:
@@ -213,9 +214,10 @@ class Server:
     def _read(self, request: Request, name: str) -> bytes:
         """Returns a result of a scan. `name` is one of a fixed list, with at most a number of the client in it."""
         scan = self._scans.get(request.path_params['id'])
-        if scan.state == 'refused' and scan.refused is not None:
+        has_report = name == 'dicom.zip' and (scan.results / name).exists()
+        if scan.state == 'refused' and scan.refused is not None and not has_report:
             raise scan.refused
-        if scan.state != 'done':
+        if scan.state not in ('done', 'refused'):
             raise Refused(409, 'early', f'The scan is {scan.state}. Ask for its state, and come back when it is done.')
         try:
             return (scan.results / name).read_bytes()

@@ -1,6 +1,7 @@
 """What the server accepts, and how it refuses what goes beyond."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str, *, can_force: bool = False):
         super().__init__(status, code, message)
         self.status, self.code, self.message, self.can_force = status, code, message, can_force
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the refusal for clients."""
+        return {'status': self.status, 'code': self.code, 'message': self.message, 'can_force': self.can_force}
 
 
 def format_bytes(number: int) -> str:

@@ -17,7 +17,7 @@ from covidjax.explain import catalogue
 from covidjax.explain.maps import Explanations
 from covidjax.predict.masks import create_labels
 from covidjax.report.burden import LesionPrediction
-from covidjax.report.leading import get_shown_map
+from covidjax.report.leading import get_classifier_map
 from covidjax.report.prediction import Prediction
 
 _BATCH_SIZE = 16
@@ -44,10 +44,7 @@ def write_pictures(
     """
     everywhere = range(len(volume.slices))
     _write(folder / 'slices', everywhere, volume.slices.__getitem__)
-    is_lesions_only = isinstance(prediction, LesionPrediction)
-    shown = None if is_lesions_only else get_shown_map(results)
-    if shown is not None and shown.startswith(catalogue.LESIONS):
-        shown = None  # the outlines show it
+    shown = None if isinstance(prediction, LesionPrediction) else get_classifier_map(results)
     if shown is not None:
         maps_NxSxS = compute_leading_maps(prediction, shown)
         places = prediction.used.tolist()
@@ -83,9 +80,5 @@ def compute_leading_maps(prediction: Prediction, name: str) -> np.ndarray:
 
 
 def _compute_maps(name: str, combination: str, images: np.ndarray, probabilities: np.ndarray, *parts) -> np.ndarray:
-    explained = Explanations(probabilities, parts[:2], parts[2:])
-    maps = catalogue.compute_maps(explained, images.shape[1], combination)
-    whole = name.removesuffix(catalogue.IN_LUNGS)
-    if whole != name:
-        maps = catalogue.restrict({whole: maps[whole]}, catalogue.find_lungs(images[..., np.newaxis]))
-    return (maps[name] * 255).round().astype(np.uint8)
+    maps = catalogue.compute_map(name, Explanations(probabilities, parts[:2], parts[2:]), images, combination)
+    return (maps * 255).round().astype(np.uint8)

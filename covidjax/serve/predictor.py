@@ -3,22 +3,23 @@
 This is the only module here that knows the model. The server does not import it: it takes seconds, and memory.
 """
 
+import contextlib
 import csv
 import functools
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import covidjax
 from covidjax.data.lists import CLASSES
-from covidjax.data.scan.volume import read_volume
+from covidjax.data.scan.volume import Volume, read_volume
 from covidjax.errors import UserError
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, write_json
-from covidjax.predict.scan import create_recipe, predict_scan, write_dicom
+from covidjax.predict.scan import create_recipe, predict_scan, write_dicom, write_dicom_refusal
 from covidjax.report.burden import LesionPrediction
 from covidjax.report.prediction import Prediction, write_page
 from covidjax.serve.pictures import write_pictures
@@ -53,11 +54,17 @@ def predict_job(run: Run, job: Job, report_stage: Callable[[str], None]) -> None
     path = files[0] if len(files) == 1 else job.source
     report_stage('reading')
     start = time.perf_counter()
-    volume = read_volume(path, job.series, with_lungs=True, hu_step=create_recipe(run, windows=3).hu_step)
-    volume = volume._replace(name=f'scan {volume.sha256[:8]}')  # the name of an upload may be that of a patient
-    seconds = {'reading': time.perf_counter() - start}
-    report_stage('predicting')
-    prediction = predict_scan(run, volume, seconds, force=job.force, path=path)
+    try:
+        volume = read_volume(path, job.series, with_lungs=True, hu_step=create_recipe(run, windows=3).hu_step)
+        volume = volume._replace(name=f'scan {volume.sha256[:8]}')  # the name of an upload may be that of a patient
+        seconds = {'reading': time.perf_counter() - start}
+        report_stage('predicting')
+        prediction = predict_scan(run, volume, seconds, force=job.force, path=path)
+    except UserError as error:
+        if job.dicom:
+            with _open_dicom(job) as folder:
+                write_dicom_refusal(run, folder, path, job.series, error)
+        raise
     report_stage('drawing')
     write_page(job.results / 'prediction.html', volume, prediction, run.results)
     write_json(job.results / 'prediction.json', prediction.summary)
@@ -65,22 +72,34 @@ def predict_job(run: Run, job: Job, report_stage: Callable[[str], None]) -> None
     layers = write_pictures(job.results, volume, prediction, run.results)
     view = describe_prediction(prediction.summary) | {'layers': layers}
     if job.dicom and volume.kind == 'DICOM':
-        view['reasons'] += _write_dicom(run, job, path, prediction)
+        view['reasons'] += _write_dicom(run, job, path, volume, prediction)
     write_json(job.results / 'view.json', view)
 
 
-def _write_dicom(run: Run, job: Job, path: Path, prediction: Prediction | LesionPrediction) -> list[str]:
+def _write_dicom(
+    run: Run, job: Job, path: Path, volume: Volume, prediction: Prediction | LesionPrediction
+) -> list[str]:
     """Writes dicom.zip; returns why it could not, if so."""
     try:
-        with TemporaryDirectory(dir=job.results) as folder:
-            write_dicom(run, Path(folder), path, job.series, prediction)
-            with zipfile.ZipFile(job.results / 'dicom.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
-                for file in sorted(Path(folder).iterdir()):
-                    archive.write(file, file.name)
+        with _open_dicom(job) as folder:
+            write_dicom(run, folder, path, job.series, volume, prediction)
     except UserError as error:
         text = str(error).removeprefix(f'{path}: ')
         return [f'{text[0].upper()}{text[1:]}.']
     return []
+
+
+@contextlib.contextmanager
+def _open_dicom(job: Job) -> Iterator[Path]:
+    """Yields a folder, and makes dicom.zip of what is in it afterwards."""
+    with TemporaryDirectory(dir=job.results) as name:
+        folder = Path(name, 'dicom')
+        yield folder
+        files = sorted(folder.iterdir()) if folder.exists() else []
+        if files:
+            with zipfile.ZipFile(job.results / 'dicom.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+                for file in files:
+                    archive.write(file, file.name)
 
 
 def write_slices(path: Path, summary: dict[str, Any]) -> None:

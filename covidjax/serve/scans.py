@@ -206,7 +206,7 @@ class Scans:
                 'seconds': round(seconds, 1),
                 'forced': scan.force,
                 'deleted_in_seconds': round(max(0.0, self._keep_seconds - seconds)) if keeps else None,
-                'error': None if refused is None else describe_error(refused),
+                'error': None if refused is None else refused.describe(),
             }
 
     def count_states(self) -> dict[str, int]:
@@ -216,13 +216,3 @@ class Scans:
             for scan in self._scans.values():
                 counts[scan.state] += 1
         return counts
-
-
-def describe_error(refused: Refused) -> dict[str, Any]:
-    """Returns a refusal for clients."""
-    return {
-        'status': refused.status,
-        'code': refused.code,
-        'message': refused.message,
-        'can_force': refused.can_force,
-    }

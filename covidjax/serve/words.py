@@ -4,7 +4,7 @@ from typing import Any
 
 from covidjax.data.scan.volume import format_counts
 from covidjax.report.burden import describe_burden
-from covidjax.report.prediction import build_headline, describe_windows, is_unusual
+from covidjax.report.prediction import build_headline, describe_sick, describe_windows, is_unusual
 from covidjax.report.sections import TARGETS
 
 
@@ -58,6 +58,8 @@ def _list_reasons(summary: dict[str, Any]) -> list[str]:
         )
     if summary['home'] is not None:
         reasons.append(f'Among the sources of the training data, the scan is {summary["home"]["text"]}.')
+    if 'sick' in summary:
+        reasons += describe_sick(summary['sick'])
     called = ', '.join(f'{count:,} {name}' for name, count in summary['slices_called'].items())
     reasons.append(f'Predicted classes of the slices: {called}.')
     for target, answer in (summary['screening'] or {}).items():
@@ -67,6 +69,8 @@ def _list_reasons(summary: dict[str, Any]) -> list[str]:
                 f'Screened for {TARGETS[target]}: {found} (score {answer["score"]:.2f}, threshold '
                 f'{answer["threshold"]:.2f}).'
             )
+    if summary['screening'] and len({answer['is_finding'] for answer in summary['screening'].values()}) > 1:
+        reasons.append('Each screening has a threshold of its own, so they can differ.')
     return reasons
 
 

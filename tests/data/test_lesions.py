@@ -92,6 +92,9 @@ def test_otsu_by_hand():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(2, 0.5, 3000), rng.normal(8, 0.5, 1000)])
     assert preprocess.compute_otsu_threshold(values) == pytest.approx(5, abs=0.5)
+    for low, high in ((0, 256), (3, 90), (100, 102)):
+        greys = rng.integers(low, high, 500, dtype=np.uint8)
+        assert preprocess.compute_otsu_threshold(greys) == preprocess.compute_otsu_threshold(greys.astype(np.int16))
 
 
 def test_shared_lesions(real_data):

@@ -100,6 +100,30 @@ def read(path, without=('seconds',)):
         return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
 
 
+class TestDicom(Threads):
+    def test_every_scan_gets_its_results_and_a_refused_one_a_report(self, tmp_path, tree, capsys):
+        pytest.importorskip('highdicom', reason='DICOM results need covidjax[dicom]')
+        for name in ('p1', 'p2'):
+            shutil.rmtree(tree / name)
+        out = tmp_path / 'out'
+        archive.predict_archive(tmp_path, tree, out, pages='none', dicom=True)
+        # Those of p0 have no SOP Instance UIDs; 'no lungs' is refused, and 'broken' can't be decoded.
+        ids = {row['path']: row['id'] for row in read(out / 'predictions.csv')}
+        assert not (out / ids['p0/CT'] / 'dicom').exists()
+        found = {}
+        for file in out.glob('*/dicom/*.dcm'):
+            found.setdefault(file.parts[-3], []).append(file.stem)
+        assert len(found) == 4
+        assert {tuple(sorted(names)) for names in found.values()} == {('page', 'report'), ('report',)}
+        assert [sorted(names) for name, names in found.items() if name == ids['both kernels']] == [['page', 'report']]
+        assert '; 1 without DICOM results' in capsys.readouterr().out
+        with pytest.raises(UserError, match='pass --dicom'):
+            archive.predict_archive(tmp_path, tree, out)
+        archive.predict_archive(tmp_path, tree, tmp_path / 'plain', pages='none')
+        with pytest.raises(UserError, match='without DICOM results'):
+            archive.predict_archive(tmp_path, tree, tmp_path / 'plain', dicom=True)
+
+
 class TestTables(Threads):
     def predict(self, tmp_path, tree, name='out', **options):
         return archive.predict_archive(tmp_path, tree, tmp_path / name, **options)
@@ -293,12 +317,20 @@ def test_no_scan_vanishes(tmp_path):
 def test_a_worker_that_dies_costs_the_unit_that_killed_it():
     names = ['a', 'b', 'bad', 'c', 'd', 'e']
     todo = [units.Unit(name, None, (), '') for name in names]
-    pool = archive._Pool(todo, None, lambda unit: joblib.delayed(crashing.read)(unit))
+    pool = archive._Pool(todo, None, lambda unit: joblib.delayed(crashing.read)(unit), with_pages=False)
     outcomes = {task.unit.name: result for task, result in pool.run(lambda _: None, lambda: 0)}
     assert outcomes.keys() == set(names)
     assert all(result.scans == [name] for name, result in outcomes.items() if name != 'bad')
     [refusal] = outcomes['bad'].refusals
     assert 'a worker died while it read this' in refusal.reason
+
+
+def test_workers_are_kept_while_they_grow_to_the_size_of_their_work():
+    """Otherwise loky replaces a worker after a few scans, and the next one loads the libraries of pages again."""
+    todo = [units.Unit(f'unit {number}', None, (), '') for number in range(6)]
+    pool = archive._Pool(todo, None, lambda unit: joblib.delayed(crashing.grow)(unit), with_pages=False)
+    pids = {result.scans[0] for _, result in pool.run(lambda _: None, lambda: 0)}
+    assert len(pids) <= max(2, joblib.cpu_count())
 
 
 def test_a_cluster_gives_the_same_table(tmp_path, tree, run, expected, monkeypatch):

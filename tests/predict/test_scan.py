@@ -7,11 +7,13 @@ import types
 import jax
 import numpy as np
 import pytest
+import scipy
 from PIL import Image
 
 from covidjax.configs import att2, seq
 from covidjax.data import preprocess
 from covidjax.data.preprocess import apply_window
+from covidjax.data.scan import body
 from covidjax.data.scan.body import find_body_box, find_doubts
 from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
@@ -73,6 +75,20 @@ def test_the_box_is_that_of_the_body():
         expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         assert np.abs(np.subtract(find_body_box(grey), expected)).max() <= 2
     assert find_body_box(np.zeros((40, 50), np.uint8)) == (0, 0, 50, 40)
+
+
+def test_blurring_is_that_of_scipy():
+    for grey in GREY[:3]:
+        np.testing.assert_array_equal(body._blur(grey[:50]), scipy.ndimage.gaussian_filter(np.float32(grey[:50]), 1))
+
+
+def test_opening_is_that_of_scipy():
+    rng = np.random.default_rng(0)
+    for reach in (1, 2, 3):
+        mask = scipy.ndimage.gaussian_filter(rng.random((50, 40)), 2) > 0.5
+        expected = scipy.ndimage.binary_opening(mask, iterations=reach)
+        assert expected.any()
+        np.testing.assert_array_equal(body._open(mask, reach), expected)
 
 
 def test_doubts():

@@ -51,9 +51,10 @@ class Client(TestClient):
 
 
 @contextlib.contextmanager
-def open_client(root, *, token=None, host='127.0.0.1', keep_seconds=1800, **limits):
+def open_client(root, *, token=None, host='127.0.0.1', keep_seconds=1800, load=fake.load, workdir=None, **limits):
+    """Yields a client of a server that keeps its scans in `root`; by default the fake predictor serves it."""
     limits = Limits(**limits)
-    worker = Worker(fake.load, root, limits)
+    worker = Worker(load, root if load is fake.load else workdir, limits)
     about = worker.start()
     server = Server(Scans(root, limits, keep_seconds), worker, limits, about)
     with Client(server.create_app(host=host, token=token), base_url='http://127.0.0.1:8765') as client:

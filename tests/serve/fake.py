@@ -45,6 +45,8 @@ def predict(job, report_stage):
         time.sleep(60)
         del kept
     if wish.startswith('doubt') and not job.force:
+        if 'dicom' in wish:
+            (job.results / 'dicom.zip').write_bytes(b'a report')
         raise UserError(f'{job.source}: the greys do not part: an X-ray? (--force goes on, and says so on the report)')
     if wish.startswith('studies') and job.series is None:
         raise UserError(f'{first}: slices of several studies, choose one with --series: series 3: 20 slices')

@@ -59,6 +59,12 @@ class TestPredicting:
         assert client.get(f'{scan}/prediction.json').json()['forced'] == ['an X-ray?']
         assert client.predict(b'doubt', params={'force': 'true'})['state'] == 'done'
 
+    def test_a_refused_scan_may_have_a_report_in_dicom(self, client):
+        status = client.predict(b'doubt, dicom')
+        assert status['files'] == ['dicom.zip']
+        assert client.get(f'/api/scans/{status["id"]}/dicom.zip').content == b'a report'
+        assert get_error(client.get(f'/api/scans/{status["id"]}/prediction.json'), 422)['code'] == 'doubts'
+
     def test_a_series_can_be_chosen(self, client):
         status = client.predict(b'studies')
         assert status['error']['message'] == (
@@ -130,7 +136,12 @@ class TestLimits:
             assert client.predict(*[b'x'] * 10)['state'] == 'done'
 
     def test_ten_thousand_files(self, client):
-        answer = client.upload(*[b'x'] * 10_000)
+        parts = [
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="%d.dcm"\r\n\r\nx\r\n' % number
+            for number in range(10_000)
+        ]
+        headers = {'Content-Type': 'multipart/form-data; boundary=x'}
+        answer = client.post('/api/scans', content=b''.join(parts) + b'--x--\r\n', headers=headers)
         assert get_error(answer, 413)['message'] == 'More than 5,000 files. Upload a single series, or a zip.'
 
     def test_the_queue(self, tmp_path):

@@ -2,12 +2,17 @@
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 
+from covidjax.serve.worker import load_run_once
 from tests.serve.conftest import open_client
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the page is tested with Playwright')
@@ -59,6 +64,13 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
+    with open_page(browser, address) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def open_page(browser, address):
+    """Yields the page on a phone, and checks that it has no faults and loads nothing from elsewhere."""
     faults = []
     context = browser.new_context(viewport={'width': 390, 'height': 844}, accept_downloads=True)
     page = context.new_page()
@@ -141,6 +153,53 @@ def test_a_scan_from_the_drop_to_its_end(page):
     page.get_by_text('None yet.').wait_for()
 
 
+def test_a_real_scan_and_an_x_ray(browser, real_data, tmp_path):
+    """Every sixth slice of a real scan, and the lesion model of the package, which gives no verdict."""
+    names = (real_data / 'dicom/covid_p001_slices.csv').read_text().split()[1:]
+    (tmp_path / 'covid').mkdir()
+    for name in [line.split(',')[0] for line in names[::6]]:
+        os.symlink(real_data / 'dicom/covid_p001' / name, tmp_path / 'covid' / name)
+    write_x_ray(tmp_path / 'x-ray.png')
+    (tmp_path / 'scans').mkdir()
+    with serve(tmp_path / 'scans', load=load_run_once) as (_, address), open_page(browser, address) as page:
+        page.wait_for_selector('#columns:not([hidden])')
+        page.locator('#folder').set_input_files(tmp_path / 'covid')
+        page.get_by_text('Predicting ...').wait_for()
+        page.locator('.headline').get_by_text(re.compile(r'^Lesions in [1-9]')).wait_for()
+        assert page.locator('.verdict').inner_text() == 'Lungs and lesions'
+        assert page.locator('#scans').inner_text().splitlines() == ['covid', 'Predicted']
+        assert page.locator('.parts tr').count() == 7
+        assert page.evaluate('document.documentElement.scrollWidth') == 390
+        page.locator('.stage').focus()
+        page.keyboard.press('Home')
+        assert get_slice(page).startswith('Slice 1 of 25')
+        box = page.locator('.curve svg').bounding_box()
+        page.locator('.curve svg').click(position={'x': box['width'] - 10, 'y': 80})
+        assert get_slice(page).startswith('Slice 25 of 25')
+        with page.expect_download() as download:
+            page.get_by_role('button', name='JSON').click()
+        with open(download.value.path()) as file:
+            assert json.load(file)['lesions']['num_infected'] > 3
+
+        page.locator('#files').set_input_files(tmp_path / 'x-ray.png')
+        page.locator('.verdict').get_by_text('Not predicted').wait_for()
+        page.get_by_role('button', name='Predict all the same').click()
+        page.locator('.warnings .banner').get_by_text('Forced in spite of').wait_for()
+        page.get_by_role('button', name='Delete this scan').click()
+        page.reload()
+        page.locator('.headline').get_by_text('Lesions in').wait_for()
+        assert page.locator('#scans li').count() == 1
+
+
+def write_x_ray(path):
+    """Writes a picture that is like an X-ray of a chest: bright in the middle, two grey lungs, no air around it."""
+    rows, columns = np.mgrid[:256, :256] / 256
+    grey = 60 + 140 * np.exp(-(((columns - 0.5) / 0.08) ** 2)) + 80 * np.exp(-(((rows - 0.9) / 0.2) ** 2))
+    for centre in (0.3, 0.7):
+        grey -= 50 * (((columns - centre) / 0.14) ** 2 + ((rows - 0.45) / 0.3) ** 2 < 1)
+    Image.fromarray(grey.clip(0, 255).astype(np.uint8)).save(path)
+
+
 def test_a_refusal_is_read_and_forced(page):
     drop(page, 'doubt')
     page.locator('.verdict').get_by_text('Not predicted').wait_for()
@@ -166,8 +225,9 @@ def test_the_queue_shows_places_and_the_names_of_files_stay_in_the_browser(page)
     )
     for name in ('Secretname 1.dcm', 'Secretname 2.dcm', 'Secretname 3.dcm'):
         drop(page, 'slow', name=name)
-    page.locator('#scans').get_by_text('Number 2 in the queue').wait_for()
-    page.locator('#scans').get_by_text('Next in the queue').wait_for()
+    # The newest is at the top. Each may be next for a moment.
+    page.locator('#scans li').nth(0).get_by_text('Number 2 in the queue').wait_for()
+    page.locator('#scans li').nth(1).get_by_text('Next in the queue').wait_for()
     page.locator('#scans li').nth(2).get_by_text('COVID-19').wait_for()
     assert page.evaluate('window.sent') == ['00001.dcm'] * 3
 

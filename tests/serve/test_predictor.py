@@ -2,6 +2,7 @@ import csv
 import gzip
 import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -108,10 +109,36 @@ def test_refusals_pass_and_a_single_file_is_read_as_such(run, tmp_path):
         predict(run, tmp_path)
 
 
+def test_dicom_results_of_predicted_and_of_refused_scans(run, tmp_path):
+    pytest.importorskip('highdicom', reason='DICOM results need covidjax[dicom]')
+    write_series(tmp_path / 'source', HU, FrameOfReferenceUID='1.2.3.5')
+    results = predict(run, tmp_path, dicom=True)
+    assert list_zip(results) == ['map.dcm', 'page.dcm', 'report.dcm']
+    solid = np.where(HU < -950, HU, np.int16(40))
+    job = Job(write_series(tmp_path / 'solid', solid), tmp_path / 'refused', None, force=False, dicom=True)
+    job.results.mkdir()
+    with pytest.raises(UserError, match='size of lungs'):
+        predictor.predict_job(run, job, lambda stage: None)
+    assert list_zip(job.results) == ['report.dcm']
+    assert [path.name for path in job.results.iterdir()] == ['dicom.zip']
+
+
+def list_zip(folder):
+    with zipfile.ZipFile(folder / 'dicom.zip') as archive:
+        return sorted(archive.namelist())
+
+
 def test_words(run, tmp_path):
     source = write_series(tmp_path / 'source', HU)
     summary = scan.predict_scan(run, scan.read_volume(source), {}, force=False, path=source).summary
     summary |= {'novelty': {'median': 1.5, 'share_unusual': 0.8}, 'left_out': {'copies': 2}, 'forced': ['no lungs']}
+    summary['sick'] = {
+        'probability': 0.9,
+        'classifier_alone': {'normal': 0.2, 'covid19': 0.8},
+        'disagreement': 'the two disagree',
+    }
+    answer = {'score': 0.5, 'threshold': 0.4, 'is_finding': True}
+    summary['screening'] = {'covid19': answer, 'disease': answer | {'threshold': 0.6, 'is_finding': False}}
     found = words.describe_prediction(summary)
     assert found['headline'].startswith('Uncertain: the scan is unlike the training data.')
     assert 'Forced in spite of: no lungs.' in found['warnings']
@@ -121,6 +148,9 @@ def test_words(run, tmp_path):
         'holds normal, pneumonia, covid19',
         '1.50 of the threshold, and 80% of the slices',
         'Left out: 2 copies.',
+        'probability of sick 0.90. The classifier decides which disease; alone it gives normal 0.20, covid19 0.80.',
+        'The two disagree.',
+        'Each screening has a threshold of its own, so they can differ.',
     ):
         assert part in text
 

@@ -80,19 +80,22 @@ def list_scans(folder):
     return list(folder.glob('covidjax-serve-*/server-*/*'))
 
 
-@pytest.mark.parametrize('kind', [signal.SIGINT, signal.SIGTERM])
-def test_the_end_deletes_all_scans(tmp_path, kind):
-    with start_server(tmp_path) as (process, port):
-        name = send(port, [b'good'])[1]['id']
-        wait(port, name)
-        send(port, [b'hang'])
-        assert list_scans(tmp_path)
-        process.send_signal(kind)
-        rest = process.communicate(timeout=60)[0]
+def end(process, port, kind, folder):
+    """Ends a server by a signal while it predicts."""
+    wait(port, send(port, [b'good'])[1]['id'])
+    send(port, [b'hang'])
+    assert list_scans(folder)
+    process.send_signal(kind)
+    rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0
     assert rest.splitlines()[-1] == 'Stopped; all scans are deleted.'
     assert 'Traceback' not in rest
-    assert list_scans(tmp_path) == []
+    assert list_scans(folder) == []
+
+
+def test_ctrl_c_deletes_all_scans(tmp_path):
+    with start_server(tmp_path) as (process, port):
+        end(process, port, signal.SIGINT, tmp_path)
 
 
 def test_after_a_kill_the_worker_ends_and_the_next_start_deletes_the_scans(tmp_path):
@@ -102,8 +105,9 @@ def test_after_a_kill_the_worker_ends_and_the_next_start_deletes_the_scans(tmp_p
         process.kill()
         process.wait()
         assert list_scans(tmp_path)
-    with start_server(tmp_path):
+    with start_server(tmp_path) as (process, port):
         assert list_scans(tmp_path) == []
+        end(process, port, signal.SIGTERM, tmp_path)
     for _ in range(100):
         if not Path(f'/proc/{worker}').exists():
             break
@@ -217,6 +221,17 @@ class TestOptions:
         (tmp_path / 'token').write_text('0123456789abcdef\n')
         (tmp_path / 'token').chmod(0o600)
         assert read_token(tmp_path / 'token') == '0123456789abcdef'
+
+
+def test_every_attack_of_the_docs_has_its_tests():
+    text = (ROOT / 'docs/serve.md').read_text()
+    rows = re.findall(r'^\|.*test_.*\|$', text, re.MULTILINE)
+    assert len(rows) > 12
+    for row in rows:
+        for path, names in re.findall(r'`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)', row):
+            code = (ROOT / 'tests' / path).read_text()
+            for name in re.findall(r'`(\w+)`', names):
+                assert f'def {name}(' in code, f'{path}: {name}'
 
 
 class TestClientsOfTheDocs:

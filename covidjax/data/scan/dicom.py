@@ -203,10 +203,18 @@ def read_label(data: bytes) -> tuple[str, str] | None:
         return _get_label(header)
 
 
-def read_identity(data: bytes) -> Dataset:
-    """Returns the whole header of a slice: who the patient is, too. For results that go back into the same study."""
+def read_headers(frames: Sequence[Frame]) -> list[Dataset]:
+    """Returns the headers of slices: who the patient is, too. For results that go back into the same study.
+
+    Pixels and private attributes, which may be large, are left out.
+    """
     with quiet():
-        return pydicom.dcmread(io.BytesIO(_inflate(data)), stop_before_pixels=True)
+        headers = []
+        for frame in frames:
+            data = io.BytesIO(_inflate(frame.entry.read()))
+            headers.append(pydicom.dcmread(data, stop_before_pixels=True))
+            headers[-1].remove_private_tags()
+        return headers
 
 
 def _inflate(data: bytes) -> bytes:

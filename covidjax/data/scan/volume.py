@@ -3,10 +3,12 @@
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
 
+import contextlib
 import hashlib
 import io
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_win
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
 from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
-from covidjax.data.scan.nifti import open_nifti, report_damage
+from covidjax.data.scan.nifti import open_nifti, open_nifti_file, report_damage
 from covidjax.data.scan.series import (
     Series,
     check_series,
@@ -138,11 +140,13 @@ def _sort_entries(entries: Sequence[Entry]) -> _Contents:
     """Reads every file once, of DICOM the headers."""
     contents = _Contents({}, [], [], [], [])
     for entry in entries:
+        if entry.name.lower().endswith(_VOXELS):
+            contents.digests[entry.name] = _hash_entry(entry)
+            contents.voxels.append(entry)
+            continue
         data = entry.read()
         contents.digests[entry.name] = hashlib.sha256(data).digest()
-        if entry.name.lower().endswith(_VOXELS):
-            contents.voxels.append(entry)
-        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
+        if data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
             contents.images.append(entry)
         elif data.startswith(b'PK\3\4') and data[128:132] != b'DICM':
             contents.left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
@@ -159,6 +163,14 @@ def _sort_entries(entries: Sequence[Entry]) -> _Contents:
         others = len(contents.images) + len(contents.voxels)
         contents.left_out.extend([dicom.LeftOut('images, NIfTI, MetaImage and NRRD')] * others)
     return contents
+
+
+def _hash_entry(entry: Entry) -> bytes:
+    """Returns the SHA-256 of a file, which may be larger than the memory; of a member of a zip, which may not."""
+    if entry.path is None:
+        return hashlib.sha256(entry.read()).digest()
+    with entry.path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').digest()
 
 
 def _read_entries(entries: Sequence[Entry], name: str, series: str | None, wanted: _Wanted) -> Volume:
@@ -210,12 +222,14 @@ class Found(NamedTuple):
       sha256: SHA-256, in hex, of the files of the series.
       share_copies: share of the slices that are copies of others.
       read: returns the scan or raises UserError.
+      frames: slices of a DICOM series, from head to feet; empty for other files.
     """
 
     series: str
     sha256: str
     share_copies: float
     read: Callable[[], Volume]
+    frames: Sequence[dicom.Frame] = ()
 
 
 def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool, hu_step: int = 0) -> list[Found]:
@@ -248,7 +262,7 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool, hu_step
                 return _read_series((name, sha256), one, series, how, contents.left_out, wanted)
 
             share = one.num_copies / (one.num_copies + len(one.frames))
-            found.append(Found(one.name, sha256, share, read))
+            found.append(Found(one.name, sha256, share, read, one.frames))
     counts = Counter(map(str, contents.left_out))
     if contents.frames:
         # Nothing may vanish: neither a scan of which most is damaged nor one in pieces.
@@ -393,18 +407,6 @@ def _window_planes(
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
 
 
-def turn_upright(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
-    """Turns a plane as stored [rows, columns] to the orientation of `Volume.slices`."""
-    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(io_orientation(create_affine(frames)), _ORDER))
-    return turned
-
-
-def turn_back(plane: np.ndarray, frames: Sequence[dicom.Frame]) -> np.ndarray:
-    """Turns a plane in the orientation of `Volume.slices` to that of the stored slices."""
-    [turned] = apply_orientation(plane[np.newaxis], ornt_transform(_ORDER, io_orientation(create_affine(frames))))
-    return turned
-
-
 def _orient_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Returns the distances in mm of slices, rows and columns after a turn to `_ORDER`."""
     lengths, axes = np.linalg.norm(affine[:3, :3], axis=0), io_orientation(affine)[:, 0].astype(int)
@@ -422,27 +424,34 @@ def restore_axes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return apply_orientation(slices_TxHxW, ornt_transform(_ORDER, io_orientation(affine)))
 
 
+def restore_planes(slices_TxHxW: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Turns slices in the orientation of `Volume.slices` to that of the stored slices of DICOM, in the same order.
+
+    Args:
+      slices_TxHxW: all slices, or some.
+      affine: of the scan, see `Volume.affine`.
+    """
+    # Of DICOM, the last axis runs from head to feet, as the first one does here.
+    return restore_axes(slices_TxHxW, affine).T
+
+
 def _keeps_axes(affine: np.ndarray) -> bool:
     """Returns whether rows stay rows in a turn to `_ORDER`."""
     return bool(io_orientation(affine)[1, 0] == 1)
 
 
 def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
-    data = entry.read()
-    with report_damage():
-        image, shape = open_nifti(data)
-        affine = image.affine
+    with report_damage(), contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_nifti_file(entry.path)) if entry.path else open_nifti(entry.read())
+        image, shape = opened
         has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
-        grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
-        hu = np.empty(shape, np.int16) if any(wanted) else None
-        for place in range(shape[2]):
-            plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
-            check.add(plane)
-            grey[..., place] = apply_window(plane)
-            if hu is not None:
-                hu[..., place] = plane
-    doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
-    return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out, wanted)
+
+        def read(place: int) -> np.ndarray:
+            return np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2])
+
+        doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
+        voxels = _Voxels('NIfTI', read, shape, 2, image.affine)
+        return _read_planes(identity, voxels, doubts, left_out, wanted)
 
 
 def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
@@ -452,33 +461,37 @@ def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str]
 
 def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
     planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
-    check, grey, hu = HounsfieldCheck(), [], []
-    for plane in planes:
-        plane = round_plane(plane)
-        check.add(plane)
-        grey.append(apply_window(plane))
-        if any(wanted):
-            hu.append(plane)
     name, contents = identity
     # The header alone does not identify a scan whose voxels lie in a file of their own.
     identity = name, hash_contents([bytes.fromhex(contents), digest])
     kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
-    voxels = np.stack(hu) if hu else None
-    return _turn_voxels(identity, kind, np.stack(grey), voxels, affine, check, [], left_out, wanted)
+    voxels = _Voxels(kind, planes.__getitem__, planes.shape, 0, affine)
+    return _read_planes(identity, voxels, [], left_out, wanted)
 
 
-def _turn_voxels(
-    identity: tuple[str, str],
-    kind: str,
-    grey: np.ndarray,
-    hu: np.ndarray | None,
-    affine: np.ndarray,
-    check: HounsfieldCheck,
-    doubts: list[str],
-    left_out: Counter[str],
-    wanted: _Wanted,
+class _Voxels(NamedTuple):
+    """A file of a whole scan, whose planes are read one by one.
+
+    Attributes:
+      kind: of the file, see `Volume`.
+      read: returns the plane of a place, of any numbers.
+      shape: of the scan.
+      axis: along which the planes lie one after the other, so that reading them is fast: 0 or 2.
+      affine: [4, 4] from voxels to mm, RAS.
+    """
+
+    kind: str
+    read: Callable[[int], np.ndarray]
+    shape: tuple[int, int, int]
+    axis: int
+    affine: np.ndarray
+
+
+def _read_planes(
+    identity: tuple[str, str], voxels: _Voxels, doubts: list[str], left_out: Counter[str], wanted: _Wanted
 ) -> Volume:
-    """Turns grey voxels, and their Hounsfield units, by their affine, to RAS in mm, to slices from head to feet."""
+    """Maps voxels to grey plane by plane and turns them by their affine to slices from head to feet."""
+    affine = voxels.affine
     try:
         turn = io_orientation(affine)
         direction = affine[:3, turn[:, 0].tolist().index(2.0)]  # voxel axis along feet to head
@@ -488,18 +501,23 @@ def _turn_voxels(
         is_sound = False
     if not is_sound:
         raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
+    # Neighbouring pixels of a plane shall be neighbours in memory.
+    grey, check = np.empty(voxels.shape, np.uint8, 'C' if voxels.axis == 0 else 'F'), HounsfieldCheck()
+    for place, of_place in enumerate(np.moveaxis(grey, voxels.axis, 0)):
+        plane = round_plane(voxels.read(place))
+        check.add(plane)
+        of_place[...] = apply_window(plane)
     check.finish()
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
-    lungs = planes_hu = None
-    if hu is not None:
-        hu = apply_orientation(hu, ornt_transform(turn, _ORDER))
-        if wanted.lungs:
-            finder = LungsFinder(hu.shape, _orient_spacing(affine))
-            for plane in hu:
+    lungs, planes_hu = None, {} if wanted.hu_step else None
+    if any(wanted):
+        finder = LungsFinder(slices.shape, _orient_spacing(affine)) if wanted.lungs else None
+        for place, plane in enumerate(_iterate_slices(voxels, ornt_transform(turn, _ORDER))):
+            if finder is not None:
                 finder.add(plane)
-            lungs = finder.find()
-        if wanted.hu_step:
-            planes_hu = {place: np.array(hu[place]) for place in range(0, len(hu), wanted.hu_step)}
+            if planes_hu is not None and place % wanted.hu_step == 0:
+                planes_hu[place] = np.array(plane)
+        lungs = finder and finder.find()
     facts = [
         ('voxels', ' x '.join(map(str, grey.shape))),
         *([('left out', format_counts(left_out))] if left_out else []),
@@ -508,9 +526,29 @@ def _turn_voxels(
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    source = affine if kind == 'NIfTI' else _swap_axes(affine)
+    source = affine if voxels.kind == 'NIfTI' else _swap_axes(affine)
     counts = dict(left_out)
-    return Volume(*identity, kind, list(slices), depths, lungs, source, facts, [], doubts, counts, planes_hu=planes_hu)
+    return Volume(
+        *identity, voxels.kind, list(slices), depths, lungs, source, facts, [], doubts, counts, planes_hu=planes_hu
+    )
+
+
+def _iterate_slices(voxels: _Voxels, turn: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the slices in Hounsfield units, int16, after a turn to `_ORDER`. Reads the file again: memory is scarcer.
+
+    If the planes of the file are no slices, they go through a temporary file of two bytes a voxel.
+    """
+    axis, (place_of_axis, direction) = voxels.axis, turn[voxels.axis]
+    places = range(voxels.shape[axis])
+    if place_of_axis == 0:
+        for place in places if direction > 0 else reversed(places):
+            yield apply_orientation(np.expand_dims(round_plane(voxels.read(place)), axis), turn)[0]
+        return
+    with tempfile.TemporaryFile() as file:
+        hu = np.memmap(file, np.int16, shape=voxels.shape)
+        for place, of_place in enumerate(np.moveaxis(hu, axis, 0)):
+            of_place[...] = round_plane(voxels.read(place))
+        yield from apply_orientation(hu, turn)
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:

@@ -13,7 +13,7 @@ const WORDS = { normal: 'Normal', pneumonia: 'Pneumonia', covid19: 'COVID-19', u
 // What prediction.json holds and the page shows elsewhere; anything else gets a table.
 const SHOWN = new Set(['input', 'reading', 'left_out', 'forced', 'model', 'trained_on', 'notice', 'warnings', 'verdict', 'class',
   'probabilities', 'conformal', 'screening', 'vote', 'evidence', 'rests_on', 'slices_called', 'novelty', 'home', 'windows', 'slices',
-  'seconds']);
+  'seconds', 'lesions', 'sick', 'members']);
 const DOWNLOADS = { 'prediction.html': 'Page', 'prediction.json': 'JSON', 'slices.csv': 'CSV of slices', 'dicom.zip': 'DICOM' };
 
 const get = (id) => document.getElementById(id);
@@ -274,6 +274,7 @@ function renderRefusal(result, scan) {
   result.querySelector('.advice').textContent = canForce
     ? 'The input is doubtful. A forced prediction says so wherever it is shown.'
     : 'Nothing was predicted. Correct the input and drop it again.';
+  renderDownloads(result.querySelector('.downloads'), scan, scan.status.files ?? []);
   const force = result.querySelector('.force');
   force.hidden = !canForce;
   force.addEventListener('click', () => predictAgain(scan, { force: 'true', ...(scan.series ? { series: scan.series } : {}) }));
@@ -302,12 +303,13 @@ async function renderDone(result, scan) {
   const find = (name) => result.querySelector(name);
   find('.warnings').replaceChildren(...view.warnings.map((text) => create('p', text, 'banner')));
   find('.verdict').textContent = WORDS[summary.verdict] ?? summary.verdict ?? 'Lungs and lesions';
-  find('.headline').textContent = view.headline;
+  find('.headline').textContent = view.headline.replace(/^Uncertain: (.)/, (_, first) => first.toUpperCase());  // as the verdict
   find('details').hidden = !view.reasons.length;
   find('.reasons').replaceChildren(...view.reasons.map((text) => create('li', text)));
   renderBars(find('.bars tbody'), summary.probabilities ?? {});
   renderDownloads(find('.downloads'), scan, files);
   renderFacts(find('.facts'), summary);
+  renderLesions(find('.lesions'), summary.lesions);
   renderMore(find('.more'), summary);
   const minutes = Math.round((scan.status.deleted_in_seconds - (Date.now() - scan.read) / 1000) / 60);
   find('.keep').textContent = `This server deletes the scan in ${minutes} minutes.`;
@@ -360,7 +362,7 @@ function renderSlices(result, scan, summary, layers) {
   });
   open = [viewer, curve];
   result.querySelector('.map-note').textContent = layers.map
-    ? `The map ${layers.map} shows what the model weighed, not a lesion. It is drawn where it is above its median, inside the crop.`
+    ? `The map shows what the model weighed (${layers.map}), not a lesion. It is drawn where it is above its median, inside the crop.`
     : layers.has_lesions ? 'The lesion model outlined lungs (blue), lesions (red) and consolidation (yellow).'
       : 'No map of this run beat chance when its maps were scored, so none is shown.';
   result.querySelector('.legend').replaceChildren(...classes.map((name, k) => {
@@ -408,6 +410,36 @@ function renderDownloads(root, scan, files) {
     });
     return button;
   }));
+}
+
+// Volumes of the lungs and their parts, and what is in them.
+function renderLesions(root, lesions) {
+  if (!lesions || lesions.lesions_percent === null) return;
+  const columns = [['lungs_ml', 'Lungs, ml'], ['lesions_ml', 'Lesions, ml'], ['lesions_percent', 'Lesions, %'], ['consolidation_ml', 'Consolidation, ml']];
+  const parts = [['Both lungs', lesions],
+    ...Object.entries(lesions.sides).map(([name, amount]) => [`${name} lung`, amount]),
+    ...Object.entries(lesions.thirds).map(([name, amount]) => [`${name} third`, amount])];
+  const createRow = (cells, head) => {
+    const row = create('tr');
+    cells.forEach((text, i) => {
+      const cell = create(head || i === 0 ? 'th' : 'td', text);
+      if (cell.tagName === 'TH') cell.scope = head ? 'col' : 'row';
+      row.append(cell);
+    });
+    return row;
+  };
+  const table = create('table', undefined, 'parts');
+  table.append(createRow(['Part', ...columns.map(([, title]) => title)], true), ...parts.map(([name, amount]) => (
+    createRow([name[0].toUpperCase() + name.slice(1), ...columns.map(([key]) => (amount[key] === null ? '' : format(amount[key])))], false))));
+  const facts = create('dl', undefined, 'facts');
+  const put = (name, value) => value !== null && facts.append(create('dt', name), create('dd', String(value)));
+  put('mean of the lesions', lesions.lesions_hu === null ? null : `${format(lesions.lesions_hu)} HU`);
+  put('lungs found', lesions.lungs_found);
+  put('grade', lesions.grade === null ? null : `${lesions.grade} (${lesions.grade_says}), ${lesions.grade_rule}`);
+  put('infected slices', `${lesions.num_infected}, with ${lesions.infected_rule}`);
+  put('threshold', format(lesions.threshold));
+  put('lesion model', `weights ${lesions.digest.slice(0, 12)}`);
+  root.replaceChildren(create('h3', 'Lungs and lesions'), table, facts);
 }
 
 function renderFacts(root, summary) {
