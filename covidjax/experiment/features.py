@@ -24,6 +24,7 @@ from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.files import report_write_errors
 from covidjax.models.att2 import FEATURES, Att2, normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.progress import track
 from covidjax.training.hosts import is_first
 
@@ -138,6 +139,7 @@ def _compute_rows(
     model: Att2, variables: dict[str, Any], source: Sequence[dict], numbers: Sequence[int], title: str
 ) -> Iterator[np.ndarray]:
     """Yields the features float16 [E] of the given records."""
+    variables = fold_batch_norm(variables)
     apply = compile_fast(lambda variables, images: _flatten(_compute(model, variables, normalise(images))))
     starts = range(0, len(numbers), BATCH_SIZE)
     for start in track(starts, f'features of {title}', len(starts), 'batch', is_shown=is_first()):
