@@ -120,7 +120,7 @@ def describe_burden(lesions: dict[str, Any]) -> str:
         volumes = f' ({lesions["lesions_ml"]:,.0f} of {lesions["lungs_ml"]:,.0f} ml)'
     return (
         f'Lesions in {format_percent(lesions["lesions_percent"])} of the lungs{volumes}, {lesions["num_infected"]} '
-        f'infected slices, grade {lesions["grade"]} ({lesions["grade_says"]})'
+        f'infected slice{"" if lesions["num_infected"] == 1 else "s"}, grade {lesions["grade"]} ({lesions["grade_says"]})'
     )
 
 
