@@ -18,6 +18,7 @@ from covidjax.data import covidx_ct, lists
 from covidjax.data.loader import load_train_batches
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.training import runtime
 from covidjax.training.augment import AugmentOptions, augment
 from covidjax.training.devices import compile_step, place_batch, place_state
@@ -119,7 +120,8 @@ def start_compilation(options):
 
 def start_inference(options):
     model = Att2(backbone=options.model)
-    variables = jax.tree.map(lambda x: x.astype(options.dtype), create_variables(model, options.image_size))
+    folded = fold_batch_norm(create_variables(model, options.image_size))  # as `runs.Member.folded`
+    variables = jax.tree.map(lambda x: x.astype(options.dtype), folded)
     images = jnp.asarray(draw_images(options.batch_size, options.image_size))
     apply = create_inference(model, dtype=options.dtype)
 

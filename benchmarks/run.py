@@ -137,6 +137,38 @@ def run_inference(options: argparse.Namespace) -> Row:
 
 
 LIGHT = {'model': 'efficientnet_lite0'}
+ENGINES = ('onnxruntime', 'openvino', 'torch.compile')
+
+
+def compare_engines(options: argparse.Namespace, what: str, model: dict[str, str], steps: int) -> Row:
+    """Measures inference against engines that fold batch normalisation, on the whole model and on its useful part."""
+    shared = {**model, 'task': 'inference', 'image_size': options.image_size, 'batch_size': options.batch_size}
+    contenders = {
+        'covidjax': jax_side(**shared, steps=steps),
+        'covidjax bfloat16': jax_side(**shared, steps=steps, dtype='bfloat16'),
+    }
+    comparisons = []
+    for dtype, engine in itertools.product(('float32', 'bfloat16'), ENGINES):
+        if dtype == 'bfloat16' and engine == 'onnxruntime':
+            continue  # its CPU provider has no bfloat16 convolution
+        ours = 'covidjax' if dtype == 'float32' else 'covidjax bfloat16'
+        for suffix, no_dead_work in (('', True), (', dead work included', False)):
+            name = engine + (' bfloat16' if dtype == 'bfloat16' else '') + suffix
+            must, aim = {'float32': (1, 1.15), 'bfloat16': (0.8, 1)}[dtype]
+            goals = (must, aim) if no_dead_work and engine != 'torch.compile' else ()
+            comparisons.append(Comparison(f'{what}, batch {options.batch_size}', ours, name, *goals))
+            if options.torch_python is not None:
+                given = {**shared, 'steps': steps, 'engine': engine, 'dtype': dtype, 'no_dead_work': no_dead_work}
+                contenders[name] = Contender(options.torch_python, 'benchmarks.peer_worker', given)
+    return measure_pairs(comparisons, contenders, options.rounds)
+
+
+def run_engines(options: argparse.Namespace) -> Row:
+    return compare_engines(options, 'inference', {}, 4)
+
+
+def run_light_engines(options: argparse.Namespace) -> Row:
+    return compare_engines(options, 'inference, light', LIGHT, 8)
 
 
 def run_light_training(options: argparse.Namespace) -> Row:
@@ -261,6 +293,8 @@ ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
     'inference': run_inference,
     'light_train': run_light_training,
     'light_inference': run_light_inference,
+    'engines': run_engines,
+    'light_engines': run_light_engines,
     'augment': run_augmentation,
     'prepare': run_preparation,
     'epoch': run_epoch,

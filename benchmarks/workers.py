@@ -39,6 +39,8 @@ def serve(tasks: dict[str, Callable[[argparse.Namespace], tuple[Callable[[], int
     parser.add_argument('--steps', type=int, default=1, help='batches per round')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--channels_last', action='store_true')
+    parser.add_argument('--engine', help='inference engine of peer_worker.py')
+    parser.add_argument('--no_dead_work', action='store_true', help='a model without its dead tail and projection')
     parser.add_argument('--folder', help='folder of input data')
     parser.add_argument('--prepared_dir', help='folder of prepared slices')
     options = parser.parse_args()

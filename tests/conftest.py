@@ -1,6 +1,10 @@
 import os
 from pathlib import Path
 
+# Compiling takes most of the time of the tests. As jax's own tests do, compile with few optimisations, also in
+# processes that tests start. `.ci/run` runs a demo, faults and notebooks with all of them. jax reads it when imported.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
 import jax
 import pytest
 from absl import flags

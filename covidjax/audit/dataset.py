@@ -18,7 +18,7 @@ class Split(NamedTuple):
     """The valid rows of one list, at least one.
 
     Attributes:
-      rows: in list order.
+      rows: in list order, with sources.
       labels: int [N].
       scans: the M scans, from `group_scans`.
       scan_labels: int [M].
@@ -67,6 +67,8 @@ def read_dataset(raw_dir: Path) -> Dataset:
       UserError: no such directory, no list in it, or lists of several versions.
     """
     version = lists.find_version(os.fspath(raw_dir))
+    metadata, metadata_reason = _read_metadata(raw_dir / 'metadata.csv')
+    sources = lists.get_sources(metadata or {})
     splits, absent, faults, bad_files, num_lines = {}, [], [], set(), 0
     for split in lists.SPLITS:
         name = lists.get_list_name(split, version)
@@ -78,10 +80,10 @@ def read_dataset(raw_dir: Path) -> Dataset:
         faults += list_faults
         bad_files |= list_bad_files
         if rows:
+            rows = lists.add_sources(rows, sources)
             scans = group_scans(rows)
             labels, scan_labels = (np.array([x.label for x in things]) for things in (rows, scans))
             splits[split] = Split(rows, labels, scans, scan_labels)
-    metadata, metadata_reason = _read_metadata(raw_dir / 'metadata.csv')
     try:
         images, images_reason = Path(lists.find_images(os.fspath(raw_dir), version)), ''
     except UserError:

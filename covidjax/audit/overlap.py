@@ -1,7 +1,7 @@
 """Finds patients and pictures that the data of a run share with other data, by the rules of `copies`."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +27,22 @@ class Pictures(NamedTuple):
     digests: list[bytes]
     thumbnails: np.ndarray
 
+    def take(self, names: Container[str]) -> 'Pictures':
+        """Returns the pictures with these names."""
+        places = [i for i, name in enumerate(self.names) if name in names]
+        return Pictures([self.names[i] for i in places], [self.digests[i] for i in places], self.thumbnails[places])
+
+
+def name_picture(row: Row) -> str:
+    """Returns the name of the picture of a row."""
+    return f'{row.file} ({row.patient})'
+
 
 def measure_listed(rows: Mapping[str, Sequence[Row]], folder: Path) -> Pictures:
     """Measures the images of lists, whole and as they lie on disk; unreadable ones are left out."""
     by_file = {row.file: row for of_split in rows.values() for row in of_split}
     images = measure_images(list(by_file.values()), folder, set())
-    names = [f'{file} ({by_file[file].patient})' for file in images.index]
+    names = [name_picture(by_file[file]) for file in images.index]
     return Pictures(names, images.digests, images.thumbnails)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from covidjax.audit import baseline_checks, image_checks, label_checks, list_checks, metadata_checks
+from covidjax.audit import baseline_checks, image_checks, label_checks, list_checks, metadata_checks, source_checks
 from covidjax.audit.check import NOT_CHECKED, Check
 from covidjax.audit.copies import Place, check_copies
 from covidjax.audit.dataset import Dataset, read_dataset
@@ -61,11 +61,16 @@ def check_dataset(dataset: Dataset) -> list[Check]:
         *list_checks.check_leakage(dataset),
         *list_checks.check_labels(dataset),
         *metadata_checks.check_metadata(dataset),
+        source_checks.check_lone_classes(dataset),
         baseline_checks.check_names(dataset),
     ]
     if dataset.images is None:
         reason = f'{dataset.images_reason[:1].upper()}{dataset.images_reason[1:]}.'
-        titles = {**image_checks.TITLES, 'baselines.thumbnails': 'What a thumbnail predicts'}
+        titles = {
+            **image_checks.TITLES,
+            'baselines.thumbnails': 'What a thumbnail predicts',
+            source_checks.NAME: source_checks.TITLE,
+        }
         skipped = [Check(name, title, NOT_CHECKED, reason) for name, title in titles.items()]
         return [*checks, image_checks.check_boxes(dataset, None), *skipped]
     return checks + _check_images(dataset)
@@ -88,4 +93,5 @@ def _check_images(dataset: Dataset) -> list[Check]:
         *image_checks.check_images(images, measured),
         *check_copies(images, measured),
         baseline_checks.check_thumbnails(drawn, images.crops),
+        source_checks.check_sources(dataset, files),
     ]

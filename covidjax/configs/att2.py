@@ -17,9 +17,14 @@ def get_config(raw_dir: str = '') -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.raw_dir = raw_dir  # raw COVIDx-CT directory; empty: phantoms
+    data.sources = ''  # the sources of metadata.csv to use, separated by commas; empty: all
+    # draws of training slices: 'none' (as they are), 'class' (classes equally often, and of one weight in the loss)
+    # or 'class_and_source' (moreover, the sources of a class equally often)
+    data.balance = 'none'
     data.prepared_dir = ''  # prepared slices, shared by runs; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     data.image_size = 224  # side of a slice, pixels
     data.region = 'body'  # what is left of a slice: 'body' (its box) or 'lungs' (on black)
+    data.outlines = ''  # folders with slices.csv, for train.attention_loss, with commas between; phantoms need none
     data.skip_bad = False  # skip (and record) missing and unreadable images instead of stopping
     data.phantom_seed = 0  # seed of the phantoms; unused with a raw directory
 
@@ -34,7 +39,12 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     model.combination = 'concat'  # how the two attention modules combine: 'concat' or 'average'
     model.dropout = 0.0  # of the embedding
     model.mirror = False  # evaluation averages over a slice and its mirror image
-    model.pretrained = 'timm/resnet50.tv_in1k'  # Hugging Face name or .safetensors file; empty: from scratch
+    # Hugging Face name, .safetensors file, 'astra' (weights that have seen CT, docs/ct_weights.md); for
+    # efficientnet_lite0 also 'efficientnet-lite0' (ImageNet) or 'box' (the lesion model of this package); empty: from
+    # scratch
+    model.pretrained = 'timm/resnet50.tv_in1k'
+    model.frozen = False  # keep the backbone as it is; its features are computed once (needs train.augment='none')
+    model.pooled = False  # attend to mean and maximum of a map instead of its positions
 
     config.train = train = ConfigDict()
     train.batch_size = 64  # slices per step, over all devices
@@ -53,6 +63,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     train.brightness = 0.0  # half-width of the range of a factor about 1
     train.contrast = 0.0  # likewise, of the distance from the mean grey
     train.label_smoothing = 0.0
+    train.attention_loss = 0.0  # factor of a loss that pulls attention toward lesions, where a slice has outlines
     train.ema_decay = 0.0  # of a moving average of the weights, which is validated and tested; 0: none
     train.dtype = 'float32'  # activations: 'float32' or 'bfloat16'; parameters and sums stay float32
     train.accumulation_steps = 1  # split a batch into this many parts, computed one after the other to save memory

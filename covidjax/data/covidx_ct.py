@@ -267,6 +267,10 @@ def _create_config(version: str, rows: Mapping, image_size: int, region: str, sk
     settings = {'version': version, 'image_size': image_size, 'skip_bad': skip_bad, 'format': str(CovidxCt.VERSION)}
     if region != 'body':  # so that what earlier versions prepared still counts
         settings['region'] = region
+    if region == 'lungs':
+        from covidjax.models.lesion_weights import read_box_digest  # loads jax
+
+        settings['lungs'] = read_box_digest()
     fingerprint = lists.compute_fingerprint(rows, **settings)
     plain = next(config for config in CovidxCt.BUILDER_CONFIGS if config.name == version.lower())
     name = f'{plain.name}_{image_size}px_{fingerprint[:12]}'

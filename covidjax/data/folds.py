@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from covidjax.data.covidx_ct import Prepared
-from covidjax.data.lists import CLASSES, Row, read_metadata
+from covidjax.data.lists import CLASSES, Row
+from covidjax.data.sources import Subset
 from covidjax.errors import UserError
 from covidjax.files import write_json
 
@@ -84,22 +85,20 @@ def divide_patients(rows: Sequence[Row], num_folds: int, seed: int) -> list[Fold
     ]
 
 
-def read_sources(data: Prepared) -> dict[str, str]:
-    """Returns the source of every patient, from metadata.csv.
+def get_sources(data: Prepared) -> dict[str, str]:
+    """Returns the source of every patient.
 
     Raises:
       UserError: metadata.csv is missing or damaged, or gives no source for a patient of the lists.
     """
-    metadata = read_metadata(str(data.raw_dir / 'metadata.csv'))
-    sources = {patient: (columns.get('source') or '').strip() for patient, columns in metadata.items()}
-    patients = sorted({row.patient for rows in data.rows.values() for row in rows})
-    unknown = [patient for patient in patients if not sources.get(patient)]
+    sources = {row.patient: row.source for rows in data.rows.values() for row in rows}
+    unknown = sorted(patient for patient, source in sources.items() if not source)
     if unknown:
         raise UserError(
             f'{data.raw_dir / "metadata.csv"} gives no source for {len(unknown)} patients of the lists, {unknown[0]} '
             'first: fill the column source, or leave out --by=source'
         )
-    return {patient: sources[patient] for patient in patients}
+    return sources
 
 
 def parse_groups(text: str) -> list[tuple[str, ...]]:
@@ -160,25 +159,6 @@ def list_patients(rows: Sequence[Row]) -> tuple[list[str], np.ndarray]:
         counts.setdefault(row.patient, Counter())[row.label] += 1
     patients = sorted(counts)
     return patients, np.array([max(sorted(counts[p]), key=counts[p].__getitem__) for p in patients])
-
-
-class Subset:
-    """Records of several splits in a given order; stands in for a `covidx_ct.SliceSource`.
-
-    Args:
-      places: (source, number of the record) of every record.
-    """
-
-    def __init__(self, places: Sequence[tuple[Sequence[dict], int]]):
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> dict:
-        """Returns one record. Raises IndexError out of range."""
-        source, number = self._places[index]
-        return source[number]
 
 
 def select_fold(data: Prepared, fold: Fold) -> Prepared:

@@ -8,12 +8,15 @@ import csv
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from covidjax.errors import UserError, join_faults
+
+log = logging.getLogger(__name__)
 
 CLASSES = ('normal', 'pneumonia', 'covid19')  # the index is the label
 SPLITS = ('train', 'val', 'test')
@@ -48,6 +51,7 @@ class Row(NamedTuple):
       scan: scan ID, the file name without its last part.
       patient: patient ID as in metadata.csv.
       slice_index: number in the last part of the file name; orders the slices of a scan.
+      source: source of the patient by metadata.csv; '' if it gives none.
     """
 
     file: str
@@ -56,6 +60,7 @@ class Row(NamedTuple):
     scan: str
     patient: str
     slice_index: int
+    source: str = ''
 
 
 def parse_scan(file: str) -> tuple[str, int]:
@@ -149,7 +154,7 @@ def read_lists(raw_dir: str, splits: Sequence[str] = SPLITS, *, for_training: bo
       for_training: whether train must have two classes.
 
     Returns:
-      Rows by split ('train', 'val', 'test'), in list order.
+      Rows by split ('train', 'val', 'test'), in list order, with the sources that metadata.csv gives.
 
     Raises:
       UserError: as in `find_version` and `read_list`, but one message covers all lists; also if a file is listed twice
@@ -166,7 +171,29 @@ def read_lists(raw_dir: str, splits: Sequence[str] = SPLITS, *, for_training: bo
                 list_faults = [f'{get_list_name(split, version)}: no row of {" or ".join(absent)}']
         faults += list_faults
     _raise_faults(faults, raw_dir)
-    return rows
+    sources = _read_sources(raw_dir)
+    return {split: add_sources(of_split, sources) for split, of_split in rows.items()}
+
+
+def _read_sources(raw_dir: str) -> dict[str, str]:
+    path = os.path.join(raw_dir, 'metadata.csv')
+    if not os.path.isfile(path):
+        return {}
+    try:
+        return get_sources(read_metadata(path))
+    except UserError as error:
+        log.warning('the sources of the patients are unknown: %s', error)
+        return {}
+
+
+def get_sources(metadata: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Returns the source of every patient, '' where `metadata` (see `read_metadata`) gives none."""
+    return {patient: (columns.get('source') or '').strip() for patient, columns in metadata.items()}
+
+
+def add_sources(rows: Sequence[Row], sources: Mapping[str, str]) -> list[Row]:
+    """Returns rows with the sources of their patients."""
+    return [row._replace(source=sources.get(row.patient, '')) for row in rows]
 
 
 def compute_fingerprint(rows: Mapping[str, Sequence[Row]], **settings: str | int | bool) -> str:

@@ -1,4 +1,4 @@
-"""Finds the lungs, in 3-D from Hounsfield units or in one slice by a rule on grey values, and cuts slices to them.
+"""Finds the lungs of a scan in 3-D from Hounsfield units.
 
 Shapes: T slices, H rows (front to back or the other way), W columns (from one side of the patient to the other).
 Lower-case t, h, w are the same axes on a coarse grid.
@@ -11,9 +11,6 @@ import numpy as np
 import scipy
 from PIL import Image
 
-from covidjax.data.preprocess import Box, compute_otsu_threshold
-
-# For scans in Hounsfield units.
 _AIR_HU = -320  # between lung, about -850, and soft tissue, about 40
 _GAS_HU = -960  # the median of lung is above; that of gas in the bowel and around the body is below
 _AIRWAY_HU = -900  # airways are narrow, so partial volume of their walls raises the density of their gas
@@ -32,20 +29,6 @@ _MIN_HALF = 0.2  # share of a part on each side of the body, if it holds both lu
 _THIN_STACK_MM = 40.0  # in a thinner stack, a lung may have several parts
 _REACH_MM = 40.0  # how far a model may enlarge the lungs in a slice
 _RIM_MM = 5.0  # radius; thinner additions are differences of two outlines, unless they are lesions
-
-# For slices without Hounsfield units.
-_BLACK = 10  # grey value; outside the lungs, cut slices have traces of compression and resizing
-_MIN_BLACK, _MAX_LIT_BORDER = 0.25, 0.3  # in a cut slice: black share of the slice, share of its border that is not
-_MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body exceeds both: its depth as a share of the slice, its bright share
-_THRESHOLD = 0.6  # of the way from lung to body, as _AIR_HU
-_MIN_CONTRAST, _SURE_CONTRAST = 8, 32  # grey values between lungs and body
-_MIN_SEPARATION = 0.7  # share of the variance that two greys explain; 0.64 for noise
-_MIN_LUNGS, _MAX_LUNGS = 0.01, 0.85  # shares of the slice
-_MAX_OUTSIDE = 0.15  # share of air around the body in a slice that is cropped closely
-_MIN_DARK = 0.05  # smallest share of a lung that is as dark as healthy lung; fat has less
-_MAX_GREY_AIRWAY = 0.008  # of the square of the width of the body
-_AIRWAY_REACH = 0.15  # of the width of the body, from its middle
-_GREY_CLOSING = 0.08  # radius, of the width of the body
 
 _IN_PLANE = np.zeros((3, 3, 3), bool)
 _IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
@@ -358,129 +341,3 @@ def _close_each(parts_HxW: np.ndarray, radius: float, spacing: tuple[float, ...]
         narrow = scipy.ndimage.distance_transform_edt(wide, spacing) > radius
         closed_HxW[box] |= (narrow | padded)[tuple(slice(n, -n) for n in reach)]
     return closed_HxW
-
-
-def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
-    """Finds the lungs in a slice without Hounsfield units by a simple rule.
-
-    In a slice that is already cut to the lungs, the lungs are all that is not black. In other slices, they are the dark
-    regions that the body encloses, each closed by a disc. The rule misses lesions at the chest wall that are as bright
-    as the body and wider than the disc. It may mistake bowel gas for lungs.
-
-    Args:
-      grey_HxW: uint8; lungs and air are darker than the body.
-
-    Returns:
-      bool [H, W], or None if the rule fails: the body encloses no dark region, or its area is too small or too large.
-      The slice may show no lungs or no chest. Use it whole or leave it out, and report how many slices failed.
-    """
-    if is_cut_to_lungs(grey_HxW):
-        return scipy.ndimage.binary_fill_holes(grey_HxW > _BLACK)
-    smooth = scipy.ndimage.gaussian_filter(grey_HxW.astype(np.float32), max(grey_HxW.shape) / 512)
-    greys = _find_greys(smooth)
-    if greys is None:
-        return None
-    darkest, threshold = greys
-    dark = smooth < threshold
-    body = _find_body(~dark[np.newaxis])[0]
-    if not body.any():
-        return None
-    outside = _touching_corners(dark[np.newaxis])[0]
-    if outside.mean() < _MAX_OUTSIDE:
-        # The slice is cropped closely: the body continues beyond the border, except where there is air.
-        border = np.ones_like(body)
-        border[1:-1, 1:-1] = False
-        body |= border & ~outside
-    columns = np.flatnonzero(body.any(0))
-    width, middle = columns[-1] + 1 - columns[0], columns.mean()
-    dark &= ~outside
-    regions, count = scipy.ndimage.label(dark)
-    labels = regions[dark]
-    area = np.bincount(labels, minlength=count + 1)
-    with np.errstate(invalid='ignore'):
-        sides = np.bincount(labels, _count_sides(body)[dark], count + 1) / area
-        centre = np.bincount(labels, np.nonzero(dark)[1], count + 1) / area
-        very_dark = np.bincount(labels, smooth[dark] < (darkest + threshold) / 2, count + 1) / area
-    is_airway = (area < _MAX_GREY_AIRWAY * width**2) & (abs(centre - middle) < _AIRWAY_REACH * width)
-    area[~(sides >= _MIN_SIDES) | (very_dark < _MIN_DARK) | is_airway] = 0
-    kept = np.flatnonzero(area >= max(_MIN_PART * area.max(), 1))
-    if not len(kept) or area[kept].sum() < _MIN_LUNGS * body.size:
-        return None
-    numbers = np.zeros(count + 1, np.uint8)
-    numbers[kept[np.argsort(-area[kept], kind='stable')][:200]] = np.arange(1, 1 + min(len(kept), 200))
-    parts_HxW = numbers[regions]
-    largest = parts_HxW == 1
-    is_left = np.nonzero(largest)[1] < middle
-    if min(is_left.mean(), 1 - is_left.mean()) >= _MIN_HALF:
-        _part_lungs(parts_HxW)
-    lungs_HxW = _close_each(parts_HxW, _GREY_CLOSING * width, (1.0, 1.0))
-    return lungs_HxW if lungs_HxW.mean() <= _MAX_LUNGS else None
-
-
-def is_cut_to_lungs(grey_HxW: np.ndarray) -> bool:
-    """Returns whether a slice uint8 [H, W] shows only the lungs, on black, as in some public datasets.
-
-    In such a slice, most of the border and much of the area are black, and the rest is less deep or less bright than a
-    body.
-    """
-    lit = grey_HxW > _BLACK
-    border = np.concatenate([lit[0], lit[-1], lit[:, 0], lit[:, -1]])
-    if lit.mean() > 1 - _MIN_BLACK or border.mean() > _MAX_LIT_BORDER:
-        return False
-    filled = np.pad(scipy.ndimage.binary_fill_holes(scipy.ndimage.binary_opening(lit)), 1)
-    depth = scipy.ndimage.distance_transform_edt(filled)[1:-1, 1:-1] / max(grey_HxW.shape)
-    inner = depth > 0.01  # masks may have a bright edge of a pixel or two
-    if not inner.any():
-        return False
-    bright = (grey_HxW[inner] > compute_otsu_threshold(grey_HxW[inner])).mean()
-    return bool(depth.max() <= _MAX_DEPTH or bright <= _MAX_BRIGHT)
-
-
-def _find_greys(smooth_HxW: np.ndarray) -> tuple[float, float] | None:
-    """Returns the grey of lungs and the threshold between lungs and body, or None if two greys do not stand out."""
-    height, width = smooth_HxW.shape
-    # Only the middle: air, and black outside the field of view, would add a third mode.
-    middle = smooth_HxW[height // 5 : height - height // 5, width // 5 : width - width // 5]
-    low = middle < compute_otsu_threshold(middle)
-    if not low.any():
-        return None
-    dark, bright = float(np.median(middle[low])), float(np.median(middle[~low]))
-    share = low.mean()
-    variance = share * (1 - share) * (middle[low].mean() - middle[~low].mean()) ** 2
-    is_noise = bright - dark < _SURE_CONTRAST and variance < _MIN_SEPARATION * middle.var()
-    if bright - dark < _MIN_CONTRAST or is_noise:
-        return None
-    return dark, dark + _THRESHOLD * (bright - dark)
-
-
-def cut_to_lungs(grey_HxW: np.ndarray, lungs_HxW: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, Box]:
-    """Sets pixels outside the lungs to 0 and crops to the bounding box of the lungs.
-
-    With the default margin of 0, the result has the form of public datasets of lung slices.
-
-    Args:
-      grey_HxW: [H, W] of any dtype; not changed.
-      lungs_HxW: bool [H, W], with at least one True.
-      margin: margin on each side, as a share of the longer side of the box; clipped to the slice.
-
-    Returns:
-      The image [h, w], 0 outside the lungs, and its box xmin, ymin, xmax, ymax in pixels, half-open.
-
-    Raises:
-      ValueError: the shapes differ, the mask is empty, or the margin is negative.
-    """
-    if grey_HxW.shape != lungs_HxW.shape or lungs_HxW.ndim != 2:
-        raise ValueError(f'slice and lungs must have one shape [H, W], got {grey_HxW.shape} and {lungs_HxW.shape}')
-    if not margin >= 0:
-        raise ValueError(f'margin must not be negative, got {margin}')
-    rows, columns = np.flatnonzero(lungs_HxW.any(1)), np.flatnonzero(lungs_HxW.any(0))
-    if not len(rows):
-        raise ValueError('no lungs in this slice: leave it out, or use it whole')
-    ymin, ymax, xmin, xmax = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    reach = round(margin * max(ymax - ymin, xmax - xmin))
-    height, width = grey_HxW.shape
-    xmin, ymin = max(0, xmin - reach), max(0, ymin - reach)
-    xmax, ymax = min(width, xmax + reach), min(height, ymax + reach)
-    inner = np.s_[ymin:ymax, xmin:xmax]
-    image = np.where(lungs_HxW[inner], grey_HxW[inner], 0).astype(grey_HxW.dtype)
-    return image, (int(xmin), int(ymin), int(xmax), int(ymax))

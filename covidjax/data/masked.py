@@ -19,6 +19,7 @@ from PIL import Image
 from covidjax.data import lists, phantom, preprocess
 from covidjax.data.masked_folder import LIST_NAME, list_phantoms, list_raw, list_table
 from covidjax.data.masked_slices import CONSOLIDATION, LESION, LUNGS, Outlined, Unit
+from covidjax.data.sources import check_sources
 from covidjax.errors import WORKER_KILLED, UserError, join_faults
 from covidjax.progress import track
 
@@ -214,9 +215,7 @@ def _list_units(folder: Path) -> list[Unit]:
 
 def _choose_sources(units: list[tuple[str, Unit]], sources: Sequence[str]) -> list[tuple[str, Unit]]:
     names = sorted({unit.source for _, unit in units})
-    absent = [name for name in sources if name not in names]
-    if absent:
-        raise UserError(f'no source {", ".join(absent)}: the folders have {", ".join(names)}')
+    check_sources(sources, names, 'the folders have')
     return [(label, unit) for label, unit in units if not sources or unit.source in sources]
 
 
@@ -266,8 +265,7 @@ def _prepare_units(units: Sequence[tuple[str, Unit]], size: int) -> Iterator[tup
 
 
 def _prepare_unit(label: str, unit: Unit, size: int, main_pid: int) -> tuple[list[_Slice], str]:
-    if os.getpid() != main_pid:
-        preprocess.exit_with_parent(main_pid)
+    preprocess.set_up_worker(main_pid)
     try:
         return [_prepare_slice(outlined, unit, label, size) for outlined in unit.read()], ''
     except ValueError as error:

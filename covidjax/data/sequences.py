@@ -24,6 +24,7 @@ class Scan(NamedTuple):
       label: class of the scan and all its slices.
       slices: slice numbers from the file names, ascending.
       records: record number of each slice in the split, in the same order.
+      source: see `lists.Row`.
     """
 
     scan: str
@@ -31,6 +32,7 @@ class Scan(NamedTuple):
     label: int
     slices: tuple[int, ...]
     records: tuple[int, ...]
+    source: str = ''
 
 
 def group_scans(rows: Sequence[Row]) -> list[Scan]:
@@ -45,7 +47,8 @@ def group_scans(rows: Sequence[Row]) -> list[Scan]:
     for (scan, label), records in members.items():
         records = sorted(records, key=lambda record: rows[record].slice_index)
         slices = tuple(rows[record].slice_index for record in records)
-        scans.append(Scan(scan, rows[records[0]].patient, label, slices, tuple(records)))
+        first = rows[records[0]]
+        scans.append(Scan(scan, first.patient, label, slices, tuple(records), first.source))
     return scans
 
 

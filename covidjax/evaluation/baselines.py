@@ -8,43 +8,54 @@ from PIL import Image
 
 from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import Scan
+from covidjax.data.slice_lungs import find_lungs_in_slice
 from covidjax.progress import track
 
 THUMBNAIL_SIZE = 32
 RIDGE_ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
-def compute_thumbnails(source: Sequence[dict], *, name: str) -> np.ndarray:
-    """Returns prepared slices as thumbnails in [0, 1], float32 [N, 32 * 32]."""
-
-    def compute(i: int) -> np.ndarray:
-        image = Image.fromarray(source[i]['image'][..., 0])
-        small = image.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
-        return np.asarray(small, np.float32).ravel() / 255
-
+def _measure(source: Sequence[dict], compute: Callable[[np.ndarray], np.ndarray], name: str) -> np.ndarray:
+    """Returns a function of every image uint8 [S, S], float32 [N, D]."""
     # Threads suffice: reading, decoding and resizing release the GIL.
     parallel = joblib.Parallel(n_jobs=-1, backend='threading', return_as='generator')
-    thumbnails = parallel(joblib.delayed(compute)(i) for i in range(len(source)))
-    return np.stack(list(track(thumbnails, f'thumbnails {name}', len(source), 'slice')))
+    results = parallel(joblib.delayed(lambda i: compute(source[i]['image'][..., 0]))(i) for i in range(len(source)))
+    return np.stack(list(track(results, name, len(source), 'slice')))
+
+
+def _shrink(image: np.ndarray) -> np.ndarray:
+    small = Image.fromarray(image).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).ravel() / 255
+
+
+def compute_thumbnails(source: Sequence[dict], *, name: str) -> np.ndarray:
+    """Returns prepared slices as thumbnails in [0, 1], float32 [N, 32 * 32]."""
+    return _measure(source, _shrink, f'thumbnails {name}')
 
 
 def fit_thumbnails(
     sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]
 ) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """Fits ridge regression to the 'train' thumbnails and chooses its penalty on 'val'.
+    """Fits ridge regression to the 'train' thumbnails and chooses its penalty on 'val'; see `fit_ridge`."""
+    return fit_ridge({split: compute_thumbnails(sources[split], name=split) for split in ('train', 'val')}, labels)
+
+
+def fit_ridge(
+    features: dict[str, np.ndarray], labels: dict[str, np.ndarray]
+) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """Fits ridge regression to the features [N, D] of 'train' and chooses its penalty on those of 'val'.
 
     Returns:
-      A function thumbnails [N, 32 * 32] -> scores [N, K], and the penalty. The scores are not probabilities; the
-      largest is the prediction. A class without training examples scores below all others.
+      A function features [N, D] -> scores [N, K], and the penalty. The scores are not probabilities; the largest is the
+      prediction. A class without training examples scores below all others.
     """
     from sklearn.linear_model import RidgeClassifier  # slow to import
 
-    thumbnails = {split: compute_thumbnails(sources[split], name=split) for split in ('train', 'val')}
-    models = [RidgeClassifier(alpha=alpha).fit(thumbnails['train'], labels['train']) for alpha in RIDGE_ALPHAS]
-    best = max(models, key=lambda model: model.score(thumbnails['val'], labels['val']))
+    models = [RidgeClassifier(alpha=alpha).fit(features['train'], labels['train']) for alpha in RIDGE_ALPHAS]
+    best = max(models, key=lambda model: model.score(features['val'], labels['val']))
 
-    def predict(thumbnails: np.ndarray) -> np.ndarray:
-        found = best.decision_function(thumbnails)
+    def predict(features_NxD: np.ndarray) -> np.ndarray:
+        found = best.decision_function(features_NxD)
         if found.ndim == 1:  # of the second of two classes against the first
             found = np.stack([-found, found], axis=1)
         scores = np.full((len(found), len(CLASSES)), found.min() - 1)
@@ -62,38 +73,25 @@ def compute_thumbnail_scores(
     return predict(compute_thumbnails(sources['test'], name='test')), alpha
 
 
-class _Mapped:
-    """Records whose image is replaced by a function of it."""
-
-    def __init__(self, source: Sequence[dict], change: Callable[[np.ndarray], np.ndarray]):
-        self._source, self._change = source, change
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict:
-        record = self._source[index]
-        return {**record, 'image': self._change(record['image'])}
-
-
 def compute_shape_scores(sources: dict[str, Sequence[dict]], labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores test slices by their silhouette, and by their mean grey, as `compute_thumbnail_scores` does by thumbnails.
+    """Scores test slices by silhouette, and by mean grey, with `fit_ridge`.
 
-    The silhouette is what is not black: of slices that are cut to the lungs, the lungs without their greys. The mean
-    grey is that of the silhouette.
+    The silhouette is the outline of the lungs without their greys, by `slice_lungs.find_lungs_in_slice`, as a
+    thumbnail; the mean grey is that inside it. A slice without lungs has a black silhouette and the grey 0.
     """
 
-    def draw_silhouette(image: np.ndarray) -> np.ndarray:
-        return np.where(image > 0, 255, 0).astype(np.uint8)
+    def describe(image: np.ndarray) -> np.ndarray:
+        lungs = find_lungs_in_slice(image)
+        if lungs is None or not lungs.any():
+            return np.zeros(THUMBNAIL_SIZE**2 + 1, np.float32)
+        return np.append(_shrink(lungs.astype(np.uint8) * 255), np.float32(image[lungs].mean() / 255))
 
-    def average(image: np.ndarray) -> np.ndarray:
-        inside = image[image > 0]
-        return np.full_like(image, inside.mean() if len(inside) else 0)
-
-    return {
-        name: compute_thumbnail_scores({split: _Mapped(s, change) for split, s in sources.items()}, labels)[0]
-        for name, change in (('silhouette ridge', draw_silhouette), ('mean grey', average))
-    }
+    found = {split: _measure(source, describe, f'silhouettes {split}') for split, source in sources.items()}
+    scores = {}
+    for name, columns in (('silhouette ridge', slice(-1)), ('mean grey', slice(-1, None))):
+        features = {split: values[:, columns] for split, values in found.items()}
+        scores[name] = fit_ridge(features, labels)[0](features['test'])
+    return scores
 
 
 def compute_majority_scores(train_labels: np.ndarray, num_examples: int, num_classes: int) -> np.ndarray:

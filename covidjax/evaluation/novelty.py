@@ -62,11 +62,12 @@ def fit_novelty(statistics_NxF: np.ndarray, patients: Sequence[str]) -> Novelty 
     folds = groups % _NUM_FOLDS
     for fold in np.unique(folds):
         inside = folds != fold
-        held_out[~inside] = _measure(_fit(statistics_NxF[inside]), statistics_NxF[~inside])
-    return _fit(statistics_NxF)._replace(threshold=np.float32(np.quantile(held_out, QUANTILE)))
+        held_out[~inside] = measure_distance(fit_distribution(statistics_NxF[inside]), statistics_NxF[~inside])
+    return fit_distribution(statistics_NxF)._replace(threshold=np.float32(np.quantile(held_out, QUANTILE)))
 
 
-def _fit(x_NxF: np.ndarray) -> Novelty:
+def fit_distribution(x_NxF: np.ndarray) -> Novelty:
+    """Fits the distribution to statistics of at least 4 slices, with the threshold 1."""
     from sklearn.decomposition import PCA  # Slow to import, and predictions fit nothing.
 
     x_NxF = x_NxF.astype(np.float64)
@@ -79,7 +80,8 @@ def _fit(x_NxF: np.ndarray) -> Novelty:
     return Novelty(*(np.asarray(a, np.float32) for a in (mean, scale, pca.components_, variances, rest, 1)))
 
 
-def _measure(novelty: Novelty, x_NxF: np.ndarray) -> np.ndarray:
+def measure_distance(novelty: Novelty, x_NxF: np.ndarray) -> np.ndarray:
+    """Returns the Mahalanobis distance of each slice [N]."""
     centred = (x_NxF.astype(np.float64) - novelty.mean) / novelty.scale
     along = centred @ novelty.directions.T
     rest = np.maximum((centred**2).sum(1) - (along**2).sum(1), 0)
@@ -88,7 +90,7 @@ def _measure(novelty: Novelty, x_NxF: np.ndarray) -> np.ndarray:
 
 def compute_novelty(novelty: Novelty, statistics_NxF: np.ndarray) -> np.ndarray:
     """Returns the distance of each slice divided by the threshold [N]; above 1 the slice is unusual."""
-    return _measure(novelty, statistics_NxF) / novelty.threshold
+    return measure_distance(novelty, statistics_NxF) / novelty.threshold
 
 
 def save_novelty(path: Path, novelty: Novelty) -> None:

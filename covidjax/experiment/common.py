@@ -24,8 +24,16 @@ import covidjax
 from covidjax.data import covidx_ct, phantom
 from covidjax.data.folds import read_fold, select_fold
 from covidjax.data.lists import CLASSES, find_absent_classes
+from covidjax.data.sources import (
+    count_sources,
+    describe_lone_classes,
+    find_lone_classes,
+    parse_sources,
+    select_sources,
+)
 from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.calibration import apply_temperature
+from covidjax.evaluation.home import choose_slices, fit_home, save_home
 from covidjax.evaluation.metrics import format_score
 from covidjax.evaluation.novelty import MAX_EXAMPLES, fit_novelty, save_novelty
 from covidjax.evaluation.outputs import compute_outputs
@@ -67,6 +75,7 @@ class Example(Protocol):
 
     label: int
     patient: str
+    source: str
 
 
 class Predictions(NamedTuple):
@@ -196,12 +205,14 @@ class Procedure:
       create_experiment: (config, data) -> the experiment; not called if the run is finished.
       test: (experiment, checkpoints, history, workdir) -> content of results.json, which it writes last.
       format_summary: (results, workdir) -> text.
+      settle: (config, data) -> the config to run and save, with what only the data decide.
     """
 
     load_data: Callable[[ConfigDict, Path], Any]
     create_experiment: Callable[[ConfigDict, Any], Experiment]
     test: Callable[[Any, Checkpoints, Sequence[dict], Path], dict[str, Any]]
     format_summary: Callable[[dict[str, Any], Path], str]
+    settle: Callable[[ConfigDict, Any], ConfigDict] = lambda config, data: config
 
 
 def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = None) -> dict[str, Any]:
@@ -211,7 +222,7 @@ def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = N
       config: config of the run.
       workdir: created if absent. Afterwards it holds config.json, checkpoints/, metrics.jsonl, tensorboard/,
         results.json, predictions.csv, calibration.json, report.html and figures; of a classification also novelty.npz,
-        preprocessing.json and checklist.html; with phantoms also phantoms/.
+        sources.npz, preprocessing.json and checklist.html; with phantoms also phantoms/.
       procedure: of the kind of experiment.
       data: the data of `config.data`, if already loaded.
 
@@ -228,6 +239,7 @@ def train(config: ConfigDict, workdir: Path, procedure: Procedure, data: Any = N
         else:
             check_batch_size(config.train.batch_size, config.train.accumulation_steps)
             data = data or procedure.load_data(config.data, workdir)
+            config = procedure.settle(config, data)
             save_config(workdir, config)
             experiment = procedure.create_experiment(config, data)
             with open_checkpoints(workdir) as checkpoints:
@@ -285,6 +297,7 @@ def load_data(config: ConfigDict, workdir: Path) -> covidx_ct.Prepared:
     if data.dropped and is_first():
         log.warning('%d bad images were dropped; they are listed in dropped_images.json', len(data.dropped))
         write_json(workdir / 'dropped_images.json', [{'file': file, 'reason': reason} for file, reason in data.dropped])
+    data = select_sources(data, parse_sources(config.sources))
     fold = read_fold(workdir)
     if fold is not None:
         data = select_fold(data, fold)
@@ -395,6 +408,8 @@ def create_classification_loss(
     labels: dict[str, Sequence[int]],
     label_smoothing: float,
     compute_val_logits: Callable[[dict[str, Any]], np.ndarray],
+    *,
+    is_balanced: bool = False,
 ) -> dict[str, Any]:
     """Returns the fields `objective` and `validate` of a classification.
 
@@ -402,8 +417,10 @@ def create_classification_loss(
       labels: of the examples of 'train', which give the class weights, and of 'val'.
       label_smoothing: see `losses.weighted_cross_entropy`; validation is without.
       compute_val_logits: variables -> logits [N, K] of the validation examples.
+      is_balanced: classes come equally often in training, so that they weigh the same there.
     """
     class_weights = compute_class_weights(list(count_classes(labels['train']).values()))
+    train_weights = tuple(float(weight > 0) for weight in class_weights) if is_balanced else class_weights
     val_labels = np.asarray(labels['val'])
 
     def validate(variables: dict[str, Any]) -> tuple[float, float]:
@@ -411,7 +428,7 @@ def create_classification_loss(
         losses, weights = weighted_cross_entropy(logits, val_labels, class_weights)
         return float(losses.sum() / weights.sum()), float((logits.argmax(-1) == val_labels).mean())
 
-    return {'objective': create_cross_entropy(class_weights, label_smoothing), 'validate': validate}
+    return {'objective': create_cross_entropy(train_weights, label_smoothing), 'validate': validate}
 
 
 def create_augmentation(config: ConfigDict) -> Augmentation | None:
@@ -489,7 +506,7 @@ def test(
     }
     write_predictions(workdir / 'predictions.csv', findings.columns)
     of_slices = experiment.get_slice_variables(variables)
-    save_usual(workdir / 'novelty.npz', experiment.slice_model, of_slices, data)
+    save_usual(workdir, experiment.slice_model, of_slices, data)
     write_json(workdir / 'calibration.json', rules)
     write_json(workdir / 'preprocessing.json', describe_preprocessing(config, data.fingerprint))
     drawn = {
@@ -508,6 +525,7 @@ def test(
         *sections.build_statistics(results, rules, unit=unit),
         *build_subgroups(results['subgroups'], unit=unit),
         *findings.sections,
+        *sections.build_sources(results['dataset']),
         sections.build_training(results, flatten_config(config), history),
         sections.build_limits(results),
     ]
@@ -518,19 +536,29 @@ def test(
     return results
 
 
-def save_usual(path: Path, slice_model: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
-    """Writes novelty.npz, the usual features of validation slices, so that predictions can detect unusual slices.
+def save_usual(workdir: Path, slice_model: Att2, variables: dict[str, Any], data: covidx_ct.Prepared) -> None:
+    """Writes what predictions need to detect unusual slices and to name the nearest source.
 
-    Uses at most `MAX_EXAMPLES` slices, spread evenly over the split.
+    novelty.npz has the usual features of validation slices, at most `MAX_EXAMPLES`, spread evenly over the split.
+    sources.npz has those of every source, of training and validation slices (see `home`).
     """
-    rows, source = data.rows['val'], data.sources['val']
+
+    def compute_statistics(places: Sequence[tuple[str, int]]) -> np.ndarray:
+        images = np.stack([data.sources[split][i]['image'] for split, i in places])
+        return compute_outputs(slice_model, variables, images).statistics
+
+    rows = data.rows['val']
     chosen = np.unique(np.linspace(0, len(rows) - 1, MAX_EXAMPLES).round().astype(int)).tolist()
-    images = np.stack([source[i]['image'] for i in chosen])
-    novelty = fit_novelty(compute_outputs(slice_model, variables, images).statistics, [rows[i].patient for i in chosen])
-    if novelty is None:
-        path.unlink(missing_ok=True)  # left by an earlier test
-    else:
-        save_novelty(path, novelty)
+    novelty = fit_novelty(compute_statistics([('val', i) for i in chosen]), [rows[i].patient for i in chosen])
+    pool = [(split, i) for split in ('train', 'val') for i in range(len(data.rows[split]))]
+    of_pool = [data.rows[split][i].source for split, i in pool]
+    spread = choose_slices(of_pool, MAX_EXAMPLES)
+    home = fit_home(compute_statistics([pool[i] for i in spread]), [of_pool[i] for i in spread]) if spread else None
+    for name, found, save in (('novelty.npz', novelty, save_novelty), ('sources.npz', home, save_home)):
+        if found is None:
+            (workdir / name).unlink(missing_ok=True)  # left by an earlier test
+        else:
+            save(workdir / name, found)
 
 
 def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
@@ -541,10 +569,18 @@ def name_data(config: ConfigDict, data: covidx_ct.Prepared) -> str:
 
 def find_warnings(data: covidx_ct.Prepared) -> list[str]:
     """Returns the warnings that every output of a run on these data must show."""
-    return [
+    absent = [
         f'no training slice is {name}: the model cannot tell this class, and calls its cases something else'
         for name in find_absent_classes(data.rows['train'])
     ]
+    lone = describe_lone_classes(find_lone_classes(data.rows['train']))
+    return absent + [lone] * bool(lone)
+
+
+def create_source_column(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Returns the column `source` of a table of predictions; none if no source is known."""
+    sources = [example.source for example in examples]
+    return {'source': sources} if any(sources) else {}
 
 
 def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any]:
@@ -559,6 +595,7 @@ def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any
             'fingerprint': data.fingerprint,
             'image_size': config.image_size,
             'slices': {split: count_classes([row.label for row in rows]) for split, rows in data.rows.items()},
+            'sources': count_sources(data.rows),
             'num_dropped': len(data.dropped),
         },
     }
@@ -567,7 +604,8 @@ def describe_data(config: ConfigDict, data: covidx_ct.Prepared) -> dict[str, Any
 def describe_training(experiment: Experiment, history: Sequence[dict]) -> dict[str, Any]:
     """Returns the part `training` of results.json."""
     config = experiment.config
-    pretrained = (config.model if 'pretrained' in config.model else config.att2.model).pretrained
+    model = config.model if 'pretrained' in config.model else config.att2.model
+    pretrained = f'{model.pretrained}, frozen' if model.get('frozen') else model.pretrained
     best_epoch = loop.find_best_epoch([entry['val_loss'] for entry in history], config.train.min_delta)
     return {
         'pretrained': pretrained or 'none (from scratch)',

@@ -6,12 +6,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from covidjax.data.balance import BALANCES
 from covidjax.data.preprocess import REGIONS
 from covidjax.data.sequences import NUM_SLICES
 from covidjax.errors import UserError
 from covidjax.files import write_json
 from covidjax.models.att2 import BACKBONES, COMBINATIONS
-from covidjax.models.attention import COMPATIBILITIES
+from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
+from covidjax.models.ct_weights import ASTRA, STAGE_SIZES
+from covidjax.models.lesions import STRIDE
 from covidjax.models.resnet import BLOCKS
 from covidjax.models.seq import HEADS
 from covidjax.training.augment import AUGMENTATIONS
@@ -41,9 +44,11 @@ _AT_LEAST = {
     'train.weight_decay': 0,
     'train.brightness': 0,
     'train.contrast': 0,
+    'train.attention_loss': 0,
 }
 _BELOW_1 = ('model.dropout', 'train.label_smoothing', 'train.ema_decay')  # from 0
 _ONE_OF = {
+    'data.balance': BALANCES,
     'data.region': REGIONS,
     'model.backbone': BACKBONES,
     'model.head': tuple(HEADS),
@@ -72,10 +77,11 @@ def flatten_config(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
 
 # Fields that configs of earlier versions lack, with the values that those runs were made with.
 _LATER = {
-    'data': {'region': 'body'},
-    'model': {'backbone': 'resnet', 'dropout': 0.0, 'mirror': False},
+    'data': {'region': 'body', 'sources': '', 'balance': 'none', 'outlines': ''},
+    'model': {'backbone': 'resnet', 'dropout': 0.0, 'mirror': False, 'frozen': False, 'pooled': False},
     'train': {'scale': (0.9, 1.1), 'brightness': 0.0, 'contrast': 0.0, 'label_smoothing': 0.0, 'ema_decay': 0.0},
 }
+_LATER_IN_SLICES = {'attention_loss': 0.0}  # of section train
 
 
 def add_later_fields(config: ConfigDict) -> None:
@@ -91,6 +97,7 @@ def add_later_fields(config: ConfigDict) -> None:
     _add(config.data, _LATER['data'])
     _add(of_slices.model, _LATER['model'])
     _add(of_slices.train, _LATER['train'])
+    _add(of_slices.train, _LATER_IN_SLICES)
     for train in (config.train, of_slices.train):
         if isinstance(train.augment, bool):
             with config.ignore_type():
@@ -126,10 +133,54 @@ def check_config(config: ConfigDict) -> None:
             problems.append(f'{name}={value} must be above 0')
         if rule == 'model.stage_sizes' and (len(value) < 2 or min(value) < 1):
             problems.append(f'{name}={value} must be two or more positive numbers')
+        if rule == 'model.pretrained' and value == ASTRA:
+            problems += _check_astra(name, flatten_config(config))
+        if rule == 'model.frozen' and value:
+            problems += _check_frozen(name, flatten_config(config))
+        if rule == 'model.pooled' and value:
+            compatibility = flatten_config(config)[name.replace('pooled', 'compatibility')]
+            if compatibility in NEED_GLOBAL_FEATURE:
+                problems.append(f'{name}=True has no map for the global feature of compatibility {compatibility!r}')
         if rule == 'data.min_slices' and value > NUM_SLICES:
             problems.append(f'{name}={value} must be at most {NUM_SLICES}')
+    of_slices = config.att2 if 'att2' in config else config
+    if of_slices.train.get('attention_loss'):
+        if config.data.raw_dir and not config.data.outlines:
+            problems.append('train.attention_loss needs data.outlines, the folders of the outlined slices')
+        if config.data.image_size % STRIDE:
+            problems.append(f'train.attention_loss needs a data.image_size that is a multiple of {STRIDE}')
+        if of_slices.model.frozen:
+            problems.append('train.attention_loss needs images, and model.frozen keeps their features only')
     if problems:
         raise UserError('config: ' + '; '.join(problems))
+
+
+def _check_astra(name: str, flat: dict[str, Any]) -> list[str]:
+    """Returns what is wrong with the other fields of a config whose field `name` asks for Astra's weights."""
+    section = name.removesuffix('pretrained')
+    wanted = {
+        'backbone': 'resnet',
+        'stage_sizes': list(STAGE_SIZES),
+        'width': 64,
+        'block': 'bottleneck',
+        'stem': 'imagenet',
+    }
+    wrong = [f'{section}{field}={value}' for field, value in wanted.items() if flat.get(section + field) != value]
+    return [f'{name}={ASTRA} is a ResNet-152: it needs {" ".join(wrong)}'] if wrong else []
+
+
+def _check_frozen(name: str, flat: dict[str, Any]) -> list[str]:
+    """Returns what is wrong with the other fields of a config whose field `name` freezes the backbone."""
+    section = name.removesuffix('model.frozen')
+    problems = []
+    if not flat[f'{section}model.pretrained']:
+        problems.append(f'{name}=True needs weights to freeze: set {section}model.pretrained')
+    if section:
+        if not flat['extractor']:
+            problems.append(f'{name}=True: train the slice model first and pass it as --config.extractor')
+    elif flat['train.augment'] != 'none':
+        problems.append(f'{name}=True computes features once, of unchanged slices: set train.augment=none')
+    return problems
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:

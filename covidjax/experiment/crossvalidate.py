@@ -19,6 +19,7 @@ import filelock
 import numpy as np
 from ml_collections import ConfigDict
 
+from covidjax.audit.overlap import Pictures, find_shared_pictures, measure_listed, name_picture
 from covidjax.data import covidx_ct
 from covidjax.data.folds import (
     FOLD,
@@ -27,14 +28,14 @@ from covidjax.data.folds import (
     divide_patients,
     divide_sources,
     get_pool,
+    get_sources,
     parse_fold,
-    read_sources,
     select_fold,
     write_fold,
 )
-from covidjax.data.lists import CLASSES
+from covidjax.data.lists import CLASSES, find_images
 from covidjax.data.sequences import group_scans
-from covidjax.errors import UserError
+from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.baselines import compute_shape_scores
 from covidjax.evaluation.calibration import apply_temperature, compute_calibration
 from covidjax.evaluation.curves import compute_curves
@@ -48,13 +49,15 @@ from covidjax.evaluation.predictions import write_predictions
 from covidjax.evaluation.screening import evaluate_rules, fit_rules
 from covidjax.evaluation.subgroups import compute_subgroups, read_columns
 from covidjax.evaluation.voting import compute_vote_logits, fit_vote_rules
-from covidjax.experiment import ablation, common, scans, slices
+from covidjax.experiment import ablation, common, lesion_folds, scans, slices
 from covidjax.experiment.common import Classification, Example
 from covidjax.experiment.config import check_config, check_workdir, flatten_config, load_config, save_config
+from covidjax.experiment.lesion_folds import plan_lesions, read_seen_sources, train_lesions
 from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.experiment.runs import EXPERIMENTS
 from covidjax.experiment.workdir import FOLDS, list_folds
 from covidjax.files import report_full_disk, report_write_errors, write_json
+from covidjax.models.pretrained import LESION_BOX
 from covidjax.report import folds as report
 from covidjax.report.checklist import write_checklist
 from covidjax.training.checkpoints import open_checkpoints
@@ -95,9 +98,9 @@ def crossvalidate(
     Raises:
       UserError: bad config, data or workdir; the folds are others than before.
     """
-    _check(config, workdir)
+    _check(config, workdir, division)
     with report_full_disk(workdir):
-        data, folds = _plan(config, workdir, division)
+        config, data, folds = _plan(slices.adopt_pooling(config, workdir), workdir, division)
         if fold is not None and not 1 <= fold <= len(folds):
             raise UserError(f'--fold={fold}: it must be from 1 to {len(folds)}')
         if fold is None and (workdir / 'results.json').exists():
@@ -105,8 +108,7 @@ def crossvalidate(
             results = common.load_output(workdir, 'results.json')
         else:
             for number in range(1, len(folds) + 1) if fold is None else [fold]:
-                log.info('%s', folds[number - 1].name)
-                EXPERIMENTS[config.name].train(config, workdir / f'fold_{number}')
+                _train_fold(config, data, folds[number - 1], workdir / f'fold_{number}')
             if fold is not None:
                 return None
             with filelock.FileLock(workdir / '.lock'):
@@ -129,13 +131,19 @@ def evaluate(workdir: Path) -> dict[str, Any]:
     return results
 
 
-def _check(config: ConfigDict, workdir: Path) -> None:
+def _check(config: ConfigDict, workdir: Path, division: Division) -> None:
     check_config(config)
     if config.name == 'lesions':
         raise UserError('crossvalidate is for models of classes: --config=lesions outlines lungs and lesions')
-    if config.get('lesions'):
+    if config.get('lesions') and division.by == 'patient':
         raise UserError(
-            f'config.lesions={config.lesions} may have been trained on patients that the folds hold out: leave it out'
+            f'config.lesions={config.lesions} may have been trained on patients that the folds hold out: leave it '
+            'out, or pass --by=source'
+        )
+    if config.model.get('pretrained') == LESION_BOX:
+        raise UserError(
+            f'config.model.pretrained={LESION_BOX} may have been trained on patients that the folds hold out: pass the '
+            '.safetensors file of a lesion model that was trained without them'
         )
     if config.get('extractor'):
         raise UserError(
@@ -146,7 +154,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f'{workdir} holds a single run, not a cross-validation: choose another --workdir')
 
 
-def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx_ct.Prepared, list[Fold]]:
+def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[ConfigDict, covidx_ct.Prepared, list[Fold]]:
     """Loads the data and writes folds.json and the workdirs of the folds, or checks that they are the same."""
     with report_write_errors(workdir, '--workdir'):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -154,8 +162,9 @@ def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx
     with lock:  # commands for single folds may start at once: they wait for the first one
         check_workdir(workdir, config)
         data = common.load_data(config.data, workdir)
+        config = slices.settle_pooling(config, data)
         if division.by == 'source':
-            folds = divide_sources(get_pool(data), read_sources(data), division.groups, config.seed)
+            folds = divide_sources(get_pool(data), get_sources(data), division.groups, config.seed)
         else:
             folds = divide_patients(get_pool(data), division.num_folds, config.seed)
         if (workdir / FOLDS).exists():
@@ -165,11 +174,64 @@ def _plan(config: ConfigDict, workdir: Path, division: Division) -> tuple[covidx
                 what = f'{names[0]}, not {names[1]}' if names[0] != names[1] else 'the same folds of other lists'
                 raise UserError(f'{workdir} holds {what}: pass the same flags again, or choose another --workdir')
         else:
+            if division.by == 'source':
+                _check_sources(config, data, folds)
             save_config(workdir, config)
             write_json(workdir / FOLDS, {'by': division.by, 'folds': [fold._asdict() for fold in folds]})
         for fold, folder in zip(folds, list_folds(workdir), strict=True):
             _create_folder(config, folder, fold)
-    return data, folds
+    return config, data, folds
+
+
+def _find_left_out(data: covidx_ct.Prepared, fold: Fold) -> set[str]:
+    """Returns the sources that a fold leaves out."""
+    sources = get_sources(data)
+    return {sources[patient] for patient in fold.held_out}
+
+
+def _measure_pictures(data: covidx_ct.Prepared) -> Pictures:
+    return measure_listed(data.rows, Path(find_images(str(data.raw_dir), data.version)))
+
+
+def _name_held_out(data: covidx_ct.Prepared, fold: Fold) -> set[str]:
+    """Returns the names of the pictures of the sources that a fold leaves out, those of the test list included."""
+    left_out = _find_left_out(data, fold)
+    return {name_picture(row) for rows in data.rows.values() for row in rows if row.source in left_out}
+
+
+def _check_sources(config: ConfigDict, data: covidx_ct.Prepared, folds: Sequence[Fold]) -> None:
+    """Checks that every fold can do without its sources.
+
+    Raises:
+      UserError: the lesion model can't be trained without them, or their pictures are also among those to train on.
+    """
+    pictures = _measure_pictures(data)
+    for fold in folds:
+        if config.get('lesions'):
+            plan_lesions(config.lesions, _find_left_out(data, fold))
+        held_out = pictures.take(_name_held_out(data, fold))
+        others = pictures.take(set(pictures.names) - set(held_out.names))
+        shared = find_shared_pictures(others, held_out)
+        if shared:
+            raise UserError(
+                f'{fold.name}: other sources have the same pictures: {join_faults(shared)}: leave them out of one side'
+            )
+
+
+def _train_fold(config: ConfigDict, data: covidx_ct.Prepared, fold: Fold, folder: Path) -> None:
+    """Trains a fold, and before it its lesion model if the given one has seen sources that the fold leaves out."""
+    log.info('%s', fold.name)
+    if config.get('lesions') and not (folder / 'results.json').exists():
+        planned = plan_lesions(config.lesions, _find_left_out(data, fold))
+        if planned is not None:
+            held_out = _measure_pictures(data).take(_name_held_out(data, fold))
+            train_lesions(planned, folder / lesion_folds.FOLDER, held_out, fold.name)
+            config = config.copy_and_resolve_references().unlock()
+            config.lesions = str((folder / lesion_folds.FOLDER).resolve())
+            config.lock()
+    elif config.get('lesions'):
+        config = load_config(folder)
+    EXPERIMENTS[config.name].train(config, folder)
 
 
 def _create_folder(config: ConfigDict, folder: Path, fold: Fold) -> None:
@@ -240,22 +302,28 @@ def _collect(
     by_source = _read_division(workdir)['by'] == 'source'
     for number, (fold, folder) in enumerate(zip(folds, list_folds(workdir), strict=True)):
         log.info('testing %s', fold.name)
+        of_fold = select_fold(data, fold)
+        # The test list, with what the member was trained on: the rule of lesions is fitted on its training split.
+        outer = of_fold._replace(
+            rows={**of_fold.rows, 'test': data.rows['test']}, sources={**of_fold.sources, 'test': data.sources['test']}
+        )
         temperature = np.float32(common.load_output(folder, 'calibration.json')['temperature'])
-        experiment = _create_experiment(config, select_fold(data, fold), folder)
-        whole = _create_experiment(config, data, folder)
+        of_folder = load_config(folder)
+        experiment, tested = (_create_experiment(of_folder, one, folder) for one in (of_fold, outer))
         with open_checkpoints(folder) as checkpoints:
             variables = common.restore_best(experiment.create_variables, checkpoints)
         held_out, validation = (experiment.predict(variables, split).logits / temperature for split in ('test', 'val'))
-        of_test.append(whole.predict(variables, 'test').logits / temperature)
+        of_test.append(tested.predict(variables, 'test').logits / temperature)
         seconds |= {_get_key(e): x for e, x in zip(experiment.examples['val'], validation, strict=True)}
         examples += experiment.examples['test']
         numbers += [number] * len(held_out)
         known.append(np.isin(experiment.get_labels('test'), experiment.get_labels('train')))
         logits.append(held_out)
         scores.append(experiment.compute_baselines())
-        if by_source and whole.unit == 'slices':
+        if by_source and experiment.unit == 'slices':
             split_labels = {split: experiment.get_labels(split) for split in experiment.examples}
             scores[-1] |= compute_shape_scores(experiment.data.sources, split_labels)
+    whole = _create_experiment(of_folder, data, folder)
     none = np.full(len(CLASSES), np.nan, np.float32)
     opinions = Opinions(
         examples,
@@ -491,7 +559,7 @@ def _compare_sources(
     Sick against normal, by each member's own temperature and screening threshold. Inside and left out are compared on
     the group's examples of the test list, which no member used. A class that the member's training lacks is not scored.
     """
-    sources = read_sources(data)
+    sources = get_sources(data)
     normal = CLASSES.index('normal')
     thresholds = [
         common.load_output(folder, 'calibration.json')['thresholds']['disease']['threshold']
@@ -508,6 +576,7 @@ def _compare_sources(
         labels, patients = _get_labels(examples)[chosen], np.array([e.patient for e in examples])[chosen]
         return score_sick(scores, np.stack(called), labels != normal, patients)
 
+    region = load_config(workdir).data.region
     rows = []
     for number, fold in enumerate(folds):
         trained = {row.label for row in select_fold(data, fold).rows['train']}
@@ -523,6 +592,8 @@ def _compare_sources(
             {
                 'sources': sorted(group),
                 'num_patients': len(set(patients.tolist())),
+                'lesions': _name_lesions(list_folds(workdir)[number]),
+                'lungs_seen': sorted(read_seen_sources('box') & group) if region == 'lungs' else [],
                 'classes': common.count_classes(labels[scored]),
                 'not_scored': [CLASSES[label] for label in sorted(set(range(len(CLASSES))) - trained)],
                 'left_out': describe_score(score(opinions.logits[np.newaxis], [number], opinions.examples, scored)),
@@ -544,6 +615,12 @@ def _compare_sources(
             }
         )
     return rows
+
+
+def _name_lesions(folder: Path) -> str:
+    """Returns which lesion model a fold uses, by the sources that it was trained on; '' for none."""
+    name = load_config(folder).get('lesions')
+    return ', '.join(sorted(read_seen_sources(name))) if name else ''
 
 
 def _choose_lead(of_folds: Sequence[dict]) -> dict[str, Any] | None:
@@ -603,6 +680,7 @@ def _write_tables(
             **({'file': [e.file for e in examples]} if hasattr(examples[0], 'file') else {}),
             'scan': [e.scan for e in examples],
             'patient': [e.patient for e in examples],
+            **common.create_source_column(examples),
             **({'slice': [e.slice_index for e in examples]} if hasattr(examples[0], 'file') else {}),
             'label': [e.label for e in examples],
             **{f'p_{c}': p for c, p in zip(CLASSES, shares.T, strict=True)},

@@ -25,11 +25,12 @@ from covidjax.errors import UserError
 from covidjax.experiment.common import load_output
 from covidjax.experiment.config import load_config
 from covidjax.experiment.lesions import load_lesions
-from covidjax.experiment.preprocessing import NORMALISATION, describe_preprocessing
+from covidjax.experiment.preprocessing import describe_preprocessing, describe_scaling
 from covidjax.experiment.runs import Member, Run, load_run
 from covidjax.explain.evidence import combine_evidence
 from covidjax.files import replace_file, write_json
 from covidjax.models.att2 import normalise
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel, write_lesion_weights
 from covidjax.models.lesions import PLANES
 from covidjax.models.seq import HEADS
@@ -93,8 +94,10 @@ def write_lesion_stablehlo(path: Path, lesions: LesionModel) -> str:
     S / 4], probabilities; the last is given that the position is lesion.
     """
 
+    variables = fold_batch_norm(lesions.variables)
+
     def outline(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        logits = lesions.model.apply(lesions.variables, normalise(images_BxSxS)[..., None], train=False)
+        logits = lesions.model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
         return dict(zip(PLANES, jnp.moveaxis(jax.nn.sigmoid(logits), -1, 0), strict=True))
 
     outline.__name__ = '_'.join(['lesions', *(['trained_on_phantoms'] if lesions.notice else [])])
@@ -114,7 +117,7 @@ def write_safetensors(path: Path, run: Run) -> str:
 
     The file's metadata are strings. These are JSON:
       classes: names of the outputs.
-      normalisation: maps a grey slice to an input, (x - mean) / std in `channels` equal channels.
+      normalisation: maps a grey slice to an input: (x - mean) / std in `channels` equal channels, or what 'rule' says.
       temperature: divisor of the logits for calibrated probabilities.
       warnings: warnings about the training data.
       config: config of the run.
@@ -136,7 +139,7 @@ def write_safetensors(path: Path, run: Run) -> str:
         'notice': run.results['notice'],
         'warnings': json.dumps(run.results.get('warnings', [])),
         'classes': json.dumps(CLASSES),
-        'normalisation': json.dumps(NORMALISATION),
+        'normalisation': json.dumps(describe_scaling(run.config)),
         'temperature': json.dumps(run.temperature),
         'members': json.dumps([member.temperature for member in run.members] if is_ensemble else []),
         'config': json.dumps(run.config.to_dict()),
@@ -209,7 +212,7 @@ def create_slice_function(member: Member) -> Callable[..., dict]:
     model = member.slice_model
 
     def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
-        outputs = model.apply(member.slice_variables, normalise(images_BxSxS)[..., None], train=False)
+        outputs = model.apply(member.folded, normalise(images_BxSxS)[..., None], train=False)
         evidence = combine_evidence(outputs.evidence, images_BxSxS.shape[-1], model.combination)
         return {'logits': outputs.logits / member.temperature, 'evidence': evidence / member.temperature}
 
@@ -228,7 +231,7 @@ def create_scan_function(config: ConfigDict, member: Member) -> Callable[..., di
         filled = images_NxSxS[jnp.arange(parts * _AT_ONCE).clip(max=n - 1)].reshape(parts, _AT_ONCE, s, s, 1)
 
         def apply(images: jax.Array) -> jax.Array:
-            return member.slice_model.apply(member.slice_variables, normalise(images), train=False).embedding
+            return member.slice_model.apply(member.folded, normalise(images), train=False).embedding
 
         embeddings = jax.lax.map(apply, filled)
         return embeddings.reshape(parts * _AT_ONCE, -1)[jnp.arange(n)]

@@ -18,6 +18,7 @@ from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.masked import LESION, MaskedData, MaskedRow, read_masked
 from covidjax.data.preprocess import resize_probabilities
 from covidjax.errors import UserError
+from covidjax.evaluation.outlines import clear_outside
 from covidjax.evaluation.predictions import write_predictions
 from covidjax.evaluation.segmentation import (
     THRESHOLDS,
@@ -33,11 +34,12 @@ from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.files import report_full_disk, write_json
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import (
-    BOX,
     LesionModel,
     compute_digest,
     holds_lesion_weights,
+    load_box,
     read_lesion_weights,
 )
 from covidjax.models.lesions import LesionNet
@@ -75,9 +77,7 @@ def find_start(pretrained: str) -> Path | None:
     Raises:
       UserError: there is no such file.
     """
-    if not pretrained:
-        return None
-    return BOX if pretrained == 'box' else find_weights(pretrained)
+    return find_weights(pretrained) if pretrained else None
 
 
 def restore_best(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def create_predictor(
     batch_size = pad_batch_size(batch_size)
 
     def predict(variables: dict[str, Any], split: str) -> Iterator[tuple[int, np.ndarray, float, float]]:
-        count = len(data.sources[split])
+        count, variables = len(data.sources[split]), fold_batch_norm(variables)
         batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
         for number, batch in enumerate(batches):
             probabilities, losses_B, scores_B = jax.device_get(_apply(model, variables, place_batch(batch)))
@@ -235,7 +235,7 @@ def load_lesions(name: str) -> LesionModel:
       UserError: there is no such model.
     """
     if name == 'box':
-        return read_lesion_weights(BOX, 'box')
+        return load_box()
     path = Path(name).expanduser()
     if path.suffix == '.safetensors':
         return read_lesion_weights(path, name)
@@ -262,13 +262,14 @@ def measure(
     measures, shown = [], {}
     for i, probabilities, *_ in create_predictor(model, data, batch_size)(variables, split):
         row, record = rows[i], records[i]
-        large = resize_probabilities(probabilities, record['image'].shape[:2])
+        image_SxS = record['image'][..., 0]
+        large = resize_probabilities(clear_outside(probabilities, image_SxS), image_SxS.shape)
         measures.append(
             measure_slice(
                 large,
                 record['masks'][..., 0],
                 row.known,
-                record['image'][..., 0],
+                image_SxS,
                 patient=row.patient,
                 volume=row.volume,
                 spacing_mm=row.spacing_mm,

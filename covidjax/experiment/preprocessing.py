@@ -10,14 +10,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import covidjax
-from covidjax.data import lungs, preprocess
+from covidjax.data import lungs, preprocess, slice_lungs
 from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU
 from covidjax.data.scan import body
 from covidjax.data.sequences import NUM_SLICES
+from covidjax.models.ct_weights import ASTRA, GREY_HIGH_HU, GREY_LOW_HU, HIGH_HU, LOW_HU
+from covidjax.models.lesion_weights import read_box_digest
 from covidjax.models.lesions import PLANES
 
-NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
+_NORMALISATION = {'channels': 3, 'mean': 127.5, 'std': 127.5}  # of grey values 0 to 255, see `models.att2.normalise`
 _EXAMPLE_SHAPE, _EXAMPLE_BOX = (50, 60), (5, 4, 55, 47)
 _CROPS = {
     'whole': {'rule': 'none: slices are taken whole', 'sources': (preprocess,)},
@@ -32,10 +34,28 @@ _CROPS = {
         'of the lungs; a slice without lungs is left out',
         'lungs_of_scans': 'from Hounsfield units in 3-D: covidjax/data/lungs.py, find_lungs_in_scan; slices with less '
         'than a tenth of the largest lungs are left out',
-        'lungs_of_images': 'from grey values: covidjax/data/lungs.py, find_lungs_in_slice',
-        'sources': (lungs, preprocess),
+        'lungs_of_images': 'all that is not black in a slice that is already cut to the lungs; else by the model of '
+        'lesions of the package: covidjax/data/slice_lungs.py, find_lungs_in_slice',
+        'sources': (lungs, slice_lungs, preprocess),
     },
 }
+
+
+def describe_scaling(config: ConfigDict) -> dict[str, Any]:
+    """Returns how grey values 0 to 255 become what the convolutions of a run's slice model take."""
+    if (config.att2.model if 'att2' in config else config.model).get('pretrained') != ASTRA:
+        rule = 'grey / std - mean / std, the same in every channel'
+        return {**_NORMALISATION, 'dtype': 'float32', 'rule': rule}
+    width, shift = GREY_HIGH_HU - GREY_LOW_HU, LOW_HU - GREY_LOW_HU
+    return {
+        'channels': 3,
+        'dtype': 'float32',
+        'rule': f'clip((grey / 255 * {width} - {shift}) / {HIGH_HU - LOW_HU}, 0, 1), the same in every channel: the '
+        f'window {LOW_HU} to {HIGH_HU} HU as 0 to 1',
+        'grey_in_hu': f'0 is {GREY_LOW_HU} HU and 255 is {GREY_HIGH_HU} HU, also in images, whose window is unknown',
+        'axes': 'after scaling, rows and columns are reversed, then exchanged: rows go from the left of the patient to '
+        'the right, columns from back to front; features are turned back',
+    }
 
 
 def describe_preprocessing(config: ConfigDict, fingerprint: str) -> dict[str, Any]:
@@ -52,6 +72,8 @@ def describe_preprocessing(config: ConfigDict, fingerprint: str) -> dict[str, An
     size, region = config.data.image_size, config.data.get('region', 'whole')
     crop = dict(_CROPS[region])
     sources = crop.pop('sources')
+    if region == 'lungs':
+        crop['lesion_model'] = {'file': 'covidjax/weights/lesions.safetensors', 'digest': read_box_digest()}
     low = WINDOW_LEVEL_HU - WINDOW_WIDTH_HU / 2
     return {
         'format': 1,
@@ -84,7 +106,7 @@ def describe_preprocessing(config: ConfigDict, fingerprint: str) -> dict[str, An
             'antialias': True,
             'keeps_aspect': False,
         },
-        'scaling': {**NORMALISATION, 'dtype': 'float32', 'rule': 'grey / std - mean / std, the same in every channel'},
+        'scaling': describe_scaling(config),
         'classes': list(PLANES if config.name == 'lesions' else CLASSES),
         'slices_of_a_scan': _describe_slices(config),
         'hashes': {

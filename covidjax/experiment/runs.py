@@ -1,5 +1,7 @@
 """Maps config names to experiments, and loads finished runs and ensembles of them."""
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.errors import UserError
+from covidjax.evaluation.home import Home, compute_distances, load_home
 from covidjax.evaluation.novelty import Novelty, compute_novelty, load_novelty
 from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
 from covidjax.experiment import common, lesions, scans, slices
@@ -15,19 +18,22 @@ from covidjax.experiment.config import load_config
 from covidjax.experiment.lesions import load_lesions
 from covidjax.experiment.workdir import list_folds
 from covidjax.models.att2 import Att2
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.training.checkpoints import open_checkpoints
 
-EXPERIMENTS = {'att2': slices, 'lite': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
+EXPERIMENTS = {'att2': slices, 'lite': slices, 'ct': slices, 'seq': scans, 'lesions': lesions}  # by `config.name`
 
 
-class Member(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Member:
     """One model of a run.
 
     Attributes:
       slice_model, slice_variables: the slice model and its variables.
       sequence: parameters of the sequence model; None for a slice run.
       novelty: the usual features; None if there are no such statistics.
+      home: those of every source; None if none is known.
       temperature: divisor of its logits before they are averaged with those of other members; 1 for a single model.
     """
 
@@ -36,6 +42,12 @@ class Member(NamedTuple):
     sequence: dict[str, Any] | None
     novelty: Novelty | None
     temperature: float = 1.0
+    home: Home | None = None
+
+    @functools.cached_property
+    def folded(self) -> dict[str, Any]:
+        """Variables of the slice model for evaluation mode, on the device (see `folding.fold_batch_norm`)."""
+        return jax.device_put(fold_batch_norm(self.slice_variables))
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -103,16 +115,21 @@ def load_run(workdir: Path | None) -> Run:
     if config is None or config.name == 'lesions':
         return create_lesion_run(load_lesions('box' if workdir is None else str(workdir)))
     results, rules = (common.load_output(workdir, name) for name in ('results.json', 'calibration.json'))
+    folds = list_folds(workdir)
+    if folds and config.get('lesions'):
+        raise UserError(
+            f'{workdir} tests a recipe: each of its folds has a lesion model and a rule of its own. Pass '
+            f'--workdir={folds[0]}, or train a run with --config.lesions={config.lesions}'
+        )
     outlining = load_lesions(config.lesions) if config.get('lesions') else None
     if outlining is not None:
         check_lesions(outlining, rules, workdir)
-    folds = list_folds(workdir)
     if not folds:
         return Run(config, results, rules, (_load_member(config, workdir),), outlining)
     members = []
     for folder in folds:
         temperature = common.load_output(folder, 'calibration.json')['temperature']
-        members.append(_load_member(config, folder)._replace(temperature=temperature))
+        members.append(dataclasses.replace(_load_member(config, folder), temperature=temperature))
     return Run(config, results, rules, tuple(members), outlining)
 
 
@@ -146,12 +163,13 @@ def _load_member(config: ConfigDict, workdir: Path) -> Member:
         variables if sequence is None else scans.get_extractor(variables),
         sequence,
         load_novelty(workdir / 'novelty.npz'),
+        home=load_home(workdir / 'sources.npz'),
     )
 
 
 def compute_member_outputs(run: Run, images: np.ndarray) -> tuple[SliceOutputs, ...]:
     """Returns the outputs of every member for images uint8 [N, S, S, 1], N at least 1."""
-    return tuple(compute_outputs(m.slice_model, m.slice_variables, images) for m in run.members)
+    return tuple(compute_outputs(m.slice_model, m.folded, images) for m in run.members)
 
 
 def average_outputs(run: Run, outputs: tuple[SliceOutputs, ...]) -> SliceOutputs:
@@ -185,3 +203,12 @@ def compute_mean_novelty(run: Run, outputs: tuple[SliceOutputs, ...]) -> np.ndar
         if member.novelty is not None
     ]
     return np.mean(found, axis=0) if found else None
+
+
+def compute_home_distances(run: Run, outputs: tuple[SliceOutputs, ...]) -> list[dict[str, float]]:
+    """Returns `home.compute_distances` of a scan by every member that knows sources."""
+    return [
+        compute_distances(member.home, of_member.statistics)
+        for member, of_member in zip(run.members, outputs, strict=True)
+        if member.home is not None
+    ]

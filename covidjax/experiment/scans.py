@@ -26,6 +26,7 @@ from covidjax.explain.catalogue import LESIONS
 from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
 from covidjax.training.checkpoints import Checkpoints, open_checkpoints
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
@@ -188,7 +189,7 @@ def create_predictor(
         chosen = selections[split].scans
         load_slices = sequences.load_images(data.sources[split], chosen)
         batches = sequences.load_eval_scans(load_slices, chosen, batch_size=batch_size, shard=get_shard())
-        apply = functools.partial(_apply, model, variables)
+        apply = functools.partial(_apply, model, fold_batch_norm(variables))
         for member, outputs in run_pass(apply, batches, chosen, batch_size):
             t = len(chosen[member].records)
             of_slices = softmax(outputs.slice_logits[:t])
@@ -356,7 +357,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
     return Classification(
         config=config,
         data=data,
-        title=f'{slices.BACKBONE_NAMES[config.att2.model.backbone]}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
+        title=f'{slices.name_backbone(config.att2.model)}-{HEAD_NAMES[config.model.head]}-ATT2 (scans)',
         unit='scans',
         paper=PAPER,
         examples=chosen,
@@ -442,6 +443,7 @@ def _compare(
         columns={
             'scan': [scan.scan for scan in test],
             'patient': [scan.patient for scan in test],
+            **common.create_source_column(test),
             'label': [scan.label for scan in test],
             **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_MxK.T, strict=True)},
             **{f'vote_{name}': p for name, p in zip(CLASSES, votes[rule].T, strict=True)},

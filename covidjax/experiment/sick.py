@@ -31,17 +31,29 @@ class Areas(NamedTuple):
         return Areas(self.lungs[list(places)], self.lesions[list(places)])
 
 
+# Areas (lungs, lesions) by model and raw directory, and by file: a cross-validation asks for most of them twice.
+_MEASURED: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+
+
 def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) -> Areas:
-    """Outlines the whole slices of a split, as their images are, not as the classifier sees them."""
+    """Outlines the whole slices of a split, as their images are, not as the classifier sees them.
+
+    A process outlines a slice once by each model.
+    """
     images, rows = lists.find_images(data.raw_dir, data.version), data.rows[split]
-    found = [Areas(np.zeros(0), np.zeros(0))]
-    starts = range(0, len(rows), _AT_ONCE)
+    known = _MEASURED.setdefault((lesions.digest, str(data.raw_dir)), {})
+    new = [row.file for row in rows if row.file not in known]
+    starts = range(0, len(new), _AT_ONCE)
     for start in track(starts, f'lesions of {split}', len(starts), 'part'):
-        paths = [str(Path(images) / row.file) for row in rows[start : start + _AT_ONCE]]
+        files = new[start : start + _AT_ONCE]
         load = joblib.delayed(preprocess.load_slice)
-        slices = joblib.Parallel(n_jobs=-1, prefer='threads')(load(path, None, lesions.image_size) for path in paths)
-        found.append(Areas(*count_areas(outline_slices(lesions, np.stack(slices)), lesions.threshold)))
-    return Areas(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        slices = joblib.Parallel(n_jobs=-1, prefer='threads')(
+            load(str(Path(images) / file), None, lesions.image_size) for file in files
+        )
+        areas = count_areas(outline_slices(lesions, np.stack(slices)), lesions.threshold)
+        known.update(zip(files, zip(*(of_kind.tolist() for of_kind in areas), strict=True), strict=True))
+    found = np.array([known[row.file] for row in rows]).reshape(-1, 2)
+    return Areas(found[:, 0], found[:, 1])
 
 
 def compute_slice_sick(rule: SickRule, areas: Areas) -> np.ndarray:

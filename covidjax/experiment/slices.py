@@ -1,9 +1,10 @@
 """The paper's first experiment: ResNet50-ATT2 on single slices (section IV)."""
 
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from covidjax.data import covidx_ct, published
-from covidjax.data.lesions import LesionSlice, read_lesion_folder, read_phantom_lesions
-from covidjax.data.lists import CLASSES, find_version
+from covidjax.data.balance import divide_strata
+from covidjax.data.lesions import (
+    LesionSlice,
+    TaughtSource,
+    match_masks,
+    read_lesion_folder,
+    read_phantom_lesions,
+    read_phantom_masks,
+)
+from covidjax.data.lists import CLASSES, find_images, find_version
 from covidjax.data.loader import load_eval_batches, load_train_batches
 from covidjax.data.sequences import group_scans
 from covidjax.evaluation import baselines
@@ -24,16 +33,23 @@ from covidjax.evaluation.sick import join
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common
 from covidjax.experiment.common import Classification, Findings, PaperTable, Predictions, Procedure
+from covidjax.experiment.config import load_config
+from covidjax.experiment.features import MAX_BYTES, KeptFeatures, count_bytes, keep_features, list_shapes, unpack
 from covidjax.experiment.lesions import load_lesions
 from covidjax.experiment.sick import Judge, compare_verdicts
 from covidjax.models.att2 import Att2, is_dead, normalise
+from covidjax.models.ct_weights import ASTRA, STAGE_SIZES
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.pretrained import find_weights, load_pretrained
 from covidjax.training.checkpoints import Checkpoints, has_checkpoint
 from covidjax.training.devices import get_axis_name, get_shard, pad_batch_size, place_batch, replicate
+from covidjax.training.losses import add_attention_loss
 from covidjax.training.state import TrainState
+from covidjax.training.step import Forward
 
-BACKBONE_NAMES = {'resnet': 'ResNet50', 'efficientnet_lite0': 'EfficientNetLite0'}
+log = logging.getLogger(__name__)
+
 _DROPOUT = np.uint32(2**32 - 1)  # folded into an example's key; augmentation uses other keys
 PAPER = PaperTable('Table III', published.SLICES['CT-2A'][2], published.SLICE_SCORES)
 
@@ -55,7 +71,7 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
             find_version(Path(config.data.raw_dir).expanduser())
         if config.model.pretrained:
             find_weights(config.model.pretrained)
-    return common.train(config, workdir, create_procedure(create_experiment), data)
+    return common.train(adopt_pooling(config, workdir), workdir, create_procedure(create_experiment), data)
 
 
 def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool = False) -> dict[str, Any]:
@@ -72,14 +88,52 @@ def evaluate(workdir: Path, lesions_dir: Path | None = None, *, occlusion: bool 
 
 def create_procedure(create: Callable[[ConfigDict, covidx_ct.Prepared], Classification]) -> Procedure:
     """Returns the procedure of slice runs, given how to create the experiment."""
-    return Procedure(common.load_data, create, common.test, format_summary)
+    return Procedure(common.load_data, create, common.test, format_summary, settle_pooling)
+
+
+def settle_pooling(config: ConfigDict, data: covidx_ct.Prepared) -> ConfigDict:
+    """Returns the config, with `model.pooled` set if the features of a frozen backbone would take too much disk."""
+    if not config.model.get('frozen') or config.model.pooled:
+        return config
+    count = sum(map(len, data.rows.values()))
+    num_bytes = count * count_bytes(create_model(config.model), config.data.image_size)
+    if num_bytes <= MAX_BYTES:
+        return config
+    log.warning(
+        'the features of %d slices would take %.0f GB, more than %.0f: only mean and maximum of every map are kept '
+        '(model.pooled=True)',
+        count,
+        num_bytes / 1e9,
+        MAX_BYTES / 1e9,
+    )
+    return _set_pooled(config)
+
+
+def adopt_pooling(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """Returns the config, with `model.pooled` as `settle_pooling` set it when the run was started."""
+    is_started = config.model.get('frozen') and (workdir / 'config.json').exists()
+    return _set_pooled(config) if is_started and load_config(workdir).model.get('pooled') else config
+
+
+def _set_pooled(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references().unlock()
+    config.model.pooled = True
+    return config.lock()
 
 
 def create_model(config: ConfigDict) -> Att2:
-    """Returns the model of the config section `model`; all its fields but `pretrained` are those of `Att2`."""
+    """Returns the model of the config section `model`; its fields but `pretrained` and `frozen` are those of `Att2`."""
     fields = {name: tuple(value) if name == 'stage_sizes' else value for name, value in config.items()}
-    del fields['pretrained']
-    return Att2(num_classes=len(CLASSES), **fields)
+    inputs = ASTRA if fields.pop('pretrained') == ASTRA else 'imagenet'
+    del fields['frozen']
+    return Att2(num_classes=len(CLASSES), inputs=inputs, **fields)
+
+
+def name_backbone(config: ConfigDict) -> str:
+    """Returns the name of the backbone of the config section `model`."""
+    if config.backbone == 'efficientnet_lite0':
+        return 'EfficientNetLite0'
+    return 'ResNet152' if tuple(config.stage_sizes) == STAGE_SIZES else 'ResNet50'
 
 
 def create_variables(model: Att2, image_size: int, key: jax.Array) -> dict[str, Any]:
@@ -108,9 +162,111 @@ def create_predictor(
 
     def predict(variables: dict[str, Any], split: str) -> np.ndarray:
         batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
-        return compute_logits(apply, variables, map(place_batch, batches), len(data.sources[split]))
+        return compute_logits(apply, fold_batch_norm(variables), map(place_batch, batches), len(data.sources[split]))
 
     return predict
+
+
+class Feed(NamedTuple):
+    """The parts of a slice experiment that depend on its input, images or features of a frozen backbone.
+
+    Attributes:
+      load_batches, forward: see `common.Experiment`.
+      predict: (variables, split) -> logits [N, K] in evaluation mode.
+      is_frozen: see `common.Experiment`.
+    """
+
+    load_batches: Callable[[TrainState], Iterator[dict]]
+    forward: Forward
+    predict: Callable[[dict[str, Any], str], np.ndarray]
+    is_frozen: Callable[[str], bool]
+
+
+def create_image_feed(config: ConfigDict, model: Att2, data: covidx_ct.Prepared) -> Feed:
+    """Returns a feed of images, with the whole network trained."""
+    trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
+    is_taught = config.train.attention_loss > 0
+
+    @functools.cache  # outlines are read for training only
+    def get_records() -> Sequence[dict[str, Any]]:
+        records = data.sources['train']
+        return TaughtSource(records, _read_masks(config.data, data)) if is_taught else records
+
+    def load_batches(state: TrainState) -> Iterator[dict]:
+        return _load_batches(config, data, get_records(), int(state.step), get_shard())
+
+    def forward(variables: dict[str, Any], images: jax.Array, batch: dict) -> tuple[Any, Any]:
+        keys_B = create_dropout_keys(model, batch)
+        outputs, updates = trained.apply(variables, images, train=True, dropout_keys_B=keys_B, mutable=['batch_stats'])
+        found = (outputs.logits, outputs.attention) if is_taught else outputs.logits
+        return found, updates['batch_stats']
+
+    predict = create_predictor(model, data, config.train.batch_size)
+    return Feed(load_batches, forward, predict, functools.partial(is_dead, compatibility=model.compatibility))
+
+
+def create_feature_feed(config: ConfigDict, model: Att2, data: covidx_ct.Prepared) -> Feed:
+    """Returns a feed of the features of a frozen backbone, which are computed when they are first needed.
+
+    The backbone is in evaluation mode, gets no gradient because its features are inputs, and is kept from the
+    optimizer.
+    """
+    trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
+    size = config.data.image_size
+    shapes = list_shapes(model, size)
+    kept: dict[str, KeptFeatures] = {}
+
+    def keep(variables: dict[str, Any], split: str) -> KeptFeatures:
+        if split not in kept:
+            kept[split] = keep_features(model, variables, size, data, split)
+        return kept[split]
+
+    def load_batches(state: TrainState) -> Iterator[dict]:
+        return _load_batches(config, data, keep(state.variables, 'train'), int(state.step), get_shard())
+
+    def forward(variables: dict[str, Any], features_BxE: jax.Array, batch: dict) -> tuple[jax.Array, Any]:
+        outputs, updates = trained.apply(
+            variables,
+            None,
+            train=True,
+            dropout_keys_B=create_dropout_keys(model, batch),
+            features=unpack(features_BxE, shapes, model),
+            mutable=['batch_stats'],
+        )
+        return outputs.logits, updates['batch_stats']
+
+    @jax.jit
+    def classify(variables: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+        features = unpack(batch['embedding'], shapes, model)
+        return replicate(model.apply(variables, None, train=False, features=features).logits)
+
+    def predict(variables: dict[str, Any], split: str) -> np.ndarray:
+        source = keep(variables, split)
+        batches = load_eval_batches(source, batch_size=pad_batch_size(config.train.batch_size), shard=get_shard())
+        return compute_logits(classify, variables, map(place_batch, batches), len(source))
+
+    def is_frozen(path: str) -> bool:
+        return path.startswith('backbone/') or is_dead(path, model.compatibility)
+
+    return Feed(load_batches, forward, predict, is_frozen)
+
+
+def create_dropout_keys(model: Att2, batch: dict[str, jax.Array]) -> jax.Array | None:
+    """Returns the keys of `Att2`'s dropout for the examples of a training batch."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))(batch['key']) if model.dropout else None
+
+
+def _load_batches(
+    config: ConfigDict, data: covidx_ct.Prepared, source: Any, first_step: int, shard: tuple[int, int]
+) -> Iterator[dict]:
+    return load_train_batches(
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        shard=shard,
+        strata=divide_strata(data.rows['train'], config.data.balance),
+    )
 
 
 def create_experiment(
@@ -122,8 +278,7 @@ def create_experiment(
       UserError: the folder of lesions can't be read.
     """
     model = create_model(config.model)
-    trained = model.clone(axis_name=get_axis_name(config.train.parallelism))
-    predict = create_predictor(model, data, config.train.batch_size)
+    feed = (create_feature_feed if config.model.frozen else create_image_feed)(config, model, data)
     outlined = (
         None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
     )
@@ -131,7 +286,7 @@ def create_experiment(
     judge = Judge(load_lesions(config.lesions), data) if config.lesions else None
 
     def predict_verdicts(variables: dict[str, Any], split: str) -> Predictions:
-        logits = predict(variables, split)
+        logits = feed.predict(variables, split)
         if judge is None:
             return Predictions(logits)
         sick = judge.compute_slice_sick(split)
@@ -144,25 +299,10 @@ def create_experiment(
         pretrained = config.model.pretrained
         return load_pretrained(variables, find_weights(pretrained)) if pretrained else variables
 
-    def forward(variables: dict[str, Any], images: jax.Array, batch: dict) -> tuple[jax.Array, Any]:
-        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))(batch['key']) if model.dropout else None
-        outputs, updates = trained.apply(variables, images, train=True, dropout_keys_B=keys_B, mutable=['batch_stats'])
-        return outputs.logits, updates['batch_stats']
-
-    def load_batches(first_step: int, shard: tuple[int, int]) -> Iterator[dict]:
-        return load_train_batches(
-            data.sources['train'],
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            first_step=first_step,
-            shard=shard,
-        )
-
-    def load_host_batches(state: TrainState) -> Iterator[dict]:
-        return load_batches(int(state.step), get_shard())
-
     def name_batch(step: int) -> list[str]:
-        return [data.rows['train'][i].file for i in next(load_batches(step, (0, 1)))['index']]
+        records = [{'label': row.label} for row in data.rows['train']]  # the order does not depend on the images
+        batch = next(_load_batches(config, data, records, step, (0, 1)))
+        return [data.rows['train'][i].file for i in batch['index']]
 
     def examine(variables: dict[str, Any], predictions: dict[str, Predictions], rules: dict[str, Any]) -> Findings:
         from covidjax.report.slices import build_slice_sections, score_explanations  # see `common.test`
@@ -179,10 +319,19 @@ def create_experiment(
             sections=build_slice_sections(model, variables, data, probabilities, explanations, judge and judge.lesions),
         )
 
+    loss = common.create_classification_loss(
+        {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
+        config.train.label_smoothing,
+        lambda variables: feed.predict(variables, 'val'),
+        is_balanced=config.data.balance != 'none',
+    )
+    if config.train.attention_loss > 0:
+        loss['objective'] = add_attention_loss(loss['objective'], config.train.attention_loss)
+
     return Classification(
         config=config,
         data=data,
-        title=f'{BACKBONE_NAMES[config.model.backbone]}-ATT2 (slices)',
+        title=f'{name_backbone(config.model)}-ATT2 (slices)',
         unit='slices',
         paper=PAPER,
         examples=data.rows,
@@ -190,20 +339,31 @@ def create_experiment(
         get_slice_variables=lambda variables: variables,
         create_variables=functools.partial(create_variables, model, config.data.image_size),
         load_weights=load_weights,
-        forward=forward,
-        is_frozen=functools.partial(is_dead, compatibility=config.model.compatibility),
-        load_batches=load_host_batches,
+        forward=feed.forward,
+        is_frozen=feed.is_frozen,
+        load_batches=feed.load_batches,
         name_batch=name_batch,
         steps_per_epoch=config.train.steps_per_epoch or -(-len(data.rows['train']) // config.train.batch_size),
-        **common.create_classification_loss(
-            {split: [row.label for row in data.rows[split]] for split in ('train', 'val')},
-            config.train.label_smoothing,
-            lambda variables: predict(variables, 'val'),
-        ),
+        **loss,
         predict=predict_verdicts,
         examine=examine,
         compute_baselines=lambda: _compute_baselines(data)[0],
     )
+
+
+def _read_masks(config: ConfigDict, data: covidx_ct.Prepared) -> dict[int, np.ndarray]:
+    """Returns the outlined lesions of the training slices that have some."""
+    rows = data.rows['train']
+    if not config.raw_dir:
+        masks = read_phantom_masks(data.raw_dir, rows, config.image_size, config.region)
+    else:
+        folders = [Path(name).expanduser() for name in config.outlines.split(',') if name]
+        images = Path(find_images(str(data.raw_dir), data.version))
+        masks = match_masks(folders, images, rows, config.image_size, config.region)
+    log.info(
+        '%s of %s training slices have outlined lesions, which teach the attention', f'{len(masks):,}', f'{len(rows):,}'
+    )
+    return masks
 
 
 def _compute_baselines(data: covidx_ct.Prepared) -> tuple[dict[str, np.ndarray], float]:
@@ -245,6 +405,7 @@ def _compare(
             'file': [row.file for row in rows],
             'scan': [row.scan for row in rows],
             'patient': patients,
+            **common.create_source_column(rows),
             'slice': [row.slice_index for row in rows],
             'label': [row.label for row in rows],
             **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_NxK.T, strict=True)},

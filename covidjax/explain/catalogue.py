@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import scipy
 
-from covidjax.data.lungs import find_lungs_in_slice
+from covidjax.data.slice_lungs import find_lungs_in_slice
 from covidjax.explain.evidence import combine_evidence, contrast, remove_attention, spread
 from covidjax.explain.localisation import create_centre_map
 from covidjax.explain.maps import Explanations, combine_attention, draw_random_maps, scale_to_unit, upsample
@@ -53,7 +53,7 @@ def compute_maps(explained: Explanations, size: int, combination: str) -> dict[s
 
 
 def find_lungs(images: np.ndarray) -> np.ndarray:
-    """Returns the lungs of slices uint8 [N, S, S, 1] by a rule, bool [N, S, S]; all True where the rule fails."""
+    """Returns the lungs of slices uint8 [N, S, S, 1], bool [N, S, S]; all True where none are found."""
     found = [find_lungs_in_slice(image[..., 0]) for image in images]
     whole = np.ones(images.shape[1:3], bool)
     return np.stack([whole if lungs is None else lungs for lungs in found])

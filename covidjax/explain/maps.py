@@ -21,6 +21,7 @@ from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.explain.evidence import combine_evidence
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.progress import track
 
@@ -62,7 +63,9 @@ def explain(
       full: computes the tail even if it cannot change the output.
       lesions: outlines the slices, as the slice model sees them; None leaves that out.
     """
-    explained = apply_in_batches(functools.partial(_explain, model, full, variables), BATCH_SIZE, images)
+    explained = apply_in_batches(
+        functools.partial(_explain, model, full, fold_batch_norm(variables)), BATCH_SIZE, images
+    )
     if lesions is None:
         return explained
     resized = np.stack([resize(image[..., 0], lesions.image_size) for image in images])

@@ -21,6 +21,7 @@ from covidjax.explain.maps import (
     upsample,
 )
 from covidjax.models.att2 import Att2
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 
 _CHUNK = 64  # slices whose maps are in memory at the same time
@@ -136,7 +137,8 @@ def score_localisation(scores: Scores, slices: Sequence[LesionSlice], names: Seq
 
 def create_predictor(model: Att2, variables: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function from uint8 [N, S, S, 1] to probabilities [N, K]."""
-    return lambda images: softmax(compute_outputs(model, variables, images).logits)
+    folded = fold_batch_norm(variables)
+    return lambda images: softmax(compute_outputs(model, folded, images).logits)
 
 
 def lead_by_lesions(

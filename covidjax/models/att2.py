@@ -3,6 +3,7 @@
 Shapes: B batch, H height, W width, C channels, K classes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,14 +11,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from covidjax.models import ct_weights
 from covidjax.models.attention import LINEAR_INIT, NEED_GLOBAL_FEATURE, ImageAttention
 from covidjax.models.efficientnet import HEAD_FEATURES, STAGES, EfficientNetLite0
+from covidjax.models.pooled import pool, spread_attention, spread_evidence
 from covidjax.models.resnet import BLOCKS, ResNet, stage_features
 
 BACKBONES = ('resnet', 'efficientnet_lite0')
+INPUTS = ('imagenet', ct_weights.ASTRA)
 # Fine-tuning takes hundreds of steps. ImageNet's 0.99 would let the running statistics lag behind the weights.
 _LITE0_MOMENTUM = 0.9
 COMBINATIONS = ('concat', 'average')
+
+
+FEATURES = 'features'  # name among the intermediates: local features of both modules, [B, N, C] or pooled [B, 2, C]
+
+
+class View(NamedTuple):
+    """What the modules find in a slice or its mirror image, a list with an entry for each module.
+
+    Attributes:
+      contexts: context vectors [B, C].
+      attention: over the positions [B, N], or over mean and maximum [B, 2].
+      flat: local features [B, N, C].
+      sizes: (h, w) of their maps, N = h * w.
+    """
+
+    contexts: list[jax.Array]
+    attention: list[jax.Array]
+    flat: list[jax.Array]
+    sizes: list[tuple[int, int]]
 
 
 class Att2Outputs(NamedTuple):
@@ -62,6 +85,9 @@ class Att2(nn.Module):
       dropout: share of the embedding that is set to 0 in training; the rest is scaled up.
       mirror: True averages the context vectors of a slice and of its mirror image in evaluation, and their attention
         and evidence maps after mirroring back. The shares stay exact. Takes twice the time.
+      inputs: what the backbone's weights were trained on: 'imagenet', or 'astra' (see `ct_weights`), for which slices
+        are turned and get another window on their way in, and features are turned back.
+      pooled: True attends to the mean and the maximum of a map in place of its positions (see `pooled`).
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -75,6 +101,8 @@ class Att2(nn.Module):
     backbone: str = 'resnet'
     dropout: float = 0.0
     mirror: bool = False
+    inputs: str = 'imagenet'
+    pooled: bool = False
     axis_name: str | None = None
 
     @nn.nowrap
@@ -87,7 +115,13 @@ class Att2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images_BxHxWx1: jax.Array, *, train: bool, full: bool = False, dropout_keys_B: jax.Array | None = None
+        self,
+        images_BxHxWx1: jax.Array | None,
+        *,
+        train: bool,
+        full: bool = False,
+        dropout_keys_B: jax.Array | None = None,
+        features: Sequence[Sequence[jax.Array]] | None = None,
     ) -> Att2Outputs:
         """Classifies grey slices.
 
@@ -98,6 +132,9 @@ class Att2(nn.Module):
           full: True computes the global feature even if it cannot change the output.
           dropout_keys_B: one key per example, so that dropout does not depend on the number of devices. Required if
             `train` and `dropout` > 0; otherwise it must be None.
+          features: local features that an earlier call left as the intermediates FEATURES, for the slice and, with
+            `mirror`, for its mirror image. They replace the backbone and take part in training as in evaluation.
+            Images must then be None, and attention and evidence are ().
 
         Raises:
           ValueError: unknown backbone or combination; dropout keys are missing or not needed.
@@ -113,32 +150,45 @@ class Att2(nn.Module):
             backbone = ResNet(self.stage_sizes, self.width, self.block, self.stem, self.axis_name, name='backbone')
         else:
             backbone = EfficientNetLite0(momentum=_LITE0_MOMENTUM, axis_name=self.axis_name, name='backbone')
-        features = self.local_features()[1]
+        channels = self.local_features()[1]
         tail_blocks = self.tail_blocks if self.backbone == 'resnet' else 0
-        tail = [BLOCKS[self.block](features, axis_name=self.axis_name, name=f'tail_{i}') for i in range(tail_blocks)]
-        attend = [ImageAttention(self.compatibility, features, name=f'attention{i + 1}') for i in range(2)]
+        tail = [BLOCKS[self.block](channels, axis_name=self.axis_name, name=f'tail_{i}') for i in range(tail_blocks)]
+        attend = [ImageAttention(self.compatibility, channels, name=f'attention{i + 1}') for i in range(2)]
 
-        def look(images: jax.Array) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-            """Returns both modules' context vectors, attention maps and local features."""
-            *_, x1, x2 = backbone(images, train=train)
+        def encode(images: jax.Array) -> list[jax.Array]:
+            """Returns the local features of both modules, [B, h, w, C] each."""
+            if self.inputs == ct_weights.ASTRA:
+                maps = backbone(ct_weights.prepare_images(images), train=train)
+                return [ct_weights.restore_axes(x) for x in maps[-2:]]
+            return backbone(images, train=train)[-2:]
+
+        def attend_to(local: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+            """Returns both modules' context vectors and attentions over the positions of features [B, N, C]."""
             g = None
             if full or self.compatibility in NEED_GLOBAL_FEATURE:
-                y = x2
+                b, n, c = local[1].shape
+                y = local[1].reshape(b, math.isqrt(n), -1, c)
                 for block in tail:
                     y = block(y, train=train)
                 g = y.mean((1, 2))
-            contexts, maps = [], []
-            for module, local in zip(attend, (x1, x2), strict=True):
-                b, h, w, c = local.shape
-                context_BxC, attention_BxN = module(local.reshape(b, h * w, c), g)
-                contexts.append(context_BxC)
-                maps.append(attention_BxN.reshape(b, h, w))
-            return contexts, maps, [x1, x2]
+            found = [module(x, g) for module, x in zip(attend, local, strict=True)]
+            return [context for context, _ in found], [attention for _, attention in found]
 
-        views = [look(images_BxHxWx1)]
-        if self.mirror and not train:
-            views.append(look(images_BxHxWx1[:, :, ::-1]))
-        contexts = [sum(of_module) / len(views) for of_module in zip(*(view[0] for view in views), strict=True)]
+        def look(images: jax.Array) -> View:
+            maps = encode(images)
+            flat = [x.reshape(b, h * w, c) for x in maps for b, h, w, c in [x.shape]]
+            local = [pool(x) for x in flat] if self.pooled else flat
+            self.sow('intermediates', FEATURES, local)
+            contexts, attention = attend_to(local)
+            return View(contexts, attention, flat, [x.shape[1:3] for x in maps])
+
+        if features is None:
+            views = [look(images_BxHxWx1)]
+            if self.mirror and not train:
+                views.append(look(images_BxHxWx1[:, :, ::-1]))
+        else:
+            views = [View(*attend_to(local), [], []) for local in features]
+        contexts = [sum(of_module) / len(views) for of_module in zip(*(view.contexts for view in views), strict=True)]
         embedding = jnp.concatenate(contexts, axis=-1)
         if dropout_keys_B is not None:
             kept = _drop_out(embedding, self.dropout, dropout_keys_B)
@@ -154,13 +204,30 @@ class Att2(nn.Module):
             log_p = [nn.log_softmax(apply(context)) for apply, context in zip(classifiers, contexts, strict=True)]
             logits = jax.nn.logsumexp(jnp.stack(log_p), axis=0) - jnp.log(len(log_p))
             weights = [classifier.variables['params']['kernel'] for classifier in classifiers]
-        attention = [average_views(of_module) for of_module in zip(*(maps for _, maps, _ in views), strict=True)]
-        shares = [
-            [a[..., None] * (x @ w) for a, x, w in zip(maps, features, weights, strict=True)]
-            for _, maps, features in views
-        ]
-        evidence = [average_views(of_module) for of_module in zip(*shares, strict=True)]
+        if features is not None:
+            return Att2Outputs(logits, embedding, (), ())
+        maps, shares = [], []
+        for view in views:
+            of_modules = list(zip(view.attention, view.flat, view.sizes, weights, strict=True))
+            maps.append([_draw_attention(a, x, size, self.pooled) for a, x, size, _ in of_modules])
+            shares.append([_draw_evidence(a, x, size, w, self.pooled) for a, x, size, w in of_modules])
+        attention, evidence = (
+            [average_views(of_module) for of_module in zip(*of_views, strict=True)] for of_views in (maps, shares)
+        )
         return Att2Outputs(logits, embedding, tuple(attention), tuple(evidence))
+
+
+def _draw_attention(a_BxN: jax.Array, x_BxNxC: jax.Array, size: tuple[int, int], is_spread: bool) -> jax.Array:
+    """Returns the attention of a module as maps [B, h, w]."""
+    return (spread_attention(a_BxN, x_BxNxC) if is_spread else a_BxN).reshape(x_BxNxC.shape[0], *size)
+
+
+def _draw_evidence(
+    a_BxN: jax.Array, x_BxNxC: jax.Array, size: tuple[int, int], w_CxK: jax.Array, is_spread: bool
+) -> jax.Array:
+    """Returns the evidence of a module as maps [B, h, w, K]."""
+    shares = spread_evidence(a_BxN, x_BxNxC, w_CxK) if is_spread else a_BxN[..., None] * (x_BxNxC @ w_CxK)
+    return shares.reshape(x_BxNxC.shape[0], *size, w_CxK.shape[-1])
 
 
 def average_views(maps: Sequence[jax.Array]) -> jax.Array:

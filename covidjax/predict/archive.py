@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import filelock
 import joblib
-import numpy as np
 from joblib.externals import loky
 
 import covidjax
@@ -27,6 +26,7 @@ from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, report_full_disk, report_write_errors, write_json
 from covidjax.predict import tables, tasks
+from covidjax.predict.prepare import stack_images
 from covidjax.predict.scan import compute_version, conclude, create_recipe
 from covidjax.predict.tables import DONE, FAILURES, PREDICTIONS, Table, create_row
 from covidjax.predict.units import Unit, list_units, select_shard
@@ -70,6 +70,7 @@ def predict_archive(
     scheduler: str | None = None,
     force: bool = False,
     dicom: bool = False,
+    windows: int = 3,
 ) -> bool:
     """Predicts every chest CT of an archive; returns whether none failed.
 
@@ -85,6 +86,7 @@ def predict_archive(
       scheduler: address of a Dask scheduler; None for this host.
       force: predicts in spite of doubts.
       dicom: also writes DICOM results into dicom/ of the folder of each scan, refused ones included.
+      windows: see `scan.create_recipe`.
 
     Raises:
       UserError: the run, the archive or the output is no good, or the output holds predictions of another run, or with
@@ -94,7 +96,7 @@ def predict_archive(
         raise UserError(f'--pages={pages}: it must be {", ".join(PAGES)}')
     part = _parse_shard(shard)
     run = load_run(workdir)
-    versions = {'run': compute_version(run), 'program': covidjax.__version__}
+    versions = {'run': compute_version(run, windows), 'program': covidjax.__version__}
     units = select_shard(list_units(archive), part)
     suffix = '' if part == (1, 1) else f'-{part[0]}-of-{part[1]}'
     state = output / STATE
@@ -106,7 +108,7 @@ def predict_archive(
     except filelock.Timeout as error:
         raise UserError(f'{output} is in use by another command: wait for it, or choose another --output') from error
     with lock, report_write_errors(output, '--output'), report_full_disk(output):
-        job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler, dicom)
+        job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler, dicom, windows)
         return job.run_units(units)
 
 
@@ -134,9 +136,11 @@ class _Job:
         force: bool,
         scheduler: str | None,
         dicom: bool,
+        windows: int,
     ):
         self._run, self._workdir, self._output, self._versions = run, workdir, output, versions
         self._pages, self._force, self._scheduler, self._suffix = pages, force, scheduler, suffix
+        self._windows = windows
         own = output if not suffix else output / STATE
         self._predictions = Table(own / f'predictions{suffix}.csv', PREDICTIONS)
         self._failures = Table(own / f'failures{suffix}.csv', FAILURES)
@@ -151,7 +155,7 @@ class _Job:
             raise UserError(f'{output} holds predictions with DICOM results: pass --dicom, or choose another --output')
         self._known = frozenset((row['path'], row['id']) for row in known)
         self._refused: list[tasks.Refusal] = []
-        self._queue = OutputQueue([(member.slice_model, member.slice_variables) for member in run.members])
+        self._queue = OutputQueue([(member.slice_model, member.folded) for member in run.members])
         self._keys = itertools.count()
         self._waiting: dict[int, tasks.Prepared] = {}  # for the model, by key
         self._open: dict[str, set[int]] = {}  # keys of the scans of a unit that are not written, by its name
@@ -188,7 +192,7 @@ class _Job:
         }
         todo = [unit for unit in units if (unit.name, unit.signature) not in done]
         start = time.monotonic()
-        pool = _Pool(todo, self._scheduler, self._create_call)
+        pool = _Pool(todo, self._scheduler, self._create_call, with_pages=self._pages != 'none')
         try:
             with open_progress('archive', len(units), 'unit', initial=len(units) - len(todo)) as progress:
                 count = 0
@@ -213,11 +217,12 @@ class _Job:
         known = frozenset(key for key in self._known if key[0] == unit.name or unit.more)
         if self._scheduler is None:
             call = joblib.delayed(tasks.prepare_unit)
-            recipe = create_recipe(self._run)
+            recipe = create_recipe(self._run, self._windows)
             return call(unit, recipe, known, force=self._force, maker=self._maker, main_pid=os.getpid())
         call = joblib.delayed(tasks.predict_unit)
         workdir = self._workdir and str(self._workdir.resolve())
-        return call(unit, workdir, known, force=self._force, pages=self._pages, maker=self._maker)
+        options = {'force': self._force, 'pages': self._pages, 'windows': self._windows, 'maker': self._maker}
+        return call(unit, workdir, known, **options)
 
     def _take(self, task: Task, result: Any, pool: '_Pool') -> None:
         """Takes the result of a task: a `UnitResult`, or the (key, `Finished`) of a page."""
@@ -240,7 +245,7 @@ class _Job:
                 self._write(key, scan)
             else:
                 self._waiting[key] = scan
-                self._queue.add(key, scan.scan.images[..., np.newaxis])
+                self._queue.add(key, stack_images(scan.scan))
 
     def _work(self, pool: '_Pool') -> None:
         """Runs the model over what is ready: full batches, and the rest once nothing else is read."""
@@ -252,10 +257,12 @@ class _Job:
             self._seconds['model'] += seconds
             for key, outputs in complete:
                 prepared = self._waiting[key]
-                share = seconds / count * len(prepared.scan.images)
+                share = seconds / count * prepared.scan.num_images
                 prepared = prepared._replace(seconds=prepared.seconds | {'model': share})
                 prediction = conclude(self._run, prepared.scan, outputs)
-                light = prepared._replace(scan=prepared.scan._replace(images=prepared.scan.images[:0], whole=None))
+                # A page needs neither the slices nor the grids, which would be copied to its worker.
+                scan = prepared.scan._replace(images=prepared.scan.images[:0], whole=None, views=None)
+                light = prepared._replace(scan=scan)
                 light, prediction = lighten(light, prediction, with_outlines=bool(light.headers))
                 finish = functools.partial(tasks.finish_scan, light, prediction, self._run.results, maker=self._maker)
                 if light.headers or tasks.has_page(prediction.summary, self._pages):
@@ -393,11 +400,14 @@ class _Pool:
       units: to read.
       scheduler: of Dask; None for processes of this host.
       create_call: returns the task of a unit.
+      with_pages: pages will be added.
     """
 
-    def __init__(self, units: list[Unit], scheduler: str | None, create_call: Callable[[Unit], Any]):
+    def __init__(
+        self, units: list[Unit], scheduler: str | None, create_call: Callable[[Unit], Any], *, with_pages: bool
+    ):
         self._units, self._pages, self._suspects = deque(units), deque(), deque()
-        self._scheduler, self._create_call = scheduler, create_call
+        self._scheduler, self._create_call, self._with_pages = scheduler, create_call, with_pages
         self._numbers, self._running = itertools.count(), {}
         self._num_crashes = 0  # since the last result
         self._is_careful = False  # a worker died: one unit at a time, to find which
@@ -468,14 +478,15 @@ class _Pool:
 
     def _generate(self) -> Iterator[Any]:
         """Yields calls. joblib fetches them from its threads, one at a time."""
+        main_pid = os.getpid() if self._scheduler is None else None
         while True:
             call = self._choose()
             if call is not None:
-                yield joblib.delayed(_run)(*call)
+                yield joblib.delayed(_run)(*call, main_pid, self._with_pages)
             elif not (self.is_reading or self._running or self._pages or self._get_num_waiting()):
                 return
             else:
-                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)())
+                yield joblib.delayed(_run)(None, joblib.delayed(tasks.idle)(), main_pid, self._with_pages)
 
     def _choose(self) -> tuple[int, Any] | None:
         num_reading = sum(task.unit is not None for task in list(self._running.values()))
@@ -533,7 +544,9 @@ class _Pool:
             loky.get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
-def _run(number: int | None, call: Any) -> tuple[int | None, Any]:
+def _run(number: int | None, call: Any, main_pid: int | None, with_pages: bool) -> tuple[int | None, Any]:
+    if main_pid is not None:
+        tasks.prepare_worker(main_pid, with_pages=with_pages)
     function, arguments, options = call
     return number, function(*arguments, **options)
 

@@ -10,7 +10,7 @@ from pydicom.uid import generate_uid
 from covidjax.predict.dicom_codes import EVALUATIONS, MILLILITRE, create_code
 from covidjax.report.burden import LesionPrediction, describe_burden
 from covidjax.report.lesions import LOOKALIKES
-from covidjax.report.prediction import Prediction, build_headline
+from covidjax.report.prediction import Prediction, build_headline, describe_windows
 
 MAKER = 'covidjax'
 USE = 'Research use only. Not a medical device; do not use it in the care of patients.'
@@ -77,6 +77,8 @@ def _list_doubts(summary: dict[str, Any]) -> list[str]:
         sentences += conformal['notes']
     if members is not None:
         sentences.append(f'The members of the ensemble disagree by {members["disagreement"]:.3f}.')
+    if summary['windows'] is not None:
+        sentences.append(f'Under several grey windows: {describe_windows(summary["windows"])}')
     if novelty is not None:
         sentences.append(
             f'The median slice is at {novelty["median"]:.2f} of the threshold of what is unlike the training data; '

@@ -28,7 +28,6 @@ def outline_scan(lesions: LesionModel, prepared: PreparedScan) -> Outlined:
     grid = prepared.volume.lungs
     probabilities = outline_slices(lesions, prepared.whole)
     burden = measure_burden(probabilities, grid, prepared.volume.depths_mm, threshold=lesions.threshold)
-    lungs, affected = np.array([(s.lungs_percent, s.lungs_percent * s.lesions_percent / 100) for s in burden.slices]).T
     shown = []
     for place in choose_slices(burden):
         of_slice = None if grid is None else grid.enlarge(burden.lungs_txGxV[place // grid.steps[0]])
@@ -40,7 +39,26 @@ def outline_scan(lesions: LesionModel, prepared: PreparedScan) -> Outlined:
         'trained_on_phantoms': bool(lesions.notice),
         **burden.to_json(),
     }
-    return Outlined(summary, burden, probabilities, compute_features(lungs, affected), shown)
+    return Outlined(summary, burden, probabilities, _compute_features(burden), shown)
+
+
+def _compute_features(burden: Burden) -> np.ndarray:
+    lungs, affected = np.array([(s.lungs_percent, s.lungs_percent * s.lesions_percent / 100) for s in burden.slices]).T
+    return compute_features(lungs, affected)
+
+
+def compute_view_features(lesions: LesionModel, prepared: PreparedScan, whole_MxSxS: np.ndarray) -> np.ndarray:
+    """Returns `sick.compute_features` of a scan through another window; each of its slices stands for `step` slices.
+
+    Args:
+      lesions: the model.
+      prepared: the scan.
+      whole_MxSxS: every `step`-th slice through that window, from `PreparedScan.views`.
+    """
+    grid, num_slices = prepared.volume.lungs, len(prepared.whole)
+    probabilities = np.repeat(outline_slices(lesions, whole_MxSxS), prepared.views.step, axis=0)[:num_slices]
+    burden = measure_burden(probabilities, grid, prepared.volume.depths_mm, threshold=lesions.threshold)
+    return _compute_features(burden)
 
 
 def choose_slices(burden: Burden) -> list[int]:

@@ -14,25 +14,41 @@ import numpy as np
 
 from covidjax.data import sequences
 from covidjax.data.lists import CLASSES
+from covidjax.data.preprocess import WINDOW_HU
 from covidjax.data.scan.volume import Volume, format_counts, read_volume
 from covidjax.errors import UserError
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
 from covidjax.evaluation.disagreement import compute_disagreement
+from covidjax.evaluation.home import describe_home
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
 from covidjax.evaluation.sick import SickRule, compute_sick, describe_disagreement, join
 from covidjax.evaluation.voting import compute_vote_logits
-from covidjax.experiment.runs import Run, average_outputs, compute_mean_novelty, compute_member_outputs, load_run
+from covidjax.experiment.runs import (
+    Run,
+    average_outputs,
+    compute_home_distances,
+    compute_mean_novelty,
+    compute_member_outputs,
+    load_run,
+)
 from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
 from covidjax.predict.masks import create_labels, write_nifti, write_overlays
-from covidjax.predict.outline import choose_slices, outline_scan
-from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
+from covidjax.predict.outline import choose_slices, compute_view_features, outline_scan
+from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan, stack_images
+from covidjax.predict.windows import compare_windows
 from covidjax.report.burden import LesionPrediction, Outlined, describe_burden
-from covidjax.report.prediction import Prediction, do_members_disagree, is_unusual, write_page
+from covidjax.report.prediction import (
+    Prediction,
+    do_members_disagree,
+    do_windows_disagree,
+    is_unusual,
+    write_page,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +66,7 @@ def predict_all(
     force: bool,
     masks: bool = False,
     dicom: bool = False,
+    windows: int = 3,
 ) -> bool:
     """Writes prediction.json and prediction.html of every input and prints a line for each; says whether all went well.
 
@@ -61,6 +78,7 @@ def predict_all(
       series: see `volume.read_volume`.
       force: goes on in spite of doubts, and says so on the report.
       masks, dicom: see `predict_one`.
+      windows: see `create_recipe`.
 
     Raises:
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
@@ -81,7 +99,15 @@ def predict_all(
         try:
             is_shared = name in shared
             line = predict_one(
-                run, path, folder, series=series, force=force, is_shared=is_shared, masks=masks, dicom=dicom
+                run,
+                path,
+                folder,
+                series=series,
+                force=force,
+                is_shared=is_shared,
+                masks=masks,
+                dicom=dicom,
+                windows=windows,
             )
             print(line, flush=True)
         except UserError as error:
@@ -100,6 +126,7 @@ def predict_one(
     is_shared: bool = False,
     masks: bool = False,
     dicom: bool = False,
+    windows: int = 3,
 ) -> str:
     """Reads a scan, predicts it, writes prediction.json and prediction.html, and returns a line that says it.
 
@@ -113,21 +140,23 @@ def predict_one(
         lesion model.
       dicom: also writes DICOM results into a folder dicom/, see `dicom_results`; of a refused scan, a report that says
         why.
+      windows: see `create_recipe`.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
     """
     start = time.perf_counter()
+    recipe = create_recipe(run, windows)
     try:
-        volume = read_volume(path, series, with_lungs=create_recipe(run).with_lungs)
+        volume = read_volume(path, series, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
         seconds = {'reading': time.perf_counter() - start}
         if is_shared:
             folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
-        prediction = predict_scan(run, volume, seconds, force=force, path=path)
+        prediction = predict_scan(run, volume, seconds, force=force, path=path, windows=windows)
     except UserError as error:
         if dicom:
             with report_write_errors(folder, '--output'), report_full_disk(folder):
-                write_dicom_refusal(run, folder / 'dicom', path, series, error)
+                write_dicom_refusal(run, folder / 'dicom', path, series, error, windows)
         raise
     start = time.perf_counter()
     with report_write_errors(folder, '--output'), report_full_disk(folder):
@@ -139,12 +168,18 @@ def predict_one(
         summary = prediction.summary | {'seconds': {stage: round(s, 2) for stage, s in seconds.items()}}
         write_json(folder / 'prediction.json', summary)
         if dicom:
-            write_dicom(run, folder / 'dicom', path, series, volume, prediction)
+            write_dicom(run, folder / 'dicom', path, series, volume, prediction, windows)
     return format_line(summary, folder)
 
 
 def write_dicom(
-    run: Run, folder: Path, path: Path, series: str | None, volume: Volume, prediction: Prediction | LesionPrediction
+    run: Run,
+    folder: Path,
+    path: Path,
+    series: str | None,
+    volume: Volume,
+    prediction: Prediction | LesionPrediction,
+    windows: int = 3,
 ) -> None:
     """Writes the DICOM results of a prediction; see `dicom_results.create_results`.
 
@@ -154,7 +189,7 @@ def write_dicom(
     from covidjax.predict import dicom_results
 
     headers = dicom_results.read_headers(path, series)
-    maker = dicom_results.describe_maker(run.results, compute_version(run))
+    maker = dicom_results.describe_maker(run.results, compute_version(run, windows))
     try:
         files = dicom_results.create_results(headers, volume, prediction, run.results, maker)
     except UserError as error:
@@ -162,11 +197,13 @@ def write_dicom(
     dicom_results.write_files(folder, files)
 
 
-def write_dicom_refusal(run: Run, folder: Path, path: Path, series: str | None, refusal: UserError) -> bool:
+def write_dicom_refusal(
+    run: Run, folder: Path, path: Path, series: str | None, refusal: UserError, windows: int = 3
+) -> bool:
     """Writes the DICOM report of a refused scan. Returns False, and writes nothing, if no slices can be referred to."""
     from covidjax.predict import dicom_results
 
-    maker = dicom_results.describe_maker(run.results, compute_version(run))
+    maker = dicom_results.describe_maker(run.results, compute_version(run, windows))
     try:
         headers = dicom_results.read_headers(path, series)
         files = dicom_results.create_refusal(headers, str(refusal).removeprefix(f'{path}: '), maker)
@@ -193,7 +230,7 @@ def write_masks(folder: Path, volume: Volume, outlined: Outlined) -> None:
 
 
 def predict_scan(
-    run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path
+    run: Run, volume: Volume, seconds: dict[str, float], *, force: bool, path: Path, windows: int = 3
 ) -> Prediction | LesionPrediction:
     """Prepares the slices of a scan as for training and predicts them.
 
@@ -203,40 +240,50 @@ def predict_scan(
       seconds: gets 'preparing' and 'model'.
       force: goes on in spite of doubts.
       path: of the scan, for messages.
+      windows: see `create_recipe`, which also says how to read the scan.
 
     Raises:
       UserError: too few slices, or doubts.
     """
     start = time.perf_counter()
     try:
-        prepared = prepare_scan(volume, create_recipe(run), force=force)
+        prepared = prepare_scan(volume, create_recipe(run, windows), force=force)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     seconds['preparing'] = time.perf_counter() - start
 
     start = time.perf_counter()
-    prediction = conclude(run, prepared, compute_member_outputs(run, prepared.images[..., np.newaxis]))
+    prediction = conclude(run, prepared, compute_member_outputs(run, stack_images(prepared)))
     seconds['model'] = time.perf_counter() - start
     rounded = {stage: round(s, 2) for stage, s in seconds.items()}
     return prediction._replace(summary=prediction.summary | {'seconds': rounded})
 
 
-def compute_version(run: Run) -> str:
-    """Returns 12 digits that name a run: the SHA-256 of its config, its rules and its weights."""
+def compute_version(run: Run, windows: int = 3) -> str:
+    """Returns 12 digits that name a run: the SHA-256 of its config, rules and weights, and of the number of windows."""
     digest = hashlib.sha256(run.config.to_json(sort_keys=True).encode())
     digest.update(repr(run.rules).encode())
-    for leaf in jax.tree.leaves([(member.variables, member.novelty) for member in run.members]):
+    digest.update(f'windows {windows}'.encode())
+    for leaf in jax.tree.leaves([(member.variables, member.novelty, member.home) for member in run.members]):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     if run.lesions:
         digest.update(run.lesions.digest.encode())
     return digest.hexdigest()[:12]
 
 
-def create_recipe(run: Run) -> Recipe:
-    """Returns how scans are prepared for a run."""
+def create_recipe(run: Run, windows: int = 1) -> Recipe:
+    """Returns how scans are prepared for a run.
+
+    Args:
+      run: the model.
+      windows: 3 also looks at slices through two further windows, where there are Hounsfield units: at every second
+        one, or at those that a scan run selects. 1 does not.
+    """
     data = run.config.data
     outline_size = run.lesions.image_size if run.lesions else 0
-    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run, outline_size)
+    is_wanted = windows > 1 and bool(run.members)
+    hu_step = 0 if not is_wanted else 1 if run.is_scan_run and run.min_slices == sequences.NUM_SLICES else 2
+    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run, outline_size, hu_step)
 
 
 def describe_scan(run: Run, prepared: PreparedScan) -> dict[str, Any]:
@@ -264,33 +311,30 @@ def describe_scan(run: Run, prepared: PreparedScan) -> dict[str, Any]:
 
 
 def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ...]) -> Prediction | LesionPrediction:
-    """Returns the prediction for a scan from the outputs of every member of the run for its slices."""
+    """Returns the prediction for a scan from the outputs of every member of the run for `stack_images`."""
     outlined = outline_scan(run.lesions, prepared) if run.lesions else None
     if not run.members:
         warnings = ['this model outlines lungs and lesions; it gives no verdict on COVID-19']
         summary = describe_scan(run, prepared) | {'warnings': warnings, 'lesions': outlined.summary}
         return LesionPrediction(summary, prepared.boxes, outlined)
     volume, used, boxes = prepared.volume, prepared.used, prepared.boxes
+    stacked, by_member = by_member, _take(by_member, slice(len(prepared.images)))
     outputs = average_outputs(run, by_member)
     if not run.is_scan_run:
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
         attention = None
-        temperature = run.rules['sick']['classifier_temperature'] if outlined else run.temperature
+        temperature = _get_slice_temperature(run)
         shares, bias = sum_evidence(run, outputs)
-        scan_logits = compute_vote_logits(outputs.logits, temperature, rule)
-        votes = [
-            compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
-            for member, of_member in zip(run.members, by_member, strict=True)
-        ]
+        scan_logits, votes = vote(run, by_member)
     else:
         stored, rule, temperature = run.rules, None, 1.0
         scan_logits, attention, shares, bias, votes = classify_sequence(run, by_member)
     joined = {}
     if outlined:
-        sick = compute_sick(SickRule(*(run.rules['sick'][name] for name in SickRule._fields)), outlined.features[None])
+        sick = _compute_sick(run, outlined.features)
         alone = softmax(scan_logits[np.newaxis])
-        scan_logits, *votes = (np.log(join(sick, softmax(x[np.newaxis])))[0] for x in (scan_logits, *votes))
+        scan_logits, *votes = (_join(sick, x) for x in (scan_logits, *votes))
         joined = {
             'lesions': outlined.summary,
             'sick': {
@@ -338,6 +382,10 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         ],
     }
     summary |= joined
+    summary['home'] = describe_home(compute_home_distances(run, by_member), is_far=is_unusual(summary))
+    summary['windows'] = (
+        None if prepared.views is None else _look_through_windows(run, prepared, stacked, summary, outlined)
+    )
     summary['verdict'] = _find_verdict(summary)
     explained = Explanations(softmax(outputs.logits), outputs.attention, outputs.evidence)
     return Prediction(
@@ -353,6 +401,60 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         novelty=novelty,
         outlined=outlined,
     )
+
+
+def _take(by_member: tuple[SliceOutputs, ...], chosen: slice | np.ndarray) -> tuple[SliceOutputs, ...]:
+    return jax.tree.map(lambda x: x[chosen], by_member)
+
+
+def _get_slice_temperature(run: Run) -> float:
+    return run.rules['sick']['classifier_temperature'] if run.lesions else run.temperature
+
+
+def vote(run: Run, by_member: tuple[SliceOutputs, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the logits [K] of a scan by a slice run, and those by each of its members alone."""
+    stored = run.rules.get('scans')
+    rule, temperature = stored['rule'] if stored else FALLBACK_RULE, _get_slice_temperature(run)
+    return compute_vote_logits(average_outputs(run, by_member).logits, temperature, rule), [
+        compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
+        for member, of_member in zip(run.members, by_member, strict=True)
+    ]
+
+
+def _compute_sick(run: Run, features: np.ndarray) -> np.ndarray:
+    """Returns the probability of sick, [1], by the lesions."""
+    rule = SickRule(*(run.rules['sick'][name] for name in SickRule._fields))
+    return compute_sick(rule, features[np.newaxis])
+
+
+def _join(sick: np.ndarray, logits_K: np.ndarray) -> np.ndarray:
+    return np.log(join(sick, softmax(logits_K[np.newaxis])))[0]
+
+
+def _look_through_windows(
+    run: Run,
+    prepared: PreparedScan,
+    stacked: tuple[SliceOutputs, ...],
+    summary: dict[str, Any],
+    outlined: Outlined | None,
+) -> dict[str, Any]:
+    """Returns `compare_windows` of a scan; `stacked` are the outputs for `stack_images`."""
+    views, number = prepared.views, len(prepared.views.positions)
+    starts = [len(prepared.images) + number * i for i in range(len(views.windows_hu))]
+    of_windows = [_take(stacked, views.positions), *(_take(stacked, slice(i, i + number)) for i in starts)]
+    logits = [
+        classify_sequence(run, by_member)[0] if run.is_scan_run else vote(run, by_member)[0] for by_member in of_windows
+    ]
+    if outlined:
+        features = [
+            outlined.features,
+            *(compute_view_features(run.lesions, prepared, whole) for whole in views.whole),
+        ]
+        logits = [_join(_compute_sick(run, f), x) for f, x in zip(features, logits, strict=True)]
+    stored = run.rules if run.is_scan_run else run.rules.get('scans')
+    probabilities = apply_temperature(np.stack(logits), stored['temperature'] if stored else 1.0)
+    windows = (WINDOW_HU, *views.windows_hu)
+    return compare_windows(windows, probabilities, CLASSES.index(summary['class']), number)
 
 
 def sum_evidence(run: Run, outputs: SliceOutputs) -> tuple[np.ndarray, np.ndarray]:
@@ -450,11 +552,13 @@ def _describe_members(votes: Sequence[np.ndarray], rules: dict[str, Any] | None)
 def _find_verdict(summary: dict[str, Any]) -> str:
     """Returns the class that is called, or 'uncertain'.
 
-    It is uncertain if another class can't be ruled out, the scan is unusual, or the members of the ensemble disagree.
+    It is uncertain if another class can't be ruled out, the scan is unusual, the members of the ensemble disagree, or
+    another grey window changes the call.
     """
     conformal = summary['conformal']
     is_open = conformal is not None and conformal['set'] != [summary['class']]
-    return 'uncertain' if is_open or is_unusual(summary) or do_members_disagree(summary) else summary['class']
+    is_doubtful = is_open or is_unusual(summary) or do_members_disagree(summary) or do_windows_disagree(summary)
+    return 'uncertain' if is_doubtful else summary['class']
 
 
 def format_verdict(summary: dict[str, Any]) -> str:
@@ -472,8 +576,14 @@ def format_verdict(summary: dict[str, Any]) -> str:
             else f'{len(summary["members"]["probabilities"])} members'
         )
         shown.append(f'{apart}, {summary["members"]["disagreement"]:.3f}')
+    if summary['windows'] is not None:
+        windows = summary['windows']
+        agree = 'the window changes the call' if windows['is_changed'] else f'{len(windows["by_window"])} windows agree'
+        shown.append(f'{agree}, spread {windows["largest_spread"]:.3f}')
     if is_unusual(summary):
         shown.append('unlike the training data')
+    if summary['home'] is not None:
+        shown.append(summary['home']['text'])
     return f'{summary["verdict"]} ({"; ".join(shown)})'
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import threading
 import time
 import traceback
@@ -11,11 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from covidjax.data.preprocess import exit_with_parent
+from joblib.externals.loky import process_executor
+
+from covidjax.data.preprocess import set_up_worker
 from covidjax.data.scan.dicom import read_headers
 from covidjax.data.scan.volume import Found, find_scans
 from covidjax.errors import UserError
-from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan
+from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan, stack_images
 from covidjax.predict.tables import get_id
 from covidjax.predict.units import Unit, open_unit
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 READ_SECONDS = 900  # for a unit; a file server that takes longer hangs
 IDLE_SECONDS = 0.02
+MAX_GROWTH = 1_000_000_000  # bytes; a worker that grows by more is replaced
 MAX_COPIES = 0.1  # share of the slices of a joined unit
 
 Known = frozenset[tuple[str, str]]  # (path, id) of scans that have a row
@@ -94,6 +96,23 @@ class UnitResult(NamedTuple):
     num_known: int
 
 
+@functools.cache  # once in a process
+def prepare_worker(main_pid: int, *, with_pages: bool) -> None:
+    """Prepares a worker of this host, before its first task.
+
+    loky replaces a worker whose memory has grown by 300 MB since its first task. The libraries of pages and one scan
+    take that much, so that workers were replaced, and loaded everything again, every few scans.
+
+    Args:
+      main_pid: see `prepare_unit`.
+      with_pages: the worker will write pages.
+    """
+    set_up_worker(main_pid)
+    process_executor._MAX_MEMORY_LEAK_SIZE = MAX_GROWTH
+    if with_pages:
+        import covidjax.report.prediction  # noqa: F401
+
+
 def idle() -> None:
     """Waits a moment. A worker gets this while it must not run ahead of the model."""
     time.sleep(IDLE_SECONDS)
@@ -112,14 +131,16 @@ def prepare_unit(
       maker: see `dicom_results.describe_maker`; None: no DICOM results.
       main_pid: process that waits for the result; the worker exits when it ends. None on a cluster.
     """
-    if main_pid not in (None, os.getpid()):
-        exit_with_parent(main_pid)
+    if main_pid is not None:
+        set_up_worker(main_pid)
     return _limit(functools.partial(_prepare_unit, unit, recipe, known, force, maker), unit, READ_SECONDS)
 
 
-def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str, maker: Maker) -> UnitResult:
+def predict_unit(
+    unit: Unit, workdir: str | None, known: Known, *, force: bool, pages: str, windows: int, maker: Maker
+) -> UnitResult:
     """Reads, prepares and predicts the scans of a unit with the run of `workdir`, which each process loads once."""
-    result = prepare_unit(unit, _load_recipe(workdir), known, force=force, maker=maker, main_pid=None)
+    result = prepare_unit(unit, _load_recipe(workdir, windows), known, force=force, maker=maker, main_pid=None)
     from covidjax.experiment.runs import compute_member_outputs
     from covidjax.predict.scan import conclude
 
@@ -127,7 +148,7 @@ def predict_unit(unit: Unit, workdir: str | None, known: Known, *, force: bool, 
     finished = []
     for one in result.scans:
         start = time.perf_counter()
-        outputs = compute_member_outputs(run, one.scan.images[..., None])
+        outputs = compute_member_outputs(run, stack_images(one.scan))
         prediction = conclude(run, one.scan, outputs)
         seconds = one.seconds | {'model': time.perf_counter() - start}
         finished.append(finish_scan(one._replace(seconds=seconds), prediction, run.results, pages, maker))
@@ -149,10 +170,10 @@ def _load_run_once(workdir: str | None) -> Any:
     return load_run(workdir and Path(workdir))
 
 
-def _load_recipe(workdir: str | None) -> Recipe:
+def _load_recipe(workdir: str | None, windows: int) -> Recipe:
     from covidjax.predict.scan import create_recipe
 
-    return create_recipe(_load_run(workdir))
+    return create_recipe(_load_run(workdir), windows)
 
 
 def has_page(summary: dict[str, Any], pages: str) -> bool:
@@ -231,7 +252,7 @@ def _prepare_group(
     name: str, entries: list[Any], recipe: Recipe, known: Known, force: bool, maker: Maker, result: UnitResult
 ) -> UnitResult:
     start = time.perf_counter()
-    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs)
+    scans = find_scans(entries, Path(name).name, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
     finding = time.perf_counter() - start
     num_known = result.num_known
     for scan in scans:

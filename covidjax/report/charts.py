@@ -36,7 +36,8 @@ _STYLE = {
     'xtick.color': _INK,
     'ytick.color': _INK,
 }
-_SCHEME = '<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{color:#e4e6ea}}</style>'
+# Follows the light or dark colours of the page.
+SCHEME = '<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{color:#e4e6ea}}</style>'
 
 
 def use_style() -> contextlib.AbstractContextManager[None]:
@@ -50,6 +51,6 @@ def create_picture(figure: Figure, alt: str) -> Picture:
     with use_style():
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
     svg = buffer.getvalue()
-    svg = svg[svg.index('<svg') :].replace(_INK, 'currentColor').replace('<defs>', f'{_SCHEME}<defs>', 1)
+    svg = svg[svg.index('<svg') :].replace(_INK, 'currentColor').replace('<defs>', f'{SCHEME}<defs>', 1)
     uri = f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}'
     return Picture(alt, uri, figure.get_figwidth())

@@ -73,6 +73,7 @@ def write_folds_report(
                 )
             ],
             build_label_errors(results['label_errors'], load_image),
+            *sections.build_sources(results['dataset']),
             _build_facts(results),
             sections.build_limits(results),
         ],
@@ -137,38 +138,45 @@ def _get_score(out: dict[str, Any], name: str, key: str) -> tuple:
     return out['per_class'][name][key], out['intervals']['per_class'][name][key]
 
 
+_BASELINES = {
+    'thumbnail ridge': 'thumbnails',
+    'silhouette ridge': 'silhouettes',
+    'mean grey': 'mean grey',
+    'file names only': 'file names',
+    'majority class': 'majority',
+}
+
+
 def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
     """Returns the section 'left-out'; `rows` is `left_out` of results.json."""
-    names = list(rows[0]['baselines'])
-    scores, beside = [], []
-    for row in rows:
-        title = ', '.join(row['sources'])
-        scores.append(
-            (
-                title,
-                (row['left_out_on_test'] or row['left_out'] or {}).get('kind', 'none'),
-                row['num_test_patients'],
-                *_show(row['inside_on_test']),
-                *_show(row['left_out_on_test']),
-                *_show(row['difference']),
-            )
-        )
-        counts = ', '.join(f'{count:,} {name}' for name, count in row['classes'].items() if count)
-        beside.append(
-            (
-                title,
-                (row['left_out'] or {}).get('kind', 'none'),
-                row['num_patients'],
-                counts,
-                *_show(row['left_out']),
-                *((row['baselines'][name] or {}).get('value') for name in names),
-            )
-        )
+    names = [name for name in _BASELINES if name in rows[0]['baselines']]
+    table = [
+        ('score', *((row['left_out'] or row['left_out_on_test'] or {}).get('kind', 'none') for row in rows)),
+        ('patients', *(f'{row["num_patients"]:,}' for row in rows)),
+        *((f'examples, {name}', *(f'{row["classes"][name]:,}' for row in rows)) for name in CLASSES),
+        ('left out', *(_show(row['left_out']) for row in rows)),
+        *((_BASELINES[name], *(_show(row['baselines'][name]) for row in rows)) for name in names),
+        ('patients of the test list', *(f'{row["num_test_patients"]:,}' for row in rows)),
+        ('inside, these patients', *(_show(row['inside_on_test']) for row in rows)),
+        ('left out, these patients', *(_show(row['left_out_on_test']) for row in rows)),
+        ('difference', *(_show(row['difference'], sign=True) for row in rows)),
+    ]
     absent = [
         f'Without {", ".join(row["sources"])}, training has no {" and no ".join(row["not_scored"])}: examples of that '
         'class are not scored.'
         for row in rows
         if row['not_scored']
+    ]
+    outlined = [
+        f'Without {", ".join(row["sources"])}, the lesion model has seen {row["lesions"]}.'
+        for row in rows
+        if row['lesions']
+    ]
+    outlined += [
+        f'Without {", ".join(row["sources"])}, the lungs of slices without Hounsfield units are found by the model of '
+        f'this package, which has seen {" and ".join(row["lungs_seen"])}.'
+        for row in rows
+        if row['lungs_seen']
     ]
     return Section(
         'left-out',
@@ -179,28 +187,25 @@ def build_left_out(rows: Sequence[dict[str, Any]]) -> Section:
             'of normal, and a group that has one by the share of right calls at the threshold that the member chose on '
             'its own validation.',
             *absent,
+            *outlined,
             Table(
-                "The group's patients on the test list, by members that trained with the group (inside) and by the one "
-                'that did not; intervals by patient',
-                (
-                    *('sources', 'score', 'patients', 'inside', 'interval', 'left out', 'interval'),
-                    *('difference', 'interval'),
-                ),
-                scores,
+                'Sources left out, 95 % intervals by patient', ('', *(', '.join(row['sources']) for row in rows)), table
             ),
-            Table(
-                "All of the group's patients in the training and validation lists, left out",
-                ('sources', 'score', 'patients', 'examples', 'model', 'interval', *names),
-                beside,
-            ),
-            'The baselines were fitted on the same sources as the model. By the ridge regression and the file names '
-            'there is no threshold: a group of one class counts their most probable class.',
+            'Left out: by the member that saw nothing of the group, on its patients in the lists for training and '
+            'validation; below it baselines that were fitted on the same sources as the member. Inside: by the members '
+            'that trained with the group, on its patients of the test list, which no member used; the difference is of '
+            'the same patients. By ridge regression and file names there is no threshold: a group of one class counts '
+            'their most probable class.',
         ],
     )
 
 
-def _show(score: dict[str, Any] | None) -> tuple:
-    return (None, None) if score is None else (score['value'], score['interval'])
+def _show(score: dict[str, Any] | None, *, sign: bool = False) -> str:
+    if score is None:
+        return '-'
+    number = '+.3f' if sign else '.3f'
+    interval = '' if score['interval'] is None else ' [{:{n}}, {:{n}}]'.format(*score['interval'], n=number)
+    return f'{score["value"]:{number}}{interval}'
 
 
 def _build_folds(out: dict[str, Any], unit: str) -> Section:

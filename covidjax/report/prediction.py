@@ -21,9 +21,10 @@ from covidjax.report.burden import LesionPrediction, Outlined, build_burden, wri
 from covidjax.report.charts import COLOURS, FIRST, GREY, SECOND, create_picture, use_style
 from covidjax.report.leading import get_shown_map
 from covidjax.report.page import Table
-from covidjax.report.pictures import Example, arrange_maps, render_maps, render_panels
+from covidjax.report.pictures import Example, arrange_maps
 from covidjax.report.reading import build_reading
 from covidjax.report.sections import TARGETS, Section, describe_interval
+from covidjax.report.tiles import draw_rows, draw_tiles
 
 _NUM_MONTAGE, _COLUMNS = 16, 4
 
@@ -116,6 +117,22 @@ def do_members_disagree(summary: dict[str, Any]) -> bool:
     return summary['members'] is not None and summary['members']['is_beyond']
 
 
+def do_windows_disagree(summary: dict[str, Any]) -> bool:
+    """Returns whether another grey window changes the call; False if none was tried."""
+    return summary['windows'] is not None and summary['windows']['is_changed']
+
+
+def describe_windows(windows: dict[str, Any]) -> str:
+    """Returns what each window calls in a sentence, e.g. 'At -1350 to 150 HU covid19 0.90; at ...'."""
+    found = [
+        f'at {low} to {high} HU {one["class"]} {one["probabilities"][one["class"]]:.2f}'
+        for one in windows['by_window']
+        for low, high in [one['window_hu']]
+    ]
+    text = '; '.join(found)
+    return f'{text[0].upper()}{text[1:]}.'
+
+
 def build_headline(summary: dict[str, Any]) -> str:
     """Returns the verdict in a sentence or two."""
     share = summary['probabilities'][summary['class']]
@@ -125,6 +142,8 @@ def build_headline(summary: dict[str, Any]) -> str:
         return f'Uncertain: the scan is unlike the training data. {text}'
     if do_members_disagree(summary):
         return f'Uncertain: the members of the ensemble disagree. {text}'
+    if do_windows_disagree(summary):
+        return f'Uncertain: the call depends on the grey window. {text}'
     if conformal is None:
         return f'{text} The run has no calibration for scans, so there is no conformal set and no threshold.'
     held = ', '.join(conformal['set'])
@@ -173,6 +192,8 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         parts += conformal['notes']
     if summary['members'] is not None:
         parts += _describe_members(summary['members'])
+    if summary['windows'] is not None:
+        parts += _build_windows(summary['windows'])
     if screening is not None:
         answers = [
             (
@@ -208,6 +229,28 @@ def _describe_members(members: dict[str, Any]) -> list[Any]:
         else f'The limit chosen on out-of-fold examples is {limit:.3f}, {beyond}.'
     )
     return [Table('Probabilities by the members of the ensemble', ('member', *CLASSES), rows), text]
+
+
+def _build_windows(windows: dict[str, Any]) -> list[Any]:
+    """Returns a table of the probabilities under every window, and a paragraph."""
+    rows = [
+        (f'{low} to {high} HU', *one['probabilities'].values(), one['class'])
+        for one in windows['by_window']
+        for low, high in [one['window_hu']]
+    ]
+    beyond = (
+        'The call depends on the window, so the verdict is uncertain'
+        if windows['is_changed']
+        else 'The call is the same under all'
+    )
+    return [
+        Table(
+            f'Grey windows, {windows["num_slices"]:,} slices under each; the first is that of the verdict',
+            ('window', *CLASSES, 'call'),
+            [*rows, ('spread', *windows['spread'].values(), '')],
+        ),
+        f'{beyond}. The finding of a scan does not change with the window; what a model has learned of one may.',
+    ]
 
 
 def _build_course(prediction: Prediction) -> Section:
@@ -280,7 +323,7 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
             'No map of this run beat chance when its maps were scored, so none is shown as an explanation.'
             if shown is None
             else 'The best map of this run is that of the lesion model: see the outlines above.',
-            create_picture(render_panels({'': examples}, len(examples)), 'The top slices'),
+            draw_tiles(examples, len(examples), 'The top slices'),
         ]
         return Section('slices', 'Top slices', parts)
     maps = catalogue.compute_maps(explained, size, combination)
@@ -296,15 +339,13 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
     parts += [
         f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It '
         'shows what the model weighed, not a lesion.',
-        create_picture(render_maps(leading_rows, scale='scaled to 0..1'), 'The top slices with the leading map'),
+        draw_rows(leading_rows, 'The top slices with the leading map', scale='scaled to 0..1'),
         'Evidence of the slices in their own logits, pixel by pixel: red is for a class (or for the first of two), '
         'blue against it.',
-        create_picture(
-            render_maps(
-                arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
-                scale='share in the logit, scaled to -1..1',
-            ),
+        draw_rows(
+            arrange_maps(titles, images[..., np.newaxis], signed, is_signed=True),
             'The top slices with their evidence maps',
+            scale='share in the logit, scaled to -1..1',
         ),
     ]
     return Section('slices', 'Top slices', parts)
@@ -313,11 +354,12 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
 def _build_montage(prediction: Prediction) -> Section:
     chosen = np.unique(np.linspace(0, len(prediction.used) - 1, _NUM_MONTAGE).round().astype(int))
     examples = [Example(str(prediction.used[i] + 1), prediction.images[i]) for i in chosen]
-    figure = render_panels({'': examples}, min(_COLUMNS, len(examples)), width=7.5 if len(examples) > 1 else 3)
+    width = 7.5 if len(examples) > 1 else 3
+    picture = draw_tiles(examples, min(_COLUMNS, len(examples)), 'Montage of slices', width=width)
     return Section(
         'montage',
         'Montage',
-        ['Slices as the model sees them, numbered from the head.', create_picture(figure, 'Montage of slices')],
+        ['Slices as the model sees them, numbered from the head.', picture],
     )
 
 
@@ -341,8 +383,24 @@ def _build_novelty(prediction: Prediction) -> Section:
             f'{found["share_unusual"]:.0%} of the slices are above 1. A small distance does not mean that the '
             'prediction is right.',
             create_picture(figure, 'Distance of each slice from the training data'),
+            *_describe_home(prediction.summary['home']),
         ],
     )
+
+
+def _describe_home(home: dict[str, Any] | None) -> list[Any]:
+    """Returns a sentence and a table on the nearest source; nothing without sources."""
+    if home is None:
+        return []
+    return [
+        f'By the same features the scan is {home["text"]}. The likeness may be that of the scanner, the preparation or '
+        'the patients; it says nothing about the class.',
+        Table(
+            'Median distance of the slices from the centre of each training source; 1 is usual inside a source',
+            ('source', 'distance'),
+            sorted(home['distances'].items(), key=lambda pair: pair[1]),
+        ),
+    ]
 
 
 def _build_limits(summary: dict[str, Any], results: dict[str, Any]) -> Section:

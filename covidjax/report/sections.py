@@ -327,6 +327,22 @@ def _build_uncertainty(screening: dict[str, Any], unit: str) -> Section:
     )
 
 
+def build_sources(dataset: Mapping[str, Any]) -> list[Section]:
+    """Returns the section 'sources', slices by source, list and class; none if no source is known."""
+    rows = [
+        (source, split, *counts.values(), sum(counts.values()))
+        for source, by_split in dataset['sources'].items()
+        for split, counts in by_split.items()
+    ]
+    if not rows:
+        return []
+    parts = [
+        'Sources are those of metadata.csv. Whatever tells two sources apart also tells their classes apart.',
+        Table('Slices by source', ('source', 'list', *CLASSES, 'slices'), rows),
+    ]
+    return [Section('sources', 'Sources', parts)]
+
+
 def build_training(
     results: dict[str, Any], config: Mapping[str, Any], history: Sequence[dict], score: str = 'accuracy'
 ) -> Section:

@@ -19,7 +19,7 @@ from covidjax.data.scan.volume import Volume, read_volume
 from covidjax.errors import UserError
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, write_json
-from covidjax.predict.scan import predict_scan, write_dicom, write_dicom_refusal
+from covidjax.predict.scan import create_recipe, predict_scan, write_dicom, write_dicom_refusal
 from covidjax.report.burden import LesionPrediction
 from covidjax.report.prediction import Prediction, write_page
 from covidjax.serve.pictures import write_pictures
@@ -55,7 +55,7 @@ def predict_job(run: Run, job: Job, report_stage: Callable[[str], None]) -> None
     report_stage('reading')
     start = time.perf_counter()
     try:
-        volume = read_volume(path, job.series, with_lungs=True)
+        volume = read_volume(path, job.series, with_lungs=True, hu_step=create_recipe(run, windows=3).hu_step)
         volume = volume._replace(name=f'scan {volume.sha256[:8]}')  # the name of an upload may be that of a patient
         seconds = {'reading': time.perf_counter() - start}
         report_stage('predicting')

@@ -4,7 +4,7 @@ from typing import Any
 
 from covidjax.data.scan.volume import format_counts
 from covidjax.report.burden import describe_burden
-from covidjax.report.prediction import build_headline, describe_sick, is_unusual
+from covidjax.report.prediction import build_headline, describe_sick, describe_windows, is_unusual
 from covidjax.report.sections import TARGETS
 
 
@@ -48,11 +48,16 @@ def _list_reasons(summary: dict[str, Any]) -> list[str]:
         limit = '' if members['limit'] is None else f', the limit is {members["limit"]:.3f}'
         count = len(members['probabilities'])
         reasons.append(f'The {count} members of the ensemble disagree by {members["disagreement"]:.3f}{limit}.')
+    if summary['windows'] is not None:
+        changed = 'depends on the grey window' if summary['windows']['is_changed'] else 'is the same under all windows'
+        reasons.append(f'The call {changed}. {describe_windows(summary["windows"])}')
     if novelty is not None:
         reasons.append(
             f'Distance from the training data: the median slice is at {novelty["median"]:.2f} of the threshold, and '
             f'{novelty["share_unusual"]:.0%} of the slices are beyond it.'
         )
+    if summary['home'] is not None:
+        reasons.append(f'Among the sources of the training data, the scan is {summary["home"]["text"]}.')
     if 'sick' in summary:
         reasons += describe_sick(summary['sick'])
     called = ', '.join(f'{count:,} {name}' for name, count in summary['slices_called'].items())

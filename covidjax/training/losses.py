@@ -1,4 +1,4 @@
-"""What training minimises: the paper's class-weighted cross-entropy, or the loss of outlines.
+"""What training minimises: the paper's class-weighted cross-entropy, a term for attention, and the loss of outlines.
 
 Shapes: B examples, K classes, h x h positions, M planes of outlines (see `lesions.PLANES`).
 """
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from covidjax.models.lesions import PLANES
 
 Batch = dict[str, jax.Array]
 
@@ -77,6 +79,40 @@ def create_cross_entropy(class_weights: Sequence[float], label_smoothing: float 
         return losses_B, logits_BxK.argmax(-1) == batch['label']
 
     return Objective(weigh, compute, 'accuracy')
+
+
+def compute_attention_losses(maps: Sequence[jax.Array], lesions_BxGxG: jax.Array) -> jax.Array:
+    """Returns the mean over attention maps of the divergence KL(t || a) from the lesions [B]; 0 without a lesion.
+
+    t is the share of lesion at each position, scaled to the sum 1: attention is best spread over all of the lesions and
+    nowhere else.
+
+    Args:
+      maps: attention maps float [B, h, w], which sum to 1.
+      lesions_BxGxG: share of lesion, float32 in [0, 1].
+    """
+    losses = []
+    for attention_Bxhxw in maps:
+        shares = jax.image.resize(lesions_BxGxG, attention_Bxhxw.shape, 'linear')  # averages, with antialiasing
+        targets = shares / jnp.maximum(shares.sum((1, 2), keepdims=True), 1e-6)
+        attention = jnp.maximum(attention_Bxhxw.astype(jnp.float32), 1e-8)
+        entropies = jax.scipy.special.xlogy(targets, targets)  # 0 log 0 = 0
+        losses.append((entropies - targets * jnp.log(attention)).sum((1, 2)))
+    return sum(losses) / len(maps)
+
+
+def add_attention_loss(objective: Objective, factor: float) -> Objective:
+    """Adds factor * `compute_attention_losses` to the loss of each example, before it is weighted.
+
+    The outputs become (outputs of the objective, attention maps); batches have 'planes' too (see `lesions.PLANES`).
+    """
+
+    def compute(outputs: tuple[jax.Array, Sequence[jax.Array]], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        losses_B, scores_B = objective.compute(outputs[0], batch)
+        attention_B = compute_attention_losses(outputs[1], batch['planes'][..., PLANES.index('lesion')])
+        return losses_B + factor * objective.weigh(batch) * attention_B, scores_B
+
+    return objective._replace(compute=compute)
 
 
 def compute_mask_losses(logits_BxhxhxM: jax.Array, targets_BxhxhxM: jax.Array, known_BxM: jax.Array) -> jax.Array:

@@ -15,7 +15,9 @@ def use_compilation_cache() -> None:
     """Caches compiled programs in ~/.cache/covidjax/xla (XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR is set."""
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-        jax.config.update('jax_compilation_cache_dir', str(folder / 'covidjax' / 'xla'))
+        cache = str(folder / 'covidjax' / 'xla')
+        jax.config.update('jax_compilation_cache_dir', cache)
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = cache  # for worker processes
 
 
 def keep_freed_memory() -> None:

@@ -44,7 +44,7 @@ def train_step(
       state: state before the update.
       batch: 'image' uint8 [B, S, S, C] (C is 1 for slices, the number of slices for scans, which share one draw),
         'mask' float32 [B] (0 marks padding), and further inputs of `forward` and of the objective. It may hold
-        'embedding' float32, computed from augmented images, instead of 'image'. 'masks' uint8 [B, S, S, 1], bit codes
+        'embedding' [B, ...], computed from images before, instead of 'image'. 'masks' uint8 [B, S, S, 1], bit codes
         of outlines, become 'planes' (see `pool_masks`) and move with their image.
       forward: the model in training mode.
       optimizer: the optimizer that the state was created with.
@@ -66,9 +66,10 @@ def train_step(
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
     inputs = 'embedding' if 'embedding' in batch else 'image'
+    keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(batch[inputs]), axis_name)
+    batch = {**batch, 'key': keys_B}
     if inputs == 'image':
-        keys_B = _split_key(jax.random.fold_in(state.key, state.step), len(batch['image']), axis_name)
-        batch = {**batch, **prepare_inputs(batch, keys_B, augmentation), 'key': keys_B}
+        batch |= prepare_inputs(batch, keys_B, augmentation)
     weight = add_up((objective.weigh(batch) * batch['mask']).sum())
 
     def compute_loss(params, part):

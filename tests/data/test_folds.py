@@ -7,13 +7,12 @@ import pytest
 from covidjax.data.covidx_ct import Prepared
 from covidjax.data.folds import (
     Fold,
-    Subset,
     divide_patients,
     divide_sources,
+    get_sources,
     list_patients,
     parse_groups,
     read_fold,
-    read_sources,
     select_fold,
     write_fold,
 )
@@ -91,7 +90,6 @@ def test_a_fold_takes_rows_and_records_from_both_lists_and_none_from_test():
     assert found.fingerprint != select_fold(data, fold._replace(held_out=('0x1',))).fingerprint
     with pytest.raises(IndexError):
         found.sources['val'][6]
-    assert len(Subset([])) == 0
 
 
 SOURCES = {f'{label}x{p}': 'AB'[p % 2] if label < 2 else 'C' for label in range(3) for p in range(12)}
@@ -125,18 +123,13 @@ def test_groups_that_are_none():
         divide_sources(rows, SOURCES, [('A', 'B')], 0)
 
 
-def test_sources_are_read_for_every_patient(tmp_path):
-    rows = make_rows((1, 1, 1))
+def test_every_patient_needs_a_source(tmp_path):
+    rows = [row._replace(source=' AB'[row.label]) for row in make_rows((0, 1, 1))]
     data = make_data()._replace(raw_dir=tmp_path, rows={'train': rows, 'val': [], 'test': []})
-    lines = ['patient id,source', '0x0,A', '1x0, B ', '2x0,A', 'other,C']
-    (tmp_path / 'metadata.csv').write_text('\n'.join(lines))
-    assert read_sources(data) == {'0x0': 'A', '1x0': 'B', '2x0': 'A'}
-    (tmp_path / 'metadata.csv').write_text('\n'.join([*lines[:2], '1x0,']))
-    with pytest.raises(UserError, match='gives no source for 2 patients of the lists, 1x0 first'):
-        read_sources(data)
-    (tmp_path / 'metadata.csv').unlink()
-    with pytest.raises(UserError, match='cannot be read'):
-        read_sources(data)
+    assert get_sources(data) == {'1x0': 'A', '2x0': 'B'}
+    rows[0] = rows[0]._replace(source='', patient='new')
+    with pytest.raises(UserError, match=r'metadata.csv gives no source for 1 patients of the lists, new first'):
+        get_sources(data)
 
 
 def test_lists_that_changed_and_empty_splits():

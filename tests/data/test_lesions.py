@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from covidjax.data import lesions, lists, phantom, preprocess
+from covidjax.data.masked import LESION
 from covidjax.errors import UserError
 
 
@@ -60,7 +61,7 @@ def test_bad_folder_is_one_line(tmp_path, rows, columns, word):
 
 
 def test_no_list_says_what_is_needed(tmp_path):
-    with pytest.raises(UserError, match=r'--outlines needs a folder with it'):
+    with pytest.raises(UserError, match='outlined slices need a folder with it'):
         lesions.read_lesion_folder(tmp_path, 20)
 
 
@@ -91,6 +92,9 @@ def test_otsu_by_hand():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(2, 0.5, 3000), rng.normal(8, 0.5, 1000)])
     assert preprocess.compute_otsu_threshold(values) == pytest.approx(5, abs=0.5)
+    for low, high in ((0, 256), (3, 90), (100, 102)):
+        greys = rng.integers(low, high, 500, dtype=np.uint8)
+        assert preprocess.compute_otsu_threshold(greys) == preprocess.compute_otsu_threshold(greys.astype(np.int16))
 
 
 def test_shared_lesions(real_data):
@@ -114,3 +118,28 @@ def test_phantom_masks_lie_in_the_frame_of_the_slices(tmp_path):
     expected = np.zeros((8, 8), bool)
     expected[:4, :4] = True
     np.testing.assert_array_equal(found.lesion, expected)
+
+
+def test_outlines_of_training_slices_are_found_by_their_pixels(tmp_path):
+    """Row 1 has the pixels of an outlined slice under another name; its mask is cut and resized like the slice."""
+    images, folder = tmp_path / 'images', tmp_path / 'outlined'
+    images.mkdir()
+    folder.mkdir()
+    greys = np.random.default_rng(0).integers(0, 256, (3, 20, 16), dtype=np.uint8)
+    rows = []
+    for number, grey in enumerate(greys):
+        Image.fromarray(grey).save(images / f'{number}.png')
+        rows.append(lists.Row(f'{number}.png', 2, (4, 2, 12, 18), 'scan', 'patient', number))
+    Image.fromarray(greys[1]).save(folder / 'other.bmp')
+    mask = np.zeros((20, 16), np.uint8)
+    mask[2:10, 4:8] = 1  # the upper left quarter of the box
+    Image.fromarray(mask).save(folder / 'mask.png')
+    (folder / 'slices.csv').write_text('image,lesion\nother.bmp,mask.png\n')
+    found = lesions.match_masks([folder], images, rows, 8, 'body')
+    assert list(found) == [1]
+    np.testing.assert_array_equal(found[1], np.outer(np.arange(8) < 4, np.arange(8) < 4))
+    taught = lesions.TaughtSource([{'image': np.zeros((8, 8, 1), np.uint8), 'label': 2}] * 3, found)
+    assert taught[1]['masks'].shape == (8, 8, 1)
+    assert [int(record['masks'].sum()) for record in taught] == [0, 16 * LESION, 0]
+    with pytest.raises(UserError, match='no training slice has the pixels'):
+        lesions.match_masks([folder], images, [rows[0], rows[2]], 8, 'body')

@@ -34,6 +34,20 @@ def test_rows(tmp_path):
     assert rows['val'][0] == lists.Row('CP_4_14_0003.png', 1, (-2, 1, 9, 9), 'CP_4_14', 'CP_4', 3)
 
 
+def test_sources_of_metadata(tmp_path, caplog):
+    path = write_lists(tmp_path)
+    (tmp_path / 'metadata.csv').write_text('patient id,source\nCP_4, A \nNCP_2,B\nother,C\n')
+    rows = lists.read_lists(path)
+    assert [row.source for row in rows['train']] == ['', 'B', '']
+    assert {row.source for row in rows['val']} == {'A'}
+    without = {split: [row._replace(source='') for row in of_split] for split, of_split in rows.items()}
+    assert lists.compute_fingerprint(rows) == lists.compute_fingerprint(without)
+    (tmp_path / 'metadata.csv').write_text('patient,source\nCP_4,A\n')
+    assert lists.read_lists(path) == without
+    assert 'sources of the patients are unknown' in caplog.text
+    assert "no column 'patient id'" in caplog.text
+
+
 def test_bom_crlf_tabs_and_trailing_blank_lines_are_accepted(tmp_path):
     text = '\ufeff' + '\r\n'.join(line.replace(' ', '\t') for line in GOOD['train']) + '\r\n\r\n \n'
     rows = lists.read_lists(write_lists(tmp_path, train=text.encode()))

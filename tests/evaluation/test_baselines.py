@@ -6,6 +6,7 @@ from covidjax.evaluation.baselines import (
     compute_file_name_features,
     compute_file_name_scores,
     compute_majority_scores,
+    compute_shape_scores,
     compute_thumbnail_scores,
     compute_thumbnails,
 )
@@ -36,6 +37,28 @@ def test_thumbnail_baseline_finds_the_bright_third():
     scores, alpha = compute_thumbnail_scores(sources, labels)
     assert (scores.argmax(1) == labels['test']).mean() > 0.95
     assert alpha > 0
+
+
+def test_silhouettes_and_mean_grey_see_nothing_else():
+    rng = np.random.default_rng(0)
+
+    def draw(grey, radius):
+        rows, columns = np.mgrid[:64, :64]
+        lungs = np.minimum(np.hypot(rows - 32, columns - 16), np.hypot(rows - 32, columns - 48)) < radius
+        return {'image': np.where(lungs, rng.normal(grey, 4, (64, 64)).clip(30), 0).astype(np.uint8)[..., None]}
+
+    labels = {split: np.arange(20) % 2 for split in ('train', 'val', 'test')}
+    for name, blind, values in (
+        ('mean grey', 'silhouette ridge', [(80, 11), (140, 11)]),
+        ('silhouette ridge', 'mean grey', [(100, 8), (100, 12)]),
+    ):
+        sources = {split: [draw(*values[y]) for y in of_split] for split, of_split in labels.items()}
+        sources['test'].append({'image': np.full((64, 64, 1), 90, np.uint8)})  # no lungs
+        found = compute_shape_scores(sources, labels)
+        assert (found[name].argmax(1)[:20] == labels['test']).all()
+        assert found[name].shape == (21, 3)
+        assert (found[name][:, 2] < found[name][:, :2].min(1)).all()  # never seen
+        assert (found[blind].argmax(1)[:20] == labels['test']).mean() < 0.9
 
 
 def test_majority_by_hand():

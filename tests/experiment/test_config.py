@@ -53,6 +53,16 @@ def test_bad_values_are_named(field, value, message):
         check_config(config)
 
 
+def test_attention_loss_needs_outlines_of_slices_that_divide():
+    config = att2.get_config('/data')
+    config.train.attention_loss, config.data.image_size = 1.0, 75
+    with pytest.raises(UserError, match=r'needs data\.outlines.*; .* a multiple of 4'):
+        check_config(config)
+    config = att2.get_config()
+    config.train.attention_loss = 1.0
+    check_config(config)  # phantoms have outlines
+
+
 def test_all_bad_values_are_listed():
     config = att2.get_config()
     config.train.batch_size, config.data.image_size = 0, 3
@@ -113,9 +123,9 @@ def test_a_config_of_an_earlier_version_gets_the_later_fields(tmp_path, module):
     old = config.to_dict()
     of_slices = old if module is att2 else old['att2']
     for section, names in (
-        (old['data'], ('region',)),
+        (old['data'], ('region', 'outlines')),
         (of_slices['model'], ('backbone', 'dropout', 'mirror')),
-        (of_slices['train'], ('scale', 'brightness', 'contrast', 'label_smoothing', 'ema_decay')),
+        (of_slices['train'], ('scale', 'brightness', 'contrast', 'label_smoothing', 'ema_decay', 'attention_loss')),
     ):
         for name in names:
             del section[name]

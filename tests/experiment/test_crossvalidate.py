@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import types
 
 import jax
 import jax.export
@@ -181,7 +182,7 @@ def test_sources_left_out(workdir, tmp_path, monkeypatch, capsys):
     sources = {patient: f'S{k}' for k, fold in enumerate(record['folds']) for patient in fold['held_out']}
     rows = read(workdir / 'test_predictions.csv')
     sources |= {row['patient']: 'S0' for row in rows}
-    monkeypatch.setattr(crossvalidate, 'read_sources', lambda data: sources)
+    monkeypatch.setattr(crossvalidate, 'get_sources', lambda data: sources)
     results = crossvalidate.evaluate(copy)
     first, *others = results['left_out']
     assert first['sources'] == ['S0']
@@ -189,6 +190,8 @@ def test_sources_left_out(workdir, tmp_path, monkeypatch, capsys):
     assert first['not_scored'] == []
     assert list(first['baselines'])[-2:] == ['silhouette ridge', 'mean grey']
     assert first['baselines']['majority class']['value'] == 0.5
+    assert first['lesions'] == ''
+    assert first['lungs_seen'] == []
     of_fold = read(workdir / 'fold_1' / 'predictions.csv')
     temperature = json.loads((workdir / 'fold_1' / 'calibration.json').read_text())['temperature']
     sick = 1 - apply_temperature(np.log(get_probabilities(of_fold)), temperature)[:, 0]
@@ -201,6 +204,67 @@ def test_sources_left_out(workdir, tmp_path, monkeypatch, capsys):
     assert all(row['difference'] is None for row in others)
     assert 'Sources left out' in (copy / 'report.html').read_text()
     assert 'Without S0: AUC' in capsys.readouterr().out
+
+
+def join_two_hospitals(config, folder):
+    """Returns the config on a copy of the phantoms whose patients come from hospitals A and B by turns."""
+    shutil.copytree(config.data.raw_dir, folder)
+    head, *lines = (folder / 'metadata.csv').read_text().splitlines()
+    lines = [line.replace(',phantom,', f',{"AB"[i % 2]},') for i, line in enumerate(sorted(lines))]
+    (folder / 'metadata.csv').write_text('\n'.join([head, *lines]))
+    joined = config.copy_and_resolve_references().unlock()
+    joined.data.raw_dir = str(folder)
+    return joined.lock()
+
+
+def test_a_fold_trains_a_lesion_model_without_its_sources(config, tmp_path, monkeypatch):
+    joined = join_two_hospitals(config, tmp_path / 'raw').copy_and_resolve_references().unlock()
+    joined.lesions = str(tmp_path / 'outlines')
+    planned, trained = [], []
+
+    def plan(name, left_out):
+        planned.append((name, left_out))
+        return None if left_out == {'B'} else types.SimpleNamespace(left_out=left_out)
+
+    def train_lesions(of_lesions, folder, pictures, fold):
+        trained.append((of_lesions.left_out, folder.name, len(pictures.names), fold))
+
+    monkeypatch.setattr(crossvalidate, 'plan_lesions', plan)
+    monkeypatch.setattr(crossvalidate, 'train_lesions', train_lesions)
+    train = types.SimpleNamespace(train=lambda of_fold, folder: trained.append((of_fold.lesions, folder.name)))
+    monkeypatch.setitem(crossvalidate.EXPERIMENTS, 'att2', train)
+    folder, division = tmp_path / 'folds', Division('source')
+    for number in (1, 2):
+        crossvalidate.crossvalidate(joined.lock(), folder, division=division, fold=number)
+    rows = [row for part in common.load_data(joined.data, tmp_path).rows.values() for row in part]
+    assert planned == [(joined.lesions, {name}) for name in 'ABAB']  # once before anything is trained
+    assert trained == [
+        ({'A'}, 'lesions', sum(row.source == 'A' for row in rows), 'without A'),
+        (str(folder / 'fold_1' / 'lesions'), 'fold_1'),
+        (joined.lesions, 'fold_2'),
+    ]
+
+
+def test_pictures_on_both_sides_are_refused(config, tmp_path):
+    joined = join_two_hospitals(config, tmp_path / 'raw')
+    rows = [row for part in common.load_data(joined.data, tmp_path).rows.values() for row in part]
+    ours, theirs = (next(row.file for row in rows if row.source == name and row.label == 2) for name in 'AB')
+    shutil.copyfile(tmp_path / 'raw' / '2A_images' / ours, tmp_path / 'raw' / '2A_images' / theirs)
+    with pytest.raises(
+        UserError, match=f'^without A: other sources have the same pictures: {ours} .* = {theirs} '
+    ) as caught:
+        crossvalidate.crossvalidate(joined, tmp_path / 'folds', division=Division('source'))
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'folds' / 'folds.json').exists()
+
+
+def test_an_ensemble_of_lesion_models_predicts_nothing(workdir, tmp_path):
+    copy = tmp_path / 'copy'
+    shutil.copytree(workdir, copy)
+    stored = json.loads((copy / 'config.json').read_text())
+    (copy / 'config.json').write_text(json.dumps({**stored, 'lesions': 'box'}))
+    with pytest.raises(UserError, match='each of its folds has a lesion model and a rule of its own'):
+        load_run(copy)
 
 
 def test_a_fold_is_a_workdir_of_its_own(workdir):

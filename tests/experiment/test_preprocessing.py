@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covidjax.configs import att2, lesions, lite, seq
+from covidjax.configs import att2, ct, lesions, lite, seq
 from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import load_slice
 from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.models.att2 import normalise
+from covidjax.models.ct_weights import prepare_images
+from covidjax.models.lesion_weights import load_box
 
 
 def describe(config, **fields):
@@ -76,7 +78,20 @@ def test_lungs_and_scans_are_stated():
     contract = describe(lite, region='lungs')
     assert contract['region'] == 'lungs'
     assert 'find_lungs_in_slice' in contract['crop']['lungs_of_images']
-    assert set(contract['hashes']['sources']) == {'covidjax/data/lungs.py', 'covidjax/data/preprocess.py'}
+    assert contract['crop']['lesion_model']['digest'] == load_box().digest
+    names = {'lungs', 'slice_lungs', 'preprocess'}
+    assert set(contract['hashes']['sources']) == {f'covidjax/data/{name}.py' for name in names}
     assert describe(seq)['slices_of_a_scan'].startswith('16 of n')
     assert describe(seq, min_slices=1)['slices_of_a_scan'].startswith('all')
     assert describe(att2)['slices_of_a_scan'] == 'each on its own'
+
+
+def test_the_window_and_the_axes_of_weights_that_have_seen_ct():
+    scaling = describe(ct)['scaling']
+    assert scaling['rule'].startswith('clip((grey / 255 * 1500 - 350) / 1200, 0, 1)')
+    grey = np.random.default_rng(0).integers(0, 256, (5, 7)).astype(np.uint8)
+    expected = np.clip((grey / np.float32(255) * 1500 - 350) / 1200, 0, 1)[::-1, ::-1].T
+    np.testing.assert_allclose(prepare_images(normalise(grey)[None, :, :, None])[0, :, :, 0], expected, atol=1e-6)
+    for words in ('rows and columns are reversed, then exchanged', 'features are turned back'):
+        assert words in scaling['axes']
+    assert describe(lite)['scaling']['rule'] == 'grey / std - mean / std, the same in every channel'

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from covidjax.models.att2 import FEATURES, Att2
 from covidjax.models.attention import NEED_GLOBAL_FEATURE, ImageAttention
+from covidjax.models.ct_weights import ASTRA, STAGE_SIZES
 from covidjax.models.efficientnet import EfficientNetLite0
-from covidjax.models.pretrained import LITE0, find_weights
+from covidjax.models.pretrained import LITE0, find_weights, load_pretrained
 from covidjax.models.seq import SequenceClassifier
 from covidjax.models.torch_files import load_torch_file
 from covidjax.models.torch_names import from_torch, to_torch
@@ -106,6 +108,23 @@ def compute_efficientnet_train(dtype) -> dict[str, np.ndarray]:
         },
         **{f'statistics/{name}': array for name, array in to_torch({'batch_stats': statistics}).items()},
     }
+
+
+ASTRA_SIZE = 96
+
+
+def compute_astra() -> dict[str, np.ndarray]:
+    """Computes stages 3 and 4 of the backbone that has seen CT for grey slices, float32."""
+    model = Att2(STAGE_SIZES, tail_blocks=1, inputs=ASTRA)
+    images = cases.draw_images(2, ASTRA_SIZE).astype(np.float32)
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False, full=True), jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    variables = load_pretrained(zeros, find_weights(ASTRA))
+    apply = jax.jit(functools.partial(model.apply, train=False, mutable=['intermediates']))
+    (local,) = apply(variables, images)[1]['intermediates'][FEATURES]
+    sides = [ASTRA_SIZE // stride for stride in (16, 32)]
+    maps = [x.reshape(len(x), side, side, -1) for x, side in zip(local, sides, strict=True)]
+    return {f'stage{i}': to_nchw(x) for i, x in zip((3, 4), maps, strict=True)}
 
 
 def is_removed_shift(name: str) -> bool:

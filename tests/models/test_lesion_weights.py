@@ -48,6 +48,10 @@ def test_digest_sees_every_weight(lesions):
     assert compute_digest(changed) != lesions.digest
 
 
+def test_the_digest_of_the_package_is_read_without_the_model():
+    assert lesion_weights.read_box_digest() == lesion_weights.load_box().digest
+
+
 def test_other_files_are_refused(path, tmp_path):
     with pytest.raises(UserError, match='does not exist'):
         read_lesion_weights(tmp_path / 'absent.safetensors', '')

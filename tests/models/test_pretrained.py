@@ -150,3 +150,14 @@ def test_local_file_is_found(variables, tmp_path):
     path = tmp_path / 'w.safetensors'
     write_torchvision_file(variables, path)
     assert find_weights(str(path)) == path
+
+
+def test_a_lesion_model_as_start_keeps_the_head_of_imagenet(light):
+    path = find_weights('box')
+    loaded = load_pretrained(light, path)['params']['backbone']
+    lesions, imagenet = safetensors.numpy.load_file(path), load_torch_file(find_weights('efficientnet-lite0'))
+    kernel = lesions['_blocks.15._project_conv.weight'][:, :, 0, 0].T.astype(np.float32)
+    np.testing.assert_array_equal(loaded['_blocks_15']['_project_conv']['dense']['kernel'], kernel)
+    head = imagenet['_conv_head.weight'][:, :, 0, 0].T
+    np.testing.assert_array_equal(loaded['_conv_head']['dense']['kernel'], head)
+    assert np.abs(kernel - imagenet['_blocks.15._project_conv.weight'][:, :, 0, 0].T).max() > 1e-3

@@ -317,12 +317,20 @@ def test_no_scan_vanishes(tmp_path):
 def test_a_worker_that_dies_costs_the_unit_that_killed_it():
     names = ['a', 'b', 'bad', 'c', 'd', 'e']
     todo = [units.Unit(name, None, (), '') for name in names]
-    pool = archive._Pool(todo, None, lambda unit: joblib.delayed(crashing.read)(unit))
+    pool = archive._Pool(todo, None, lambda unit: joblib.delayed(crashing.read)(unit), with_pages=False)
     outcomes = {task.unit.name: result for task, result in pool.run(lambda _: None, lambda: 0)}
     assert outcomes.keys() == set(names)
     assert all(result.scans == [name] for name, result in outcomes.items() if name != 'bad')
     [refusal] = outcomes['bad'].refusals
     assert 'a worker died while it read this' in refusal.reason
+
+
+def test_workers_are_kept_while_they_grow_to_the_size_of_their_work():
+    """Otherwise loky replaces a worker after a few scans, and the next one loads the libraries of pages again."""
+    todo = [units.Unit(f'unit {number}', None, (), '') for number in range(6)]
+    pool = archive._Pool(todo, None, lambda unit: joblib.delayed(crashing.grow)(unit), with_pages=False)
+    pids = {result.scans[0] for _, result in pool.run(lambda _: None, lambda: 0)}
+    assert len(pids) <= max(2, joblib.cpu_count())
 
 
 def test_a_cluster_gives_the_same_table(tmp_path, tree, run, expected, monkeypatch):

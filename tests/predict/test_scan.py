@@ -7,14 +7,17 @@ import types
 import jax
 import numpy as np
 import pytest
+import scipy
 from PIL import Image
 
 from covidjax.configs import att2, seq
 from covidjax.data import preprocess
 from covidjax.data.preprocess import apply_window
+from covidjax.data.scan import body
 from covidjax.data.scan.body import find_body_box, find_doubts
 from covidjax.data.scan.volume import read_volume
 from covidjax.errors import UserError
+from covidjax.evaluation.home import fit_home
 from covidjax.evaluation.novelty import fit_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.experiment import common, slices
@@ -23,6 +26,8 @@ from covidjax.models.att2 import Att2, normalise
 from covidjax.models.seq import Seq, SequenceClassifier
 from covidjax.predict import scan
 from covidjax.predict.prepare import prepare_slice
+from covidjax.predict.tables import create_row
+from covidjax.serve.words import describe_prediction
 from tests.scan_files import IDENTITY, make_chest, write_images, write_series
 from tests.variables import draw_variables
 
@@ -70,6 +75,20 @@ def test_the_box_is_that_of_the_body():
         expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         assert np.abs(np.subtract(find_body_box(grey), expected)).max() <= 2
     assert find_body_box(np.zeros((40, 50), np.uint8)) == (0, 0, 50, 40)
+
+
+def test_blurring_is_that_of_scipy():
+    for grey in GREY[:3]:
+        np.testing.assert_array_equal(body._blur(grey[:50]), scipy.ndimage.gaussian_filter(np.float32(grey[:50]), 1))
+
+
+def test_opening_is_that_of_scipy():
+    rng = np.random.default_rng(0)
+    for reach in (1, 2, 3):
+        mask = scipy.ndimage.gaussian_filter(rng.random((50, 40)), 2) > 0.5
+        expected = scipy.ndimage.binary_opening(mask, iterations=reach)
+        assert expected.any()
+        np.testing.assert_array_equal(body._open(mask, reach), expected)
 
 
 def test_doubts():
@@ -216,11 +235,13 @@ def decode_pictures(page):
 def test_an_evaluation_that_can_not_tell_what_is_usual_keeps_nothing_older(tmp_path):
     _, variables = draw_sequence_model()
     of_extractor = {kind: variables[kind]['extractor'] for kind in ('params', 'batch_stats')}
-    rows, records = [types.SimpleNamespace(patient='one')] * 4, [{'image': np.zeros((32, 32, 1), np.uint8)}] * 4
-    (tmp_path / 'novelty.npz').write_bytes(b'old')
-    data = types.SimpleNamespace(rows={'val': rows}, sources={'val': records})
-    common.save_usual(tmp_path / 'novelty.npz', EXTRACTOR, of_extractor, data)
-    assert not (tmp_path / 'novelty.npz').exists()
+    rows = [types.SimpleNamespace(patient='one', source='A')] * 4
+    records = [{'image': np.zeros((32, 32, 1), np.uint8)}] * 4
+    for name in ('novelty.npz', 'sources.npz'):
+        (tmp_path / name).write_bytes(b'old')
+    data = types.SimpleNamespace(rows={'train': rows, 'val': rows}, sources={'train': records, 'val': records})
+    common.save_usual(tmp_path, EXTRACTOR, of_extractor, data)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
@@ -235,10 +256,19 @@ def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
         changed = run._replace(
             members=(run.members[0]._replace(novelty=found),), rules=RULES | {'scans': {'rule': 'mean', **sure}}
         )
-        verdicts.append(scan.predict_one(changed, series, tmp_path / 'out', series=None, force=False))
+        verdicts.append(scan.predict_one(changed, series, tmp_path / 'out', series=None, force=False, windows=1))
     assert 'scan: uncertain' not in verdicts[0]
     assert 'scan: uncertain' in verdicts[1]
     assert 'unlike the training data) [model trained on phantoms]' in verdicts[1]
+    home = fit_home(usual, ['A'] * 50 + ['B'] * 50)
+    of_sources = changed._replace(members=(changed.members[0]._replace(home=home),))
+    line = scan.predict_one(of_sources, series, tmp_path / 'out', series=None, force=False)
+    summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
+    assert summary['home']['text'] == f'nearest to {summary["home"]["nearest"]}, far from all'
+    assert f'unlike the training data; {summary["home"]["text"]})' in line
+    assert summary['home']['text'] in (tmp_path / 'out' / 'prediction.html').read_text()
+    assert create_row('scan', '', summary)['home'] == summary['home']['text']
+    assert any(summary['home']['text'] in reason for reason in describe_prediction(summary)['reasons'])
     assert 'Uncertain: the scan is unlike' in (tmp_path / 'out' / 'prediction.html').read_text()
 
 
@@ -264,8 +294,8 @@ def test_a_model_of_lungs_sees_scans_cut_to_the_lungs(run, tmp_path):
     [note] = prediction.summary['reading']['notes'][-1:]
     assert note == 'lungs found in 3-D, from Hounsfield units; 3 slices with few or none were left out'
 
-    # The same slices as images: the rule for greys finds them.
+    # The same slices as images: the model of lesions finds them.
     images = read_volume(write_images(tmp_path / 'images', apply_window(hu[3:])))
     from_greys = scan.predict_scan(of_lungs, images, {}, force=True, path=path)
     assert len(from_greys.used) == 17
-    assert 'from grey values, by a rule' in from_greys.summary['reading']['notes'][-1]
+    assert 'lungs found by the lesion model' in from_greys.summary['reading']['notes'][-1]

@@ -285,7 +285,9 @@ def test_damaged_best_is_not_tested(tmp_path):
     run(tmp_path, LOSSES, num_epochs=1)
     folder = list_checkpoints(tmp_path, 'best')[0]
     truncate(folder / '_CHECKPOINT_METADATA')
-    with pytest.raises(UserError, match=f'{folder} is damaged .*_CHECKPOINT_METADATA differs from its digest in sha256.json'):
+    with pytest.raises(
+        UserError, match=f'{folder} is damaged .*_CHECKPOINT_METADATA differs from its digest in sha256.json'
+    ):
         restore_best(tmp_path)
 
 

@@ -1,9 +1,13 @@
+import jax
 import numpy as np
 import pytest
 
 from covidjax.training.losses import (
+    add_attention_loss,
+    compute_attention_losses,
     compute_class_weights,
     compute_mask_losses,
+    create_cross_entropy,
     create_mask_objective,
     score_masks,
     weighted_cross_entropy,
@@ -86,3 +90,37 @@ def test_objective_reads_bit_codes():
     np.testing.assert_array_equal(objective.weigh(batch), [1, 1])
     assert objective.score == 'dice'
     assert len(scores) == 2
+
+
+def test_attention_loss_by_hand():
+    # The lesion fills the left half of a map of 2 x 2: t = (1/2, 0, 1/2, 0).
+    lesions = np.zeros((3, 2, 2), np.float32)
+    lesions[:2, :, 0] = 0.5
+    there, even = np.array([[0.5, 0], [0.5, 0]]), np.full((2, 2), 0.25)
+    losses = compute_attention_losses([np.stack([there, even, even]), np.stack([even] * 3)], lesions)
+    np.testing.assert_allclose(losses, [np.log(2) / 2, np.log(2), 0], atol=1e-6)
+    gradients = jax.grad(lambda maps: compute_attention_losses([maps], lesions).sum())(np.stack([even] * 3))
+    np.testing.assert_allclose(gradients[1:], [[[-2, 0], [-2, 0]], [[0, 0], [0, 0]]], atol=1e-5)  # -t / a
+
+
+def test_attention_is_best_where_most_of_the_lesion_is_at_any_resolution():
+    lesions = np.zeros((1, 40, 40), np.float32)
+    lesions[0, 21:29, 1:9] = 1  # inside the position (3, 0) of 7 x 7
+    maps = np.where(np.eye(49, dtype=bool), 0.52, 0.01).reshape(49, 7, 7)
+    losses = compute_attention_losses([maps], np.repeat(lesions, 49, axis=0))
+    assert losses.argmin() in (3 * 7, 4 * 7)
+    assert losses[6] > losses.min() + 1
+
+
+def test_attention_loss_is_added_before_weighing():
+    plain = create_cross_entropy((0.5, 1.0, 1.0))
+    taught = add_attention_loss(plain, 3.0)
+    planes = np.zeros((2, 2, 2, 3), np.float32)
+    planes[0, :, 0, 1] = 1
+    planes[1, ..., [0, 2]] = 1  # lungs and consolidation teach nothing
+    batch = {'label': np.array([0, 2]), 'planes': planes}
+    logits, even = np.zeros((2, 3)), np.full((2, 2, 2), 0.25)
+    losses, scores = taught.compute((logits, (even, even)), batch)
+    expected, expected_scores = plain.compute(logits, batch)
+    np.testing.assert_allclose(losses - expected, [3 * 0.5 * np.log(2), 0], atol=1e-6)
+    np.testing.assert_array_equal(scores, expected_scores)

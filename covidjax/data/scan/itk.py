@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ ENDINGS = ('.mha', '.mhd', '.nrrd', '.nhdr')
 _DATA_FILE = re.compile(rb'^(?:ElementDataFile *=|data ?file:) *(.*?)\r?$', re.MULTILINE | re.IGNORECASE)
 
 
-def read_planes(entry: Entry, max_voxels: int) -> tuple[Iterator[np.ndarray], np.ndarray, bytes]:
+def read_planes(entry: Entry, max_voxels: int) -> tuple[np.ndarray, np.ndarray, bytes]:
     """Reads a scan.
 
     Args:
@@ -26,8 +25,8 @@ def read_planes(entry: Entry, max_voxels: int) -> tuple[Iterator[np.ndarray], np
       max_voxels: the most that are read.
 
     Returns:
-      Planes [rows, columns] of one scan, in the file's order; the affine [4, 4] from (plane, row, column) to mm, RAS;
-      the SHA-256 of the voxels.
+      One scan [planes, rows, columns], in the file's order, mapped from a deleted file into memory; the affine [4, 4]
+      from (plane, row, column) to mm, RAS; the SHA-256 of the voxels.
 
     Raises:
       UserError: SimpleITK is not installed; the file is damaged, not one scan of scalars, or names data elsewhere.
@@ -60,4 +59,4 @@ def read_planes(entry: Entry, max_voxels: int) -> tuple[Iterator[np.ndarray], np
     digest = hashlib.sha256()
     for plane in voxels:
         digest.update(np.ascontiguousarray(plane))
-    return iter(voxels), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, digest.digest()
+    return voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, digest.digest()

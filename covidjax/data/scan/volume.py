@@ -3,10 +3,12 @@
 Everything read is safe to print: file names, technical attributes and numbers, no patient data.
 """
 
+import contextlib
 import hashlib
 import io
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from covidjax.data.preprocess import WINDOW_LEVEL_HU, WINDOW_WIDTH_HU, apply_win
 from covidjax.data.scan import dicom, itk
 from covidjax.data.scan.dicom import compute_planes
 from covidjax.data.scan.hounsfield import HounsfieldCheck, round_plane
-from covidjax.data.scan.nifti import open_nifti, report_damage
+from covidjax.data.scan.nifti import open_nifti, open_nifti_file, report_damage
 from covidjax.data.scan.series import (
     Series,
     check_series,
@@ -60,6 +62,8 @@ class Volume(NamedTuple):
       doubts: reasons not to use the scan without --force.
       left_out: how many files or slices were left out, by reason.
       thickness_mm: of a slice, from the header; None if it is not there.
+      planes_hu: Hounsfield units of some slices by their number (from 0), int16 [H, W]; None for images, or if not
+        asked for.
     """
 
     name: str
@@ -74,9 +78,22 @@ class Volume(NamedTuple):
     doubts: list[str]
     left_out: dict[str, int]
     thickness_mm: float | None = None
+    planes_hu: dict[int, np.ndarray] | None = None
 
 
-def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False) -> Volume:
+class _Wanted(NamedTuple):
+    """What to keep of Hounsfield units, beside grey values.
+
+    Attributes:
+      lungs: also find the lungs.
+      hu_step: keep the planes 0, hu_step, 2 hu_step ...; 0: none.
+    """
+
+    lungs: bool
+    hu_step: int
+
+
+def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = False, hu_step: int = 0) -> Volume:
     """Reads a scan.
 
     DICOM slices are ordered by position, not by name. NIfTI, MetaImage and NRRD are reoriented by their header. Images
@@ -88,6 +105,7 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
         (.mha, .mhd), NRRD (.nrrd, .nhdr), or a single file.
       series: name of the DICOM series to read if there are several.
       with_lungs: also find the lungs, where there are Hounsfield units.
+      hu_step: also keep the Hounsfield units of every `hu_step`-th slice, where there are any; 0 keeps none.
 
     Raises:
       UserError: no CT found, or the input is unreadable; the message is the reason on one line.
@@ -95,7 +113,7 @@ def read_volume(path: Path, series: str | None = None, *, with_lungs: bool = Fal
     path = Path(path)
     with open_entries(path) as entries:
         try:
-            return _read_entries(entries, path.resolve().name, series, with_lungs)
+            return _read_entries(entries, path.resolve().name, series, _Wanted(with_lungs, hu_step))
         except UserError as error:
             raise type(error)(f'{path}: {error}') from error
 
@@ -122,11 +140,13 @@ def _sort_entries(entries: Sequence[Entry]) -> _Contents:
     """Reads every file once, of DICOM the headers."""
     contents = _Contents({}, [], [], [], [])
     for entry in entries:
+        if entry.name.lower().endswith(_VOXELS):
+            contents.digests[entry.name] = _hash_entry(entry)
+            contents.voxels.append(entry)
+            continue
         data = entry.read()
         contents.digests[entry.name] = hashlib.sha256(data).digest()
-        if entry.name.lower().endswith(_VOXELS):
-            contents.voxels.append(entry)
-        elif data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
+        if data.startswith(_IMAGE_MAGIC) and data[128:132] != b'DICM':  # DICOM may begin with a TIFF magic number
             contents.images.append(entry)
         elif data.startswith(b'PK\3\4') and data[128:132] != b'DICM':
             contents.left_out.append(dicom.LeftOut('zip archives in an archive or not named .zip'))
@@ -145,28 +165,36 @@ def _sort_entries(entries: Sequence[Entry]) -> _Contents:
     return contents
 
 
-def _read_entries(entries: Sequence[Entry], name: str, wanted: str | None, with_lungs: bool) -> Volume:
+def _hash_entry(entry: Entry) -> bytes:
+    """Returns the SHA-256 of a file, which may be larger than the memory; of a member of a zip, which may not."""
+    if entry.path is None:
+        return hashlib.sha256(entry.read()).digest()
+    with entry.path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').digest()
+
+
+def _read_entries(entries: Sequence[Entry], name: str, series: str | None, wanted: _Wanted) -> Volume:
     contents = _sort_entries(entries)
     identity = name, hash_contents(list(contents.digests.values()))
     if contents.frames:
-        series = group_series(contents.frames)
+        groups = group_series(contents.frames)
         how = (
-            'by --series' if wanted else 'the chest series with the most slices' if len(series) > 1 else 'the only one'
+            'by --series' if series else 'the chest series with the most slices' if len(groups) > 1 else 'the only one'
         )
-        return _read_series(identity, choose_series(series, wanted), series, how, contents.left_out, with_lungs)
+        return _read_series(identity, choose_series(groups, series), groups, how, contents.left_out, wanted)
     counts = Counter(map(str, contents.left_out))
     reasons = format_counts(counts)
     if counts.keys() - {'not DICOM'}:
         raise UserError(f'no axial CT slice in it ({reasons}): name the folder of a chest CT')
-    if wanted is not None:
-        raise UserError(f'--series={wanted} is for DICOM, and no DICOM slice is in it')
+    if series is not None:
+        raise UserError(f'--series={series} is for DICOM, and no DICOM slice is in it')
     images, voxels = contents.images, contents.voxels
     if len(voxels) > 1 or (voxels and images):
         raise UserError(
             f'{len(voxels)} NIfTI, MetaImage or NRRD files and {len(images)} images in it: name one of them'
         )
     if voxels:
-        return _read_voxels(identity, voxels[0], counts, with_lungs)
+        return _read_voxels(identity, voxels[0], counts, wanted)
     if images:
         return _read_images(identity, images, counts)
     raise UserError(
@@ -204,18 +232,18 @@ class Found(NamedTuple):
     frames: Sequence[dicom.Frame] = ()
 
 
-def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list[Found]:
+def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool, hu_step: int = 0) -> list[Found]:
     """Finds every chest CT by the headers: axial series of `MIN_SERIES` slices or more, and files of whole scans.
 
     Args:
       entries: of a folder or of a file.
       name: for the scans.
-      with_lungs: see `read_volume`.
+      with_lungs, hu_step: see `read_volume`.
 
     Raises:
       UserError: no scan is found, but damaged files or single slices are.
     """
-    contents = _sort_entries(entries)
+    contents, wanted = _sort_entries(entries), _Wanted(with_lungs, hu_step)
     found = []
     if contents.frames:
         series = group_series(contents.frames)
@@ -231,7 +259,7 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
             def read(one: Series = one, sha256: str = sha256) -> Volume:
                 check_series(one)
                 how = 'the only one' if len(series) == 1 else 'every series of an archive is'
-                return _read_series((name, sha256), one, series, how, contents.left_out, with_lungs)
+                return _read_series((name, sha256), one, series, how, contents.left_out, wanted)
 
             share = one.num_copies / (one.num_copies + len(one.frames))
             found.append(Found(one.name, sha256, share, read, one.frames))
@@ -245,7 +273,7 @@ def find_scans(entries: Sequence[Entry], name: str, *, with_lungs: bool) -> list
         return found
     for entry in contents.voxels:
         identity = name, contents.digests[entry.name].hex()
-        found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, with_lungs)))
+        found.append(Found('', identity[1], 0.0, lambda i=identity, e=entry: _read_voxels(i, e, counts, wanted)))
     if not found and counts['damaged']:
         raise UserError(f'no axial CT slice in it ({format_counts(counts)})')
     return found
@@ -262,7 +290,7 @@ def _read_series(
     series: Sequence[Series],
     how: str,
     left_out: Sequence[dicom.LeftOut],
-    with_lungs: bool,
+    wanted: _Wanted,
 ) -> Volume:
     kept = chosen.frames
     counts, doubts, notes = Counter(map(str, left_out)), [], []
@@ -298,11 +326,12 @@ def _read_series(
     between = float(np.median(np.diff(depths))) if len(depths) > 1 else 5.0  # any thickness does for one slice
     affine = create_affine(kept)
     finder = None
-    if with_lungs:
+    if wanted.lungs:
         _, front, right = _orient_spacing(affine)
         height, width = kept[0].shape if _keeps_axes(affine) else kept[0].shape[::-1]
         finder = LungsFinder((len(kept), height, width), (between, front, right))
-    slices = _window_planes(compute_planes(kept), affine, [frame.entry.name for frame in kept], finder)
+    names = [frame.entry.name for frame in kept]
+    slices, planes_hu = _window_planes(compute_planes(kept), affine, names, finder, wanted.hu_step)
     lungs = None if finder is None else finder.find()
     others = [one.describe() for one in series if one is not chosen]
     facts = [
@@ -326,6 +355,7 @@ def _read_series(
         doubts,
         dict(counts),
         kept[0].thickness,
+        planes_hu,
     )
 
 
@@ -334,8 +364,12 @@ def _is_other(reason: dicom.LeftOut) -> bool:
 
 
 def _window_planes(
-    planes: Iterable[np.ndarray | Exception], affine: np.ndarray, names: Sequence[str], finder: LungsFinder | None
-) -> list[np.ndarray]:
+    planes: Iterable[np.ndarray | Exception],
+    affine: np.ndarray,
+    names: Sequence[str],
+    finder: LungsFinder | None,
+    hu_step: int,
+) -> tuple[list[np.ndarray], dict[int, np.ndarray] | None]:
     """Maps the planes of a scan, from head to feet, to grey as they come: the scan takes one byte a voxel.
 
     Args:
@@ -343,11 +377,15 @@ def _window_planes(
       affine: of the scan.
       names: of the files, for messages.
       finder: gets every plane in Hounsfield units.
+      hu_step: see `_Wanted`.
+
+    Returns:
+      The grey slices, and the planes to keep, or None.
 
     Raises:
       UserError: planes that can't be decoded, or values that are not Hounsfield units.
     """
-    slices, faults, check = [], [], HounsfieldCheck()
+    slices, kept, faults, check = [], {}, [], HounsfieldCheck()
     turn = ornt_transform(io_orientation(affine), _ORDER)
     for plane, name in zip(planes, names, strict=True):
         if isinstance(plane, Exception):
@@ -357,11 +395,13 @@ def _window_planes(
             [plane] = apply_orientation(plane[np.newaxis], turn)
             if finder is not None:
                 finder.add(plane)
+            if hu_step and not len(slices) % hu_step:
+                kept[len(slices)] = np.array(plane)
             slices.append(apply_window(np.ascontiguousarray(plane)))
     if faults:
         refuse_undecodable(list(dict.fromkeys(faults)))
     check.finish()
-    return slices
+    return slices, kept or None
 
 
 _WINDOWED = [('window', f'width {WINDOW_WIDTH_HU}, level {WINDOW_LEVEL_HU} HU, as COVIDx CT')]
@@ -400,56 +440,58 @@ def _keeps_axes(affine: np.ndarray) -> bool:
     return bool(io_orientation(affine)[1, 0] == 1)
 
 
-def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
-    data = entry.read()
-    with report_damage():
-        image, shape = open_nifti(data)
-        affine = image.affine
+def _read_nifti(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
+    with report_damage(), contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_nifti_file(entry.path)) if entry.path else open_nifti(entry.read())
+        image, shape = opened
         has_orientation = bool(image.header['sform_code'] or image.header['qform_code'])
-        grey, check = np.empty(shape, np.uint8), HounsfieldCheck()
-        hu = np.empty(shape, np.int16) if with_lungs else None
-        for place in range(shape[2]):
-            plane = round_plane(np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2]))
-            check.add(plane)
-            grey[..., place] = apply_window(plane)
-            if hu is not None:
-                hu[..., place] = plane
-    doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
-    return _turn_voxels(identity, 'NIfTI', grey, hu, affine, check, doubts, left_out)
+
+        def read(place: int) -> np.ndarray:
+            return np.asanyarray(image.dataobj[:, :, place]).reshape(shape[:2])
+
+        doubts = [] if has_orientation else ['the NIfTI does not tell its orientation: order and sides are guessed']
+        voxels = _Voxels('NIfTI', read, shape, 2, image.affine)
+        return _read_planes(identity, voxels, doubts, left_out, wanted)
 
 
-def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+def _read_voxels(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
     read = _read_itk if entry.name.lower().endswith(itk.ENDINGS) else _read_nifti
-    return read(identity, entry, left_out, with_lungs)
+    return read(identity, entry, left_out, wanted)
 
 
-def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], with_lungs: bool) -> Volume:
+def _read_itk(identity: tuple[str, str], entry: Entry, left_out: Counter[str], wanted: _Wanted) -> Volume:
     planes, affine, digest = itk.read_planes(entry, dicom.MAX_VOXELS)
-    check, grey, hu = HounsfieldCheck(), [], []
-    for plane in planes:
-        plane = round_plane(plane)
-        check.add(plane)
-        grey.append(apply_window(plane))
-        if with_lungs:
-            hu.append(plane)
     name, contents = identity
     # The header alone does not identify a scan whose voxels lie in a file of their own.
     identity = name, hash_contents([bytes.fromhex(contents), digest])
     kind = 'NRRD' if entry.name.lower().endswith(('.nrrd', '.nhdr')) else 'MetaImage'
-    return _turn_voxels(identity, kind, np.stack(grey), np.stack(hu) if hu else None, affine, check, [], left_out)
+    voxels = _Voxels(kind, planes.__getitem__, planes.shape, 0, affine)
+    return _read_planes(identity, voxels, [], left_out, wanted)
 
 
-def _turn_voxels(
-    identity: tuple[str, str],
-    kind: str,
-    grey: np.ndarray,
-    hu: np.ndarray | None,
-    affine: np.ndarray,
-    check: HounsfieldCheck,
-    doubts: list[str],
-    left_out: Counter[str],
+class _Voxels(NamedTuple):
+    """A file of a whole scan, whose planes are read one by one.
+
+    Attributes:
+      kind: of the file, see `Volume`.
+      read: returns the plane of a place, of any numbers.
+      shape: of the scan.
+      axis: along which the planes lie one after the other, so that reading them is fast: 0 or 2.
+      affine: [4, 4] from voxels to mm, RAS.
+    """
+
+    kind: str
+    read: Callable[[int], np.ndarray]
+    shape: tuple[int, int, int]
+    axis: int
+    affine: np.ndarray
+
+
+def _read_planes(
+    identity: tuple[str, str], voxels: _Voxels, doubts: list[str], left_out: Counter[str], wanted: _Wanted
 ) -> Volume:
-    """Turns grey voxels, and their Hounsfield units, by their affine, to RAS in mm, to slices from head to feet."""
+    """Maps voxels to grey plane by plane and turns them by their affine to slices from head to feet."""
+    affine = voxels.affine
     try:
         turn = io_orientation(affine)
         direction = affine[:3, turn[:, 0].tolist().index(2.0)]  # voxel axis along feet to head
@@ -459,15 +501,23 @@ def _turn_voxels(
         is_sound = False
     if not is_sound:
         raise UserError('its slices are oblique or its header makes no sense: resample it to axial slices')
+    # Neighbouring pixels of a plane shall be neighbours in memory.
+    grey, check = np.empty(voxels.shape, np.uint8, 'C' if voxels.axis == 0 else 'F'), HounsfieldCheck()
+    for place, of_place in enumerate(np.moveaxis(grey, voxels.axis, 0)):
+        plane = round_plane(voxels.read(place))
+        check.add(plane)
+        of_place[...] = apply_window(plane)
     check.finish()
     slices = apply_orientation(grey, ornt_transform(turn, _ORDER))
-    lungs = None
-    if hu is not None:
-        hu = apply_orientation(hu, ornt_transform(turn, _ORDER))
-        finder = LungsFinder(hu.shape, _orient_spacing(affine))
-        for plane in hu:
-            finder.add(plane)
-        lungs = finder.find()
+    lungs, planes_hu = None, {} if wanted.hu_step else None
+    if any(wanted):
+        finder = LungsFinder(slices.shape, _orient_spacing(affine)) if wanted.lungs else None
+        for place, plane in enumerate(_iterate_slices(voxels, ornt_transform(turn, _ORDER))):
+            if finder is not None:
+                finder.add(plane)
+            if planes_hu is not None and place % wanted.hu_step == 0:
+                planes_hu[place] = np.array(plane)
+        lungs = finder and finder.find()
     facts = [
         ('voxels', ' x '.join(map(str, grey.shape))),
         *([('left out', format_counts(left_out))] if left_out else []),
@@ -476,8 +526,29 @@ def _turn_voxels(
         *_WINDOWED,
     ]
     depths = spacing * np.arange(len(slices))
-    source = affine if kind == 'NIfTI' else _swap_axes(affine)
-    return Volume(*identity, kind, list(slices), depths, lungs, source, facts, [], doubts, dict(left_out))
+    source = affine if voxels.kind == 'NIfTI' else _swap_axes(affine)
+    counts = dict(left_out)
+    return Volume(
+        *identity, voxels.kind, list(slices), depths, lungs, source, facts, [], doubts, counts, planes_hu=planes_hu
+    )
+
+
+def _iterate_slices(voxels: _Voxels, turn: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the slices in Hounsfield units, int16, after a turn to `_ORDER`. Reads the file again: memory is scarcer.
+
+    If the planes of the file are no slices, they go through a temporary file of two bytes a voxel.
+    """
+    axis, (place_of_axis, direction) = voxels.axis, turn[voxels.axis]
+    places = range(voxels.shape[axis])
+    if place_of_axis == 0:
+        for place in places if direction > 0 else reversed(places):
+            yield apply_orientation(np.expand_dims(round_plane(voxels.read(place)), axis), turn)[0]
+        return
+    with tempfile.TemporaryFile() as file:
+        hu = np.memmap(file, np.int16, shape=voxels.shape)
+        for place, of_place in enumerate(np.moveaxis(hu, axis, 0)):
+            of_place[...] = round_plane(voxels.read(place))
+        yield from apply_orientation(hu, turn)
 
 
 def _read_images(identity: tuple[str, str], entries: Sequence[Entry], left_out: Counter[str]) -> Volume:

@@ -12,7 +12,8 @@ const WORDS = { normal: 'Normal', pneumonia: 'Pneumonia', covid19: 'COVID-19', u
   lesions: 'Expected lesions, as a share of the largest lungs' };
 // What prediction.json holds and the page shows elsewhere; anything else gets a table.
 const SHOWN = new Set(['input', 'reading', 'left_out', 'forced', 'model', 'trained_on', 'notice', 'warnings', 'verdict', 'class',
-  'probabilities', 'conformal', 'screening', 'vote', 'evidence', 'rests_on', 'slices_called', 'novelty', 'slices', 'seconds', 'lesions', 'sick', 'members']);
+  'probabilities', 'conformal', 'screening', 'vote', 'evidence', 'rests_on', 'slices_called', 'novelty', 'home', 'windows', 'slices',
+  'seconds', 'lesions', 'sick', 'members']);
 const DOWNLOADS = { 'prediction.html': 'Page', 'prediction.json': 'JSON', 'slices.csv': 'CSV of slices', 'dicom.zip': 'DICOM' };
 
 const get = (id) => document.getElementById(id);

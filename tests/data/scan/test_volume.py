@@ -61,6 +61,8 @@ def refuse(path, match, **options):
 
 def test_window_by_hand():
     np.testing.assert_array_equal(apply_window(np.array([-3000, -1350, -600, 150, 3000])), [0, 0, 128, 255, 255])
+    every = np.arange(-(2**15), 2**15)
+    np.testing.assert_array_equal(apply_window(every.astype(np.int16)), apply_window(every))
 
 
 @pytest.mark.parametrize(
