@@ -7,6 +7,7 @@ Shapes: B batch, N positions of a map, C channels, E numbers per slice: both mod
 `mirror` of its mirror image, flat.
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -24,6 +25,7 @@ from covidjax.evaluation.outputs import apply_in_batches
 from covidjax.files import report_write_errors
 from covidjax.models.att2 import FEATURES, Att2, normalise
 from covidjax.models.fast import compile_fast
+from covidjax.models.folding import fold_batch_norm
 from covidjax.progress import track
 from covidjax.training.hosts import is_first
 
@@ -128,8 +130,10 @@ def _compute(model: Att2, variables: dict[str, Any], images_BxSxSx1: jax.Array) 
     return found['intermediates'][FEATURES]
 
 
-@jax.jit
-def _flatten(views: Any) -> jax.Array:
+# Defined here, so that the splits share one compilation.
+@functools.partial(compile_fast, static_argnums=0)
+def _apply(model: Att2, variables: dict[str, Any], images_BxSxSx1: jax.Array) -> jax.Array:
+    views = _compute(model, variables, normalise(images_BxSxSx1))
     parts = [x.reshape(len(x), -1) for view in views for x in view]
     return jnp.concatenate(parts, axis=1).astype(jnp.float16)
 
@@ -138,11 +142,14 @@ def _compute_rows(
     model: Att2, variables: dict[str, Any], source: Sequence[dict], numbers: Sequence[int], title: str
 ) -> Iterator[np.ndarray]:
     """Yields the features float16 [E] of the given records."""
-    apply = compile_fast(lambda variables, images: _flatten(_compute(model, variables, normalise(images))))
-    starts = range(0, len(numbers), BATCH_SIZE)
-    for start in track(starts, f'features of {title}', len(starts), 'batch', is_shown=is_first()):
-        images = np.stack([source[i]['image'] for i in numbers[start : start + BATCH_SIZE]])
-        yield from apply_in_batches(lambda batch: apply(variables, batch), BATCH_SIZE, images)
+    apply = functools.partial(_apply, model, fold_batch_norm(variables))
+
+    def compute() -> Iterator[np.ndarray]:
+        for start in range(0, len(numbers), BATCH_SIZE):
+            images = np.stack([source[i]['image'] for i in numbers[start : start + BATCH_SIZE]])
+            yield from apply_in_batches(apply, BATCH_SIZE, images)
+
+    yield from track(compute(), f'features of {title}', len(numbers), 'slice', is_shown=is_first())
 
 
 def _compute_key(model: Att2, variables: dict[str, Any]) -> str:
