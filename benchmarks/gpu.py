@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory to PyTorch; measures the peak
@@ -66,6 +67,7 @@ class Settings(NamedTuple):
       precisions: of `PRECISIONS`.
       repeats: timed calls.
       seconds: time budget.
+      compiler_options: of every program.
     """
 
     models: dict[str, dict[str, Any]]
@@ -75,22 +77,21 @@ class Settings(NamedTuple):
     precisions: tuple[str, ...]
     repeats: int
     seconds: float
+    compiler_options: dict[str, Any] = MappingProxyType({})
 
 
 WHOLE = Settings(
     {'ResNet50-ATT2': {}, 'light': {'backbone': 'efficientnet_lite0'}}, 224, (64, 256), 4, tuple(PRECISIONS), 10, 450
 )
 TINY = Settings(
-    {
-        'ResNet-ATT2, tiny': {'stage_sizes': (1, 1, 1, 1), 'width': 8, 'tail_blocks': 1},
-        'light': {'backbone': 'efficientnet_lite0'},
-    },
+    {'ResNet-ATT2, tiny': {'stage_sizes': (1, 1, 1, 1), 'width': 8, 'tail_blocks': 1}},
     32,
     (2,),
     2,
     ('float32', 'bfloat16'),
     1,
     240,
+    {'xla_backend_optimization_level': 0},  # compiling is most of the time
 )
 
 
@@ -124,7 +125,10 @@ def draw_batch(batch_size: int, image_size: int) -> dict[str, np.ndarray]:
 @functools.cache
 def _create_variables(options: tuple, image_size: int) -> dict[str, Any]:
     model = Att2(**dict(options))
-    create = jax.jit(lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True))
+    create = jax.jit(
+        lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True),
+        compiler_options={'xla_backend_optimization_level': 0},
+    )
     return jax.device_get(create(jax.random.key(0)))
 
 
@@ -236,18 +240,20 @@ def list_forms() -> dict[str, tuple[Callable, Callable, tuple[tuple[int, ...], .
     return forms
 
 
-def compile_program(function: Callable, inputs: tuple, device: jax.Device) -> tuple[Any, tuple, float, float]:
+def compile_program(
+    function: Callable, inputs: tuple, device: jax.Device, options: Any
+) -> tuple[Any, tuple, float, float]:
     """Returns the compiled function, its arguments on the device, the FLOPs of a call and the seconds of compiling."""
     placed = jax.device_put(inputs, device)
     start = time.perf_counter()
-    lowered = jax.jit(function).lower(*placed)
+    lowered = jax.jit(function, compiler_options=dict(options)).lower(*placed)
     flops = (lowered.cost_analysis() or {}).get('flops', math.nan)
     compiled = lowered.compile()
     return compiled, placed, flops, time.perf_counter() - start
 
 
-def compute(function: Callable, inputs: tuple, device: jax.Device) -> Any:
-    compiled, placed, *_ = compile_program(function, inputs, device)
+def compute(function: Callable, inputs: tuple, device: jax.Device, options: Any) -> Any:
+    compiled, placed, *_ = compile_program(function, inputs, device, options)
     outputs = compiled(*placed)
     return jax.device_get(outputs[-1] if isinstance(outputs[0], TrainState) else outputs)  # of a step, its sums
 
@@ -258,7 +264,7 @@ def compare(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
 
 
-def check_forms(device: jax.Device) -> Iterator[dict[str, Any]]:
+def check_forms(settings: Settings, device: jax.Device) -> Iterator[dict[str, Any]]:
     """Compares every custom form and its gradients with the plain one on the same device."""
     rng = np.random.default_rng(0)
     for name, (form, plain, shapes) in list_forms().items():
@@ -270,7 +276,7 @@ def check_forms(device: jax.Device) -> Iterator[dict[str, Any]]:
                     value, pull = jax.vjp(function, *inputs)
                     return value, *pull(jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape))
 
-            return compute(run, inputs, device)
+            return compute(run, inputs, device, settings.compiler_options)
 
         error = max(map(compare, differentiate(form), differentiate(plain)))
         yield {'what': f'{name}, with gradients', 'error': error, 'tolerance': FORM_TOLERANCE}
@@ -278,13 +284,13 @@ def check_forms(device: jax.Device) -> Iterator[dict[str, Any]]:
 
 def check_programs(settings: Settings, device: jax.Device, cpu: jax.Device) -> Iterator[dict[str, Any]]:
     """Compares every program with the CPU's float32."""
-    expected = {}
+    expected, options = {}, settings.compiler_options
     for program in list_programs(settings, (settings.check_batch,)):
         key = program.what, program.model
         inputs = program.create_inputs()
-        actual = compute(program.function, inputs, device)
+        actual = compute(program.function, inputs, device, options)
         if program.precision == 'float32':
-            expected[key] = actual if device == cpu else compute(program.function, inputs, cpu)
+            expected[key] = actual if device == cpu else compute(program.function, inputs, cpu, options)
         what = ', '.join(part for part in (*key, program.precision) if part)
         if program.what == 'inference':
             yield {
@@ -320,7 +326,9 @@ def find_peak(device: jax.Device, precision: str) -> float | None:
 
 
 def measure_program(program: Program, settings: Settings, device: jax.Device) -> dict[str, Any]:
-    compiled, placed, flops, seconds = compile_program(program.function, program.create_inputs(), device)
+    compiled, placed, flops, seconds = compile_program(
+        program.function, program.create_inputs(), device, settings.compiler_options
+    )
     median = time_calls(lambda: compiled(*placed), jax.block_until_ready, settings.repeats)
     peak = find_peak(device, program.precision)
     memory = compiled.memory_analysis()
@@ -444,7 +452,7 @@ def run(settings: Settings, output: Path) -> dict[str, Any]:
     timer.daemon = True
     timer.start()
     skipped = 0
-    for check in (*[check_forms(device)], check_programs(settings, device, cpu)):
+    for check in (check_forms(settings, device), check_programs(settings, device, cpu)):
         for row in check:
             results['checks'].append({**row, 'ok': bool(row['error'] <= row['tolerance'])})
     measurements = [

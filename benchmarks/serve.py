@@ -35,7 +35,9 @@ TAIL = b'\r\n--boundary--\r\n'
 
 def create_uploads():
     """Returns a good and a broken zip."""
-    files = [encode_dicom(make_dicom(pixels, -5.0 * t)) for t, pixels in enumerate(make_chest())]
+    # 5 mm wide, so that the lungs have the size of lungs.
+    slices = [make_dicom(pixels, -5.0 * t, PixelSpacing=[5, 5]) for t, pixels in enumerate(make_chest())]
+    files = list(map(encode_dicom, slices))
     broken = [data[: len(data) // 2] for data in files]
     zips = []
     for chosen in (files, broken):

@@ -113,20 +113,8 @@ def apply_window(hu: np.ndarray, window_hu: tuple[int, int] = WINDOW_HU) -> np.n
 
     The default is the COVIDx CT window, -1350 to 150 HU.
     """
-    if hu.dtype == np.int16:
-        return _window_all(window_hu)[hu.view(np.uint16)]
-    return _window(hu, window_hu)
-
-
-def _window(hu: np.ndarray, window_hu: tuple[int, int]) -> np.ndarray:
     low, high = window_hu
     return np.round((hu.astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))).astype(np.uint8)
-
-
-@functools.cache
-def _window_all(window_hu: tuple[int, int]) -> np.ndarray:
-    """Returns the grey value of every int16, by its bits: a table is five times as fast as the formula."""
-    return _window(np.arange(2**16, dtype=np.uint16).view(np.int16), window_hu)
 
 
 def encode_slices(

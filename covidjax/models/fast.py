@@ -199,9 +199,10 @@ def conv3x3(x_BxHxWxC: jax.Array, kernel_3x3xCxF: jax.Array, stride: int) -> jax
 def _choose_tile(x: jax.Array, kernel: jax.Array, stride: int) -> int:
     """Returns the side of the tiles of `_multiply_tiles`, measured for the shapes of a ResNet; 0: it is not faster."""
     size, channels = min(x.shape[1:3]), min(kernel.shape[2:])
-    if x.dtype != jnp.float32 or stride > 1 or size < 7 or channels < 64:
+    if x.dtype not in (jnp.float32, jnp.bfloat16) or stride > 1 or size < 7 or channels < 64:
         return 0
-    return 4 if size >= 28 else 2  # tiles of 4 waste more of a small map, and of larger kernels
+    # Tiles of 4 waste more of a small map, and round too much for bfloat16.
+    return 4 if size >= 28 and x.dtype == jnp.float32 else 2
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -302,7 +303,8 @@ def _multiply_tiles(x: jax.Array, kernel: jax.Array, tile: int) -> jax.Array:
     f, n = kernel.shape[-1], tile + 2
     rows, columns = -(-h // tile), -(-w // tile)
     padding = ((0, 0), (1, rows * tile + 1 - h), (1, columns * tile + 1 - w), (0, 0))
-    padded = _keep(jnp.pad(x, padding))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    padded, kernel = _keep(jnp.pad(x.astype(wide), padding)), kernel.astype(wide)
     shifted = [
         jax.lax.slice(padded, (0, i, 0, 0), (b, i + (rows - 1) * tile + 1, columns * tile + 2, c), (1, tile, 1, 1))
         for i in range(n)
@@ -316,10 +318,12 @@ def _multiply_tiles(x: jax.Array, kernel: jax.Array, tile: int) -> jax.Array:
         inputs = jnp.stack([part.reshape(-1, c) for part in _combine(of_input, shifted)])
         outer = [[p * q for p in factors for q in others] for others in of_kernel]
         kernels = jnp.stack(_combine(outer, [kernel[i, j] for i in range(3) for j in range(3)]))
-        product = jax.lax.dot_general(_keep(inputs), _keep(kernels), (((2,), (1,)), ((0,), (0,))))
+        inputs, kernels = _keep((inputs.astype(x.dtype), kernels.astype(x.dtype)))
+        product = jax.lax.dot_general(inputs, kernels, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
         products.append(_keep(jnp.stack(_combine(of_output, list(product))).reshape(tile, b, rows, columns, f)))
     tiles = jnp.stack(_combine(of_output, products))  # row and column in the tile, B, row and column of the tile, F
-    return tiles.transpose(2, 3, 0, 4, 1, 5).reshape(b, rows * tile, columns * tile, f)[:, :h, :w]
+    y = tiles.astype(x.dtype).transpose(2, 3, 0, 4, 1, 5).reshape(b, rows * tile, columns * tile, f)
+    return y[:, :h, :w]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -336,7 +340,10 @@ def _conv3x3_by_tiles_backward(
     tile: int, kept: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    d_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, 1), kernel)[1](g)[0]
+    if x.dtype == jnp.bfloat16:
+        d_kernel = _conv3x3_backward(1, kept, g)[1]
+    else:
+        d_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, 1), kernel)[1](g)[0]
     return _conv3x3_by_tiles(g, kernel[::-1, ::-1].swapaxes(2, 3), tile), d_kernel
 
 

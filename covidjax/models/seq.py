@@ -145,11 +145,19 @@ def split_slices(images_BxSxSxT: jax.Array) -> jax.Array:
 
 def apply_extractor(model: Att2, variables: dict[str, Any], images_NxSxSx1: jax.Array) -> Att2Outputs:
     """Returns the frozen extractor's outputs for slices in [-1, 1], computed SLICES_AT_ONCE at a time."""
-    return jax.lax.map(
-        lambda image: jax.tree.map(lambda a: a[0], model.apply(variables, image[None], train=False)),
-        images_NxSxSx1,
-        batch_size=SLICES_AT_ONCE,
-    )
+
+    def apply(images: jax.Array) -> Att2Outputs:
+        return model.apply(variables, images, train=False)
+
+    # `jax.lax.map` with a batch size would map single images, which breaks up the products of `fast.conv3x3`.
+    whole = len(images_NxSxSx1) // SLICES_AT_ONCE * SLICES_AT_ONCE
+    parts = []
+    if whole:
+        batches = images_NxSxSx1[:whole].reshape(-1, SLICES_AT_ONCE, *images_NxSxSx1.shape[1:])
+        parts.append(jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), jax.lax.map(apply, batches)))
+    if whole < len(images_NxSxSx1):
+        parts.append(apply(images_NxSxSx1[whole:]))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 class Seq(nn.Module):

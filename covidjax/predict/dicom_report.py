@@ -54,7 +54,7 @@ def list_sentences(summary: dict[str, Any]) -> list[str]:
     sentences = [USE]
     if summary['notice']:
         sentences.append(f'The model was trained on {summary["notice"]}: its results say nothing about a patient.')
-    sentences += [f'Predicted in spite of: {doubt}.' for doubt in summary['forced']]
+    sentences += [f'Predicted in spite of: {doubt}{"" if doubt.endswith("?") else "."}' for doubt in summary['forced']]
     if 'verdict' in summary:
         sentences += _list_doubts(summary)
     sentences += [f'{warning[0].upper()}{warning[1:]}.' for warning in summary['warnings']]

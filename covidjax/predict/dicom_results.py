@@ -150,8 +150,9 @@ def create_refusal(headers: Sequence[Dataset], reason: str, maker: dict[str, str
     """
     headers = check_headers(headers)
     reason = reason.partition(_HINT)[0].rstrip('.')
+    reason += '' if reason.endswith('?') else '.'
     with quiet():
-        return {'report': _encode(create_refusal_report(headers, f'{reason[0].upper()}{reason[1:]}.', maker))}
+        return {'report': _encode(create_refusal_report(headers, f'{reason[0].upper()}{reason[1:]}', maker))}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

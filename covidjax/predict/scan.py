@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
 from covidjax.evaluation.disagreement import compute_disagreement
 from covidjax.evaluation.home import describe_home
+from covidjax.evaluation.outlines import outline_slices
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
@@ -94,26 +96,39 @@ def predict_all(
         raise UserError(f'--masks needs a lesion model, and {workdir} was trained without --config.lesions')
     parent = output or (DEFAULT_OUTPUT if workdir is None else workdir / 'predictions')
     all_well = True
-    for path, name in zip(inputs, names, strict=True):
-        folder = output if output is not None and len(inputs) == 1 else parent / name
-        try:
-            is_shared = name in shared
-            line = predict_one(
-                run,
-                path,
-                folder,
-                series=series,
-                force=force,
-                is_shared=is_shared,
-                masks=masks,
-                dicom=dicom,
-                windows=windows,
-            )
-            print(line, flush=True)
-        except UserError as error:
-            print(f'error: {error}', file=sys.stderr, flush=True)
-            all_well = False
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load_programs, run)  # while the first scan is read
+        for path, name in zip(inputs, names, strict=True):
+            folder = output if output is not None and len(inputs) == 1 else parent / name
+            try:
+                is_shared = name in shared
+                line = predict_one(
+                    run,
+                    path,
+                    folder,
+                    series=series,
+                    force=force,
+                    is_shared=is_shared,
+                    masks=masks,
+                    dicom=dicom,
+                    windows=windows,
+                    loading=loading,
+                )
+                print(line, flush=True)
+            except UserError as error:
+                print(f'error: {error}', file=sys.stderr, flush=True)
+                all_well = False
     return all_well
+
+
+def load_programs(run: Run) -> None:
+    """Compiles the models of a run, or loads them from the cache, by predicting an empty slice."""
+    if run.members:
+        size = run.config.data.image_size
+        compute_member_outputs(run, np.zeros((1, size, size, 1), np.uint8))
+    if run.lesions:
+        size = run.lesions.image_size
+        outline_slices(run.lesions, np.zeros((1, size, size), np.uint8))
 
 
 def predict_one(
@@ -127,6 +142,7 @@ def predict_one(
     masks: bool = False,
     dicom: bool = False,
     windows: int = 3,
+    loading: Future | None = None,
 ) -> str:
     """Reads a scan, predicts it, writes prediction.json and prediction.html, and returns a line that says it.
 
@@ -141,6 +157,7 @@ def predict_one(
       dicom: also writes DICOM results into a folder dicom/, see `dicom_results`; of a refused scan, a report that says
         why.
       windows: see `create_recipe`.
+      loading: of `load_programs`; the model waits for it, so that nothing is compiled twice.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
@@ -150,6 +167,8 @@ def predict_one(
     try:
         volume = read_volume(path, series, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
         seconds = {'reading': time.perf_counter() - start}
+        if loading is not None:
+            wait([loading])  # whatever went wrong there goes wrong again below
         if is_shared:
             folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
         prediction = predict_scan(run, volume, seconds, force=force, path=path, windows=windows)

@@ -118,9 +118,10 @@ def describe_burden(lesions: dict[str, Any]) -> str:
     volumes = ''
     if lesions['lungs_ml'] is not None:
         volumes = f' ({lesions["lesions_ml"]:,.0f} of {lesions["lungs_ml"]:,.0f} ml)'
+    count = lesions['num_infected']
     return (
-        f'Lesions in {format_percent(lesions["lesions_percent"])} of the lungs{volumes}, {lesions["num_infected"]} '
-        f'infected slices, grade {lesions["grade"]} ({lesions["grade_says"]})'
+        f'Lesions in {format_percent(lesions["lesions_percent"])} of the lungs{volumes}, {count} infected '
+        f'slice{"" if count == 1 else "s"}, grade {lesions["grade"]} ({lesions["grade_says"]})'
     )
 
 

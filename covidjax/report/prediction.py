@@ -249,7 +249,7 @@ def _build_windows(windows: dict[str, Any]) -> list[Any]:
             ('window', *CLASSES, 'call'),
             [*rows, ('spread', *windows['spread'].values(), '')],
         ),
-        f'{beyond}. The finding of a scan does not change with the window; what a model has learned of one may.',
+        f'{beyond}. Disease does not depend on the window: a call that does is not reliable.',
     ]
 
 

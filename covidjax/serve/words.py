@@ -25,7 +25,7 @@ def describe_prediction(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _list_warnings(summary: dict[str, Any]) -> list[str]:
-    warnings = [f'Forced in spite of: {doubt}.' for doubt in summary['forced']]
+    warnings = [f'Forced in spite of: {doubt}{"" if doubt.endswith("?") else "."}' for doubt in summary['forced']]
     if summary['notice']:
         warnings.insert(0, f'The model was trained on {summary["notice"]}.')
     warnings += [f'{warning[0].upper()}{warning[1:]}.' for warning in summary['warnings']]

@@ -13,25 +13,28 @@ import pytest
 
 from benchmarks import gpu
 
-SETTINGS = gpu.TINY._replace(image_size=32)
-BLOCKED = ('grain', 'tensorflow_datasets', 'ml_collections', 'absl', 'orbax', 'PIL', 'scipy.ndimage')
+SETTINGS = gpu.TINY._replace(models={**gpu.TINY.models, 'light': gpu.WHOLE.models['light']})
+BLOCKED = ('grain', 'tensorflow_datasets', 'ml_collections', 'PIL', 'joblib', 'filelock')  # absl is optax's
 
 
-def lower(function, shapes):
-    return jax.export.export(jax.jit(function), platforms=['cuda'])(*shapes)
+def lower(function, inputs):
+    return jax.export.export(jax.jit(function), platforms=['cuda'])(*inputs)
 
 
-@pytest.mark.parametrize(
-    'program', gpu.list_programs(SETTINGS, (2,)), ids=lambda p: f'{p.what} {p.model} {p.precision}'
-)
+# In bfloat16, the light model differs from the others by forms that are lowered below.
+PROGRAMS = [p for p in gpu.list_programs(SETTINGS, (2,)) if (p.model, p.precision) != ('light', 'bfloat16')]
+
+
+@pytest.mark.parametrize('program', PROGRAMS, ids=lambda p: f'{p.what} {p.model} {p.precision}')
 def test_programs_lower_for_cuda(program):
-    exported = lower(program.function, jax.eval_shape(program.create_inputs))
+    exported = lower(program.function, program.create_inputs())
     assert exported.platforms == ('cuda',)
 
 
-def test_forms_lower_for_cuda():
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_forms_lower_for_cuda(dtype):
     for form, _, shapes in gpu.list_forms().values():
-        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         assert lower(form, inputs).platforms == ('cuda',)
 
 

@@ -1,6 +1,7 @@
 """A cross-validation of tiny models on few phantoms, and what the commands make of it."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import types
@@ -301,7 +302,7 @@ def test_predictions_tell_how_far_the_members_disagree(workdir, tmp_path):
         rules = json.loads(json.dumps(run.rules))
         rules['scans']['disagreement']['limit'] = limit
         rules['scans']['conformal']['thresholds'] = dict.fromkeys(CLASSES, 0.0) | held
-        strict = run._replace(rules=rules, members=tuple(m._replace(novelty=None) for m in run.members))
+        strict = run._replace(rules=rules, members=tuple(dataclasses.replace(m, novelty=None) for m in run.members))
         scan.predict_one(strict, tmp_path / 'scan', tmp_path / 'strict', series=None, force=True)
         return json.loads((tmp_path / 'strict' / 'prediction.json').read_text())
 

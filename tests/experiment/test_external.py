@@ -1,6 +1,7 @@
 """A run on data from outside: lists with and without classes, scans by CSV, subgroups, and what is refused."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -133,7 +134,7 @@ def scan_run(folders, slice_run, tmp_path_factory):
     workdir.mkdir()
     model = scans.create_model(config)
     drawn = draw_variables(model, jnp.zeros((1, SIZE, SIZE, 1)), jnp.ones(1, jnp.int32), seed=1)
-    member = of_slices.members[0]._replace(sequence=drawn['params']['sequence'])
+    member = dataclasses.replace(of_slices.members[0], sequence=drawn['params']['sequence'])
     run = of_slices._replace(config=config, members=(member,))
     data = covidx_ct.prepare(str(folders[0]), image_size=SIZE, prepared_dir=str(folders[2]))
     logits, labels, patients, names = {}, {}, {}, {}

@@ -204,7 +204,7 @@ class TestTables(Threads):
         append, count = tables.Table.append, []
 
         def fail(table, values):
-            if 'id' in values:
+            if 'covid19' in values:
                 count.append(1)
                 if len(count) == 3:
                     raise OSError(28, 'No space left on device')
@@ -292,7 +292,7 @@ def test_units_are_found_by_headers(tmp_path):
     recipe = tasks.Recipe(32, 'body', 1, False)
     counts = {}
     for unit in found:
-        result = tasks.prepare_unit(unit, recipe, frozenset(), force=False, main_pid=None)
+        result = tasks.prepare_unit(unit, recipe, frozenset(), force=False, maker=None, main_pid=None)
         assert result.refusals == []
         counts |= {scan.path: len(scan.scan.boxes) for scan in result.scans}
     assert counts == {'a/x': 20, 'b/x': 20, 'b/y': 20, 'c/x': 20, 'c/y': 20, 'd/scan.nii.gz': 20}
@@ -308,7 +308,7 @@ def test_no_scan_vanishes(tmp_path):
         file.rename(file.with_suffix('.jpg'))
     recipe, results = tasks.Recipe(32, 'body', 1, False), {}
     for unit in units.list_units(tmp_path):
-        results[unit.name] = tasks.prepare_unit(unit, recipe, frozenset(), force=False, main_pid=None)
+        results[unit.name] = tasks.prepare_unit(unit, recipe, frozenset(), force=False, maker=None, main_pid=None)
     [refusal] = results['pieces'].refusals
     assert refusal.reason == '1 axial CT slices that make no series of 3, and 19 damaged'
     assert len(results['named as pictures'].scans) == 1

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -254,14 +255,15 @@ def test_unusual_scans_are_uncertain_whatever_the_probabilities(run, tmp_path):
     for found in (None, novelty):
         series = write_series(tmp_path / 'scan', HU[:3])
         changed = run._replace(
-            members=(run.members[0]._replace(novelty=found),), rules=RULES | {'scans': {'rule': 'mean', **sure}}
+            members=(dataclasses.replace(run.members[0], novelty=found),),
+            rules=RULES | {'scans': {'rule': 'mean', **sure}},
         )
         verdicts.append(scan.predict_one(changed, series, tmp_path / 'out', series=None, force=False, windows=1))
     assert 'scan: uncertain' not in verdicts[0]
     assert 'scan: uncertain' in verdicts[1]
     assert 'unlike the training data) [model trained on phantoms]' in verdicts[1]
     home = fit_home(usual, ['A'] * 50 + ['B'] * 50)
-    of_sources = changed._replace(members=(changed.members[0]._replace(home=home),))
+    of_sources = changed._replace(members=(dataclasses.replace(changed.members[0], home=home),))
     line = scan.predict_one(of_sources, series, tmp_path / 'out', series=None, force=False)
     summary = json.loads((tmp_path / 'out' / 'prediction.json').read_text())
     assert summary['home']['text'] == f'nearest to {summary["home"]["nearest"]}, far from all'

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -158,14 +157,21 @@ def test_a_real_scan_and_an_x_ray(browser, real_data, tmp_path):
     names = (real_data / 'dicom/covid_p001_slices.csv').read_text().split()[1:]
     (tmp_path / 'covid').mkdir()
     for name in [line.split(',')[0] for line in names[::6]]:
-        os.symlink(real_data / 'dicom/covid_p001' / name, tmp_path / 'covid' / name)
+        shutil.copy(real_data / 'dicom/covid_p001' / name, tmp_path / 'covid')
     write_x_ray(tmp_path / 'x-ray.png')
     (tmp_path / 'scans').mkdir()
     with serve(tmp_path / 'scans', load=load_run_once) as (_, address), open_page(browser, address) as page:
         page.wait_for_selector('#columns:not([hidden])')
+        page.set_default_timeout(300_000)
+        page.evaluate(
+            """() => { window.seen = new Set();
+            new MutationObserver(() => window.seen.add(document.querySelector('.state')?.textContent))
+              .observe(document.body, { subtree: true, childList: true, characterData: true }); }"""
+        )
         page.locator('#folder').set_input_files(tmp_path / 'covid')
-        page.get_by_text('Predicting ...').wait_for()
-        page.locator('.headline').get_by_text(re.compile(r'^Lesions in [1-9]')).wait_for()
+        page.locator('.headline, .reason').wait_for()
+        assert re.match('Lesions in [0-9.]+ %', page.locator('.headline, .reason').inner_text())
+        assert {'Reading the slices ...', 'Predicting ...'} & set(page.evaluate('[...window.seen]'))
         assert page.locator('.verdict').inner_text() == 'Lungs and lesions'
         assert page.locator('#scans').inner_text().splitlines() == ['covid', 'Predicted']
         assert page.locator('.parts tr').count() == 7

@@ -9,7 +9,7 @@ const LIST = 'covidjax-scans';
 const POLL_MS = 700;
 const STAGES = { reading: 'Reading the slices', predicting: 'Predicting', drawing: 'Drawing the result' };
 const WORDS = { normal: 'Normal', pneumonia: 'Pneumonia', covid19: 'COVID-19', uncertain: 'Uncertain',
-  lesions: 'Lesions, share of the lungs' };
+  lesions: 'Expected lesions, as a share of the largest lungs' };
 // What prediction.json holds and the page shows elsewhere; anything else gets a table.
 const SHOWN = new Set(['input', 'reading', 'left_out', 'forced', 'model', 'trained_on', 'notice', 'warnings', 'verdict', 'class',
   'probabilities', 'conformal', 'screening', 'vote', 'evidence', 'rests_on', 'slices_called', 'novelty', 'home', 'windows', 'slices',
@@ -330,25 +330,27 @@ function renderBars(body, probabilities) {
 }
 
 function renderSlices(result, scan, summary, layers) {
-  // A lesion model alone gives shares of the lungs in place of probabilities.
-  const shares = (summary.lesions?.slices ?? []).map((one) => ({ number: one.number, probabilities: [one.lesions_percent / 100], score: one.score }));
-  const course = summary.slices ?? shares;
+  // A lesion model alone gives scores of the slices in place of probabilities: expected lesions as a share of the largest lungs.
+  const scores = (summary.lesions?.slices ?? []).map((one) => ({ ...one, probabilities: [one.score] }));
+  const course = summary.slices ?? scores;
   const classes = summary.slices ? Object.keys(summary.probabilities) : ['lesions'];
   const slices = new Map(course.map((one) => [one.number, one]));
   const count = summary.input.num_slices;
-  const top = [...shares].sort((a, b) => b.score - a.score).slice(0, 5).map((one) => one.number).sort((a, b) => a - b);
+  const top = [...scores].sort((a, b) => b.score - a.score).slice(0, 5).map((one) => one.number).sort((a, b) => a - b);
   const rests = summary.rests_on ?? top;
   if (!summary.rests_on) result.querySelector('.thumbs-title').textContent = 'Slices with the most lesions';
   const loadPicture = async (key) => (await request(`/api/scans/${scan.id}/${key}.png`)).blob();
   const describe = (number) => {
     const one = slices.get(number);
     const depth = one?.depth_mm == null ? '' : `, ${one.depth_mm.toFixed(0)} mm below the first`;
-    const shares = one ? classes.map((name, k) => `${WORDS[name] ?? name} ${one.probabilities[k].toFixed(2)}`).join(', ') : 'not seen by the model';
-    return `Slice ${number} of ${count}${depth}: ${shares}`;
+    return `Slice ${number} of ${count}${depth}: ${one ? describeShares(one, classes) : 'not seen by the model'}`;
   };
+  const describeShares = (one, names) => (summary.slices
+    ? names.map((name) => `${WORDS[name] ?? name} ${one.probabilities[classes.indexOf(name)].toFixed(2)}`).join(', ')
+    : `lesions in ${format(one.lesions_percent)} % of the lungs`);
   const thumbs = new Map();
   const curve = createCurve(result.querySelector('.curve'), {
-    count, classes, slices: course, rests,
+    count, classes, slices: course, rests, isShare: !summary.slices,
     label: `${classes.map((name) => WORDS[name] ?? name).join(', ')}, in each slice. The slider of the slices leads to the same slices.`,
     onChoose: (number) => viewer.show(number),
   });
@@ -380,7 +382,7 @@ function renderSlices(result, scan, summary, layers) {
     const top = one ? one.probabilities.indexOf(Math.max(...one.probabilities)) : 0;
     button.type = 'button';
     image.alt = '';
-    button.append(image, create('span', `Slice ${number}`), create('span', one ? `${WORDS[classes[top]] ?? classes[top]} ${one.probabilities[top].toFixed(2)}` : ''));
+    button.append(image, create('span', `Slice ${number}`), create('span', one ? describeShares(one, [classes[top]]) : ''));
     button.addEventListener('click', () => viewer.show(number));
     loadPicture(`slices/${number}`).then((blob) => {
       image.src = URL.createObjectURL(blob);
