@@ -76,7 +76,9 @@ def _read_list(folder: Path) -> list[dict[str, str | None]]:
         with path.open(newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}): outlined slices need a folder with it') from error
+        raise UserError(
+            f'{path} cannot be read ({error.strerror}): --outlines and --config.data.outlines need a folder with it'
+        ) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is not a CSV file in UTF-8 ({error}): save it as one') from error
     absent = [name for name in ('image', 'lesion') if not rows or name not in rows[0]]

@@ -94,7 +94,7 @@ def write_lesion_stablehlo(path: Path, lesions: LesionModel) -> str:
     S / 4], probabilities; the last is given that the position is lesion.
     """
 
-    variables = fold_batch_norm(lesions.variables)
+    variables = jax.device_get(fold_batch_norm(lesions.variables))
 
     def outline(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
         logits = lesions.model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
@@ -209,7 +209,8 @@ def average_functions(functions: Sequence[Callable[..., dict]], temperature: flo
 
 def create_slice_function(member: Member) -> Callable[..., dict]:
     """Returns a function uint8 [B, S, S] -> 'logits' [B, K] and 'evidence' [B, S, S, K], over the temperature."""
-    model, variables = member.slice_model, member.folded  # folded here, not while the program is traced
+    # Arrays of numpy become constants of the program; those of jax would be hidden inputs of it.
+    model, variables = member.slice_model, jax.device_get(member.folded)
 
     def predict(images_BxSxS: jax.Array) -> dict[str, jax.Array]:
         outputs = model.apply(variables, normalise(images_BxSxS)[..., None], train=False)
@@ -225,7 +226,7 @@ def create_scan_function(config: ConfigDict, member: Member) -> Callable[..., di
     B and T may be symbolic. `models.seq.Seq` does not support that, because it divides the slices into batches.
     """
 
-    variables = member.folded  # folded here, not while the program is traced
+    variables = jax.device_get(member.folded)  # see above
 
     def embed(images_NxSxS: jax.Array) -> jax.Array:
         n, s = images_NxSxS.shape[:2]

