@@ -61,7 +61,7 @@ def test_bad_folder_is_one_line(tmp_path, rows, columns, word):
 
 
 def test_no_list_says_what_is_needed(tmp_path):
-    with pytest.raises(UserError, match='--outlines and --config.data.outlines need a folder with it'):
+    with pytest.raises(UserError, match=r'--outlines and --config\.data\.outlines need a folder with it'):
         lesions.read_lesion_folder(tmp_path, 20)
 
 
