@@ -4,6 +4,7 @@ All work goes through one call of joblib, on this host or on a Dask cluster. A u
 crash interrupts is repeated; what is done is skipped.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -198,13 +199,15 @@ class _Job:
         try:
             with open_progress('archive', len(units), 'unit', initial=len(units) - len(todo)) as progress:
                 count = 0
-                for outcome in pool.run(self._work, lambda: len(self._waiting)):
-                    self._take(*outcome, pool)
-                    if outcome[0].unit is not None:
-                        count += 1
-                        left = (time.monotonic() - start) / count * (len(todo) - count)
-                        progress.update()
-                        progress.set_postfix_str(f'{left / 60:.0f} min left')
+                # An error here must stop the workers at once, not when the generator is collected.
+                with contextlib.closing(pool.run(self._work, lambda: len(self._waiting))) as outcomes:
+                    for outcome in outcomes:
+                        self._take(*outcome, pool)
+                        if outcome[0].unit is not None:
+                            count += 1
+                            left = (time.monotonic() - start) / count * (len(todo) - count)
+                            progress.update()
+                            progress.set_postfix_str(f'{left / 60:.0f} min left')
         except KeyboardInterrupt:
             message = f'{len(self._predictions.rows):,} rows are in {self._predictions.path}'
             raise KeyboardInterrupt(message) from None
