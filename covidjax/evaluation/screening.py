@@ -270,7 +270,7 @@ def fit_rules(
             'coverage': coverage,
             'thresholds': dict(zip(classes, conformal_thresholds.tolist(), strict=True)),
             'notes': [
-                f'{count} validation examples are {name}, too few for a coverage of {coverage:g}: it is in every set.'
+                f'Too few validation examples are {name} ({count}) for a coverage of {coverage:g}: it is in every set.'
                 for name, count in zip(classes, counts, strict=True)
                 if compute_rank(count, coverage) > count
             ],

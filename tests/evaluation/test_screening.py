@@ -206,7 +206,7 @@ def test_validation_without_covid19_is_stated():
     assert rules['thresholds']['covid19']['threshold'] is None
     assert rules['conformal']['thresholds']['covid19'] == 1
     assert rules['conformal']['notes'] == [
-        '0 validation examples are covid19, too few for a coverage of 0.9: it is in every set.'
+        'Too few validation examples are covid19 (0) for a coverage of 0.9: it is in every set.',
     ]
     result = evaluate_rules(rules, logits, labels, patients, CLASSES, train_shares_K=[0.5, 0.4, 0.1])
     assert result['operating_points']['covid19'] == {
