@@ -1,10 +1,17 @@
-"""Files in the zip format of `torch.save`, written without torch."""
+"""Files in the zip format of `torch.save`, written without torch, and how a file of either format is tried."""
 
 import io
 import pickle
+import struct
 import zipfile
 
 import numpy as np
+import pytest
+
+from covidjax.errors import UserError
+from covidjax.models.torch_files import load_torch_file
+
+SIX_FLOATS = struct.pack('<6f', *range(6))
 
 STORAGES = {
     'float32': 'FloatStorage',
@@ -17,6 +24,23 @@ STORAGES = {
     'int8': 'CharStorage',
     'uint8': 'ByteStorage',
 }
+
+
+def load(tmp_path, content):
+    """Returns the tensors of a file with this content."""
+    path = tmp_path / 'weights.pt'
+    path.write_bytes(content)
+    return load_torch_file(path)
+
+
+def assert_refused(tmp_path, content, message):
+    """Asserts that the file is refused in one line, which names it and matches the message."""
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, content)
+    text = str(caught.value)
+    assert str(tmp_path / 'weights.pt') in text
+    assert '\n' not in text
+    assert len(text) < 500
 
 
 def encode(value):
