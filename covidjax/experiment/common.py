@@ -82,7 +82,7 @@ class Predictions(NamedTuple):
     """Outputs of a slice model for a split, in the order of the split.
 
     Attributes:
-      logits: float32 [N, K]; with `config.lesions`, of the verdict that joins lesions and classifier.
+      logits: [N, K]; with `config.lesions`, of the verdict that joins lesions and classifier.
       classifier: with `config.lesions`, the classifier's own logits; else None.
       sick: with `config.lesions`, the probability of sick by the lesions [N]; else None.
     """
@@ -522,6 +522,7 @@ def test(
     published = experiment.paper.scores if is_the_papers else None
     parts = [
         *sections.build_scores(results, published, table=experiment.paper.name, unit=unit, others=findings.others),
+        *sections.build_verdicts(results.get('verdicts'), unit=unit),
         *sections.build_statistics(results, rules, unit=unit),
         *build_subgroups(results['subgroups'], unit=unit),
         *findings.sections,

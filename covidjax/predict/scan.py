@@ -26,7 +26,7 @@ from covidjax.evaluation.outlines import outline_slices
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
-from covidjax.evaluation.sick import SickRule, compute_sick, describe_disagreement, join
+from covidjax.evaluation.sick import compute_sick, describe_disagreement, join, join_logits
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import (
     Run,
@@ -343,7 +343,7 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
         attention = None
-        temperature = _get_slice_temperature(run)
+        temperature = run.classifier_temperature
         shares, bias = sum_evidence(run, outputs)
         scan_logits, votes = vote(run, by_member)
     else:
@@ -352,7 +352,8 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
     joined = {}
     if outlined:
         sick = _compute_sick(run, outlined.features)
-        alone = softmax(scan_logits[np.newaxis])
+        # Votes are of calibrated slices.
+        alone = apply_temperature(scan_logits[np.newaxis], run.classifier_temperature if run.is_scan_run else 1.0)
         scan_logits, *votes = (_join(sick, x) for x in (scan_logits, *votes))
         joined = {
             'lesions': outlined.summary,
@@ -426,14 +427,10 @@ def _take(by_member: tuple[SliceOutputs, ...], chosen: slice | np.ndarray) -> tu
     return jax.tree.map(lambda x: x[chosen], by_member)
 
 
-def _get_slice_temperature(run: Run) -> float:
-    return run.rules['sick']['classifier_temperature'] if run.lesions else run.temperature
-
-
 def vote(run: Run, by_member: tuple[SliceOutputs, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns the logits [K] of a scan by a slice run, and those by each of its members alone."""
     stored = run.rules.get('scans')
-    rule, temperature = stored['rule'] if stored else FALLBACK_RULE, _get_slice_temperature(run)
+    rule, temperature = stored['rule'] if stored else FALLBACK_RULE, run.classifier_temperature
     return compute_vote_logits(average_outputs(run, by_member).logits, temperature, rule), [
         compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
         for member, of_member in zip(run.members, by_member, strict=True)
@@ -442,12 +439,11 @@ def vote(run: Run, by_member: tuple[SliceOutputs, ...]) -> tuple[np.ndarray, lis
 
 def _compute_sick(run: Run, features: np.ndarray) -> np.ndarray:
     """Returns the probability of sick, [1], by the lesions."""
-    rule = SickRule(*(run.rules['sick'][name] for name in SickRule._fields))
-    return compute_sick(rule, features[np.newaxis])
+    return compute_sick(run.sick_rule, features[np.newaxis])
 
 
 def _join(sick: np.ndarray, logits_K: np.ndarray) -> np.ndarray:
-    return np.log(join(sick, softmax(logits_K[np.newaxis])))[0]
+    return join_logits(sick, logits_K[np.newaxis])[0]
 
 
 def _look_through_windows(
