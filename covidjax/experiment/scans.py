@@ -24,14 +24,21 @@ from covidjax.experiment import common, slices
 from covidjax.experiment.common import Classification, Findings, PaperTable, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
-from covidjax.experiment.sick import Judge, compare_splits, create_columns, create_judge, format_verdicts
+from covidjax.experiment.sick import (
+    Judge,
+    compare_splits,
+    create_columns,
+    create_judge,
+    format_verdicts,
+    load_configured,
+)
 from covidjax.explain.catalogue import LESIONS
 from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.folding import fold_batch_norm
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
-from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
 from covidjax.training.state import TrainState
 from covidjax.training.step import Forward
@@ -53,11 +60,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       UserError: bad config, data, extractor, lesion model or workdir.
     """
     extractor_dir = _get_extractor_dir(config, workdir)
+    if config.lesions and not has_checkpoint(workdir):
+        load_configured(config.lesions)  # refuses a wrong one before the slices are prepared
     if config.extractor:
         config = adopt_extractor(config, extractor_dir)
 
     def create(config: ConfigDict, data: covidx_ct.Prepared) -> Classification:
-        judge = create_judge(config.lesions, data)  # refuses a wrong model before the slice model is trained
+        judge = create_judge(config.lesions, data)  # refuses data without normals before the slice model is trained
         if not config.extractor:
             log.info('no config.extractor: training the slice model in %s', extractor_dir)
             slices.train(get_slice_config(config), extractor_dir, data)

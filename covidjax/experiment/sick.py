@@ -145,6 +145,18 @@ class Judge:
         }
 
 
+def load_configured(name: str) -> LesionModel:
+    """Loads the lesion model that `config.lesions` names.
+
+    Raises:
+      UserError: there is no such model; names the field.
+    """
+    try:
+        return load_lesions(name)
+    except UserError as error:
+        raise UserError(f'config.lesions={name}: {error}') from error
+
+
 def create_judge(name: str, data: covidx_ct.Prepared) -> Judge | None:
     """Returns the judge of a run, None without a lesion model.
 
@@ -155,7 +167,7 @@ def create_judge(name: str, data: covidx_ct.Prepared) -> Judge | None:
     Raises:
       UserError: there is no such model, or the rule can't be fitted on these data.
     """
-    return Judge(load_lesions(name), data) if name else None
+    return Judge(load_configured(name), data) if name else None
 
 
 def compare_verdicts(

@@ -35,7 +35,14 @@ from covidjax.experiment import common
 from covidjax.experiment.common import Classification, Findings, PaperTable, Predictions, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.features import MAX_BYTES, KeptFeatures, count_bytes, keep_features, list_shapes, unpack
-from covidjax.experiment.sick import Judge, compare_splits, create_columns, create_judge, format_verdicts
+from covidjax.experiment.sick import (
+    Judge,
+    compare_splits,
+    create_columns,
+    create_judge,
+    format_verdicts,
+    load_configured,
+)
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.ct_weights import ASTRA, STAGE_SIZES
 from covidjax.models.fast import compile_fast
@@ -70,6 +77,8 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
             find_version(Path(config.data.raw_dir).expanduser())
         if config.model.pretrained:
             find_weights(config.model.pretrained)
+        if config.lesions:
+            load_configured(config.lesions)  # refuses a wrong one before the slices are prepared
     return common.train(adopt_pooling(config, workdir), workdir, create_procedure(create_experiment), data)
 
 

@@ -380,7 +380,9 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         'members': _describe_members(votes, stored),
         'vote': rule and {'rule': rule, 'is_chosen_on_validation': stored is not None},
         'evidence': {
-            'of': 'the logits of each slice' if attention is None else 'the logits of the scan',
+            'of': 'the logits of each slice'
+            if attention is None
+            else f'the logits of the scan{" by the sequence model alone" if outlined else ""}',
             'bias': np.asarray(bias).tolist(),
         },
         'rests_on': sorted((used[top] + 1).tolist()),

@@ -177,7 +177,8 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         parts += describe_sick(summary['sick'])
     basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
-        parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
+        whose = 'The temperature of the joined verdict' if 'sick' in summary else 'Its temperature'
+        parts.append(f'The sequence model combines the slices. {whose} was fitted on {basis} scans.')
     elif vote['is_chosen_on_validation']:
         parts.append(
             f'Slices vote by the rule {vote["rule"]!r}, the best on {basis} scans. The temperature of the votes was '

@@ -17,9 +17,9 @@ from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.data.scan.volume import read_volume
 from covidjax.data.sequences import group_scans
 from covidjax.errors import UserError
+from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.novelty import fit_novelty
 from covidjax.evaluation.outputs import compute_outputs
-from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.predictions import softmax, write_predictions
 from covidjax.evaluation.screening import fit_rules
 from covidjax.evaluation.sick import compute_sick, join, join_logits

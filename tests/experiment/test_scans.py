@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import covidjax.report.scans
-from covidjax.configs import seq
+from covidjax.configs import att2, seq
 from covidjax.data import covidx_ct
 from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.data.sequences import NUM_SLICES, group_scans
@@ -15,7 +15,8 @@ from covidjax.errors import UserError
 from covidjax.evaluation.calibration import fit_temperature
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.sick import compute_features, compute_sick, join
-from covidjax.experiment import scans, sick
+from covidjax.experiment import scans, sick, slices
+from covidjax.experiment.config import save_config
 from tests.variables import draw_variables
 
 SIZE = 32
@@ -94,10 +95,26 @@ def test_the_lesions_decide_on_sick_and_the_sequence_model_on_the_disease(data, 
     np.testing.assert_allclose(findings.columns['classifier_covid19'], softmax(found.classifier)[:, 2])
 
 
-def test_a_wrong_lesion_model_is_refused_before_the_slice_model_is_trained(data, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize('experiment', [scans, slices])
+def test_a_wrong_lesion_model_is_refused_first(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment.common, 'train', lambda *_: pytest.fail('the slices are prepared'))
+    config = {scans: seq, slices: att2}[experiment].get_config().unlock()
+    config.lesions = str(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match=r'config\.lesions=.*nowhere is not the workdir of a run'):
+        experiment.train(config.lock(), tmp_path / 'run')
+    slice_run = tmp_path / 'att2'
+    slice_run.mkdir()
+    save_config(slice_run, att2.get_config())
+    config.unlock().lesions = str(slice_run)
+    with pytest.raises(UserError, match=r'att2 is a run of att2, not of configs/lesions\.py'):
+        experiment.train(config.lock(), tmp_path / 'run')
+
+
+def test_data_without_normals_are_refused_before_the_slice_model_is_trained(data, config, areas, tmp_path, monkeypatch):
     monkeypatch.setattr(scans.slices, 'train', lambda *_: pytest.fail('the slice model is trained'))
-    monkeypatch.setattr(scans.common, 'load_data', lambda *_: data)
-    wrong = config.copy_and_resolve_references().unlock()
-    wrong.lesions = str(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match='nowhere is not the workdir of a run'):
-        scans.train(wrong.lock(), tmp_path / 'run')
+    sick_alone = {split: [row for row in rows if row.label] for split, rows in data.rows.items()}
+    monkeypatch.setattr(scans.common, 'load_data', lambda *_: data._replace(rows=sick_alone))
+    monkeypatch.setattr(scans, 'load_configured', lambda name: None)
+    config.unlock().lesions = 'box'
+    with pytest.raises(UserError, match='needs sick and normal training scans'):
+        scans.train(config.lock(), tmp_path / 'run')
