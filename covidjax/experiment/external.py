@@ -24,7 +24,7 @@ from covidjax.evaluation.external import Side, compare_sides, correct_to_own_sha
 from covidjax.evaluation.metrics import compute_metrics
 from covidjax.evaluation.novelty import MAX_EXAMPLES
 from covidjax.evaluation.predictions import softmax, write_predictions
-from covidjax.evaluation.sick import compute_features, compute_sick, join_logits
+from covidjax.evaluation.sick import Found, compute_features, compute_sick, join_logits
 from covidjax.evaluation.subgroups import compute_subgroups
 from covidjax.evaluation.summary import summarise
 from covidjax.evaluation.voting import compute_vote_logits
@@ -181,7 +181,8 @@ def read_inside_side(run: Run, workdir: Path, unit: str) -> Side:
         logits = np.log(np.maximum(p, _SMALLEST)) * (run.temperature if len(run.members) > 1 else 1)
         if not of_votes:
             return Side(labels, logits, patients, None, [])
-        areas = [(float(row['lungs_area']), float(row['lesions_area'])) for row in rows] if run.lesions else []
+        names = ('lungs_area', 'lesions_area', 'lesions_peak') if run.lesions else ()
+        found = [np.array([float(row[name]) for row in rows]) for name in names]
         members: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
             members.setdefault((row['scan'], labels[i]), []).append(i)
@@ -190,7 +191,7 @@ def read_inside_side(run: Run, workdir: Path, unit: str) -> Side:
     rule, temperature = get_rules(run, unit)['rule'], run.classifier_temperature
     votes = np.stack([compute_vote_logits(logits[of_scan], temperature, rule) for of_scan in members.values()])
     if run.lesions:
-        features = [compute_features(*np.array(areas)[of_scan].T) for of_scan in members.values()]
+        features = [compute_features(Found(*found).select(of_scan)) for of_scan in members.values()]
         votes = join_logits(compute_sick(run.sick_rule, np.stack(features)), votes)
     return Side(np.array([label for _, label in members]), votes, [patients[m[0]] for m in members.values()], None, [])
 

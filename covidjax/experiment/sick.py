@@ -6,7 +6,7 @@ Shapes: N slices or scans, K classes.
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import joblib
 import numpy as np
@@ -17,7 +17,7 @@ from covidjax.errors import UserError
 from covidjax.evaluation.metrics import compute_ranking, compute_share_interval, format_score
 from covidjax.evaluation.outlines import outline_slices
 from covidjax.evaluation.predictions import softmax
-from covidjax.evaluation.sick import SickRule, compute_features, compute_sick, count_areas, fit_sick, join
+from covidjax.evaluation.sick import Found, SickRule, compute_features, compute_sick, find_in_slices, fit_sick, join
 from covidjax.experiment.common import Example
 from covidjax.experiment.lesions import load_lesions
 from covidjax.models.lesion_weights import LesionModel
@@ -25,6 +25,9 @@ from covidjax.progress import track
 
 NORMAL = lists.CLASSES.index('normal')
 _AT_ONCE = 256  # slices that are read together
+
+# What is found, by model and raw directory, and by file: a cross-validation asks for most of it twice.
+_MEASURED: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
 
 
 class Verdicts(Protocol):
@@ -34,22 +37,7 @@ class Verdicts(Protocol):
     sick: np.ndarray
 
 
-class Areas(NamedTuple):
-    """Areas of the lungs and of the lesions in the N slices of a split, float [N]."""
-
-    lungs: np.ndarray
-    lesions: np.ndarray
-
-    def select(self, places: Sequence[int]) -> 'Areas':
-        """Returns the areas of some slices."""
-        return Areas(self.lungs[list(places)], self.lesions[list(places)])
-
-
-# Areas (lungs, lesions) by model and raw directory, and by file: a cross-validation asks for most of them twice.
-_MEASURED: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-
-
-def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) -> Areas:
+def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) -> Found:
     """Outlines the whole slices of a split, as their images are, not as the classifier sees them.
 
     A process outlines a slice once by each model.
@@ -64,25 +52,23 @@ def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) ->
         slices = joblib.Parallel(n_jobs=-1, prefer='threads')(
             load(str(Path(images) / file), None, lesions.image_size) for file in files
         )
-        areas = count_areas(outline_slices(lesions, np.stack(slices)), lesions.threshold)
-        known.update(zip(files, zip(*(of_kind.tolist() for of_kind in areas), strict=True), strict=True))
-    found = np.array([known[row.file] for row in rows]).reshape(-1, 2)
-    return Areas(found[:, 0], found[:, 1])
+        found = find_in_slices(outline_slices(lesions, np.stack(slices)), lesions.threshold)
+        known.update(zip(files, zip(*(values.tolist() for values in found), strict=True), strict=True))
+    return Found(*np.array([known[row.file] for row in rows]).reshape(-1, 3).T)
 
 
-def compute_slice_sick(rule: SickRule, areas: Areas) -> np.ndarray:
+def compute_slice_sick(rule: SickRule, found: Found) -> np.ndarray:
     """Returns the probability of sick of every slice on its own, [N]."""
-    pairs = zip(*areas, strict=True)
-    return compute_sick(rule, np.stack([compute_features(np.array([a]), np.array([b])) for a, b in pairs]))
+    return compute_sick(rule, np.stack([compute_features(found.select([place])) for place in range(len(found.lungs))]))
 
 
-def compute_scan_sick(rule: SickRule, areas: Areas, scans: Sequence[Scan]) -> np.ndarray:
+def compute_scan_sick(rule: SickRule, found: Found, scans: Sequence[Scan]) -> np.ndarray:
     """Returns the probability of sick of every scan, [N]; `scans` have all their slices."""
-    return compute_sick(rule, _compute_scan_features(areas, scans))
+    return compute_sick(rule, _compute_scan_features(found, scans))
 
 
-def _compute_scan_features(areas: Areas, scans: Sequence[Scan]) -> np.ndarray:
-    return np.stack([compute_features(*areas.select(scan.records)) for scan in scans])
+def _compute_scan_features(found: Found, scans: Sequence[Scan]) -> np.ndarray:
+    return np.stack([compute_features(found.select(scan.records)) for scan in scans])
 
 
 def check_both(rows: Sequence[lists.Row]) -> None:
@@ -111,28 +97,28 @@ class Judge:
 
     def __init__(self, lesions: LesionModel, data: covidx_ct.Prepared):
         check_both(data.rows['train'])
-        self.lesions, self._data, self._areas = lesions, data, {}
+        self.lesions, self._data, self._found = lesions, data, {}
 
-    def get_areas(self, split: str) -> Areas:
-        """Returns the areas in the slices of a split."""
-        if split not in self._areas:
-            self._areas[split] = measure_split(self.lesions, self._data, split)
-        return self._areas[split]
+    def get_found(self, split: str) -> Found:
+        """Returns what is found in the slices of a split."""
+        if split not in self._found:
+            self._found[split] = measure_split(self.lesions, self._data, split)
+        return self._found[split]
 
     @functools.cached_property
     def rule(self) -> SickRule:
         """The rule, fitted on the training scans with all their slices; many scans may have a single one."""
         scans = group_scans(self._data.rows['train'])
         is_sick = np.array([scan.label != NORMAL for scan in scans])
-        return fit_sick(_compute_scan_features(self.get_areas('train'), scans), is_sick)
+        return fit_sick(_compute_scan_features(self.get_found('train'), scans), is_sick)
 
     def compute_slice_sick(self, split: str) -> np.ndarray:
         """Returns the probability of sick of every slice on its own, [N]."""
-        return compute_slice_sick(self.rule, self.get_areas(split))
+        return compute_slice_sick(self.rule, self.get_found(split))
 
     def compute_scan_sick(self, scans: Sequence[Scan], split: str) -> np.ndarray:
         """Returns the probability of sick of every scan, [N]; `scans` have all their slices."""
-        return compute_scan_sick(self.rule, self.get_areas(split), scans)
+        return compute_scan_sick(self.rule, self.get_found(split), scans)
 
     def describe(self, classifier_temperature: float) -> dict[str, Any]:
         """Returns the part `sick` of calibration.json, given the temperature of the classifier's own logits."""

@@ -441,8 +441,13 @@ def _fit_scan_rules(
 
 def _create_lesion_columns(judge: Judge, test: Predictions) -> dict[str, np.ndarray]:
     """Returns columns of predictions.csv, from which the verdict on whole scans can be computed."""
-    lungs, lesions = judge.get_areas('test')
-    return {**create_columns(test), 'lungs_area': lungs, 'lesions_area': lesions}
+    found = judge.get_found('test')
+    return {
+        **create_columns(test),
+        'lungs_area': found.lungs,
+        'lesions_area': found.lesions,
+        'lesions_peak': found.peaks,
+    }
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:

@@ -19,7 +19,7 @@ from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.baselines import compute_thumbnails
 from covidjax.evaluation.external import Side
 from covidjax.evaluation.outputs import SliceOutputs
-from covidjax.evaluation.sick import join_logits
+from covidjax.evaluation.sick import Found, join_logits
 from covidjax.evaluation.subgroups import COLUMNS, name_group, name_slices, name_thickness, read_columns
 from covidjax.experiment.external import (
     Inside,
@@ -33,7 +33,7 @@ from covidjax.experiment.external import (
     write_external,
 )
 from covidjax.experiment.runs import Run, average_outputs, compute_mean_novelty, compute_member_outputs, load_run
-from covidjax.experiment.sick import Areas, compute_scan_sick, compute_slice_sick, measure_split
+from covidjax.experiment.sick import compute_scan_sick, compute_slice_sick, measure_split
 from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk
 from covidjax.predict.prepare import prepare_scan
@@ -197,10 +197,10 @@ def _score_slices(run: Run, source: _Joined) -> tuple[np.ndarray, np.ndarray | N
     return np.concatenate(logits), _join_flags(unusual)
 
 
-def _measure(run: Run, data: covidx_ct.Prepared) -> Areas:
-    """Returns the areas of lungs and lesions in the slices of all lists, one list after the other."""
+def _measure(run: Run, data: covidx_ct.Prepared) -> Found:
+    """Returns what the lesion model finds in the slices of all lists, one list after the other."""
     by_list = [measure_split(run.lesions, data, split) for split in data.rows]
-    return Areas(*map(np.concatenate, zip(*by_list, strict=True)))
+    return Found(*map(np.concatenate, zip(*by_list, strict=True)))
 
 
 def _score_listed_scans(run: Run, source: _Joined, scans: Sequence[sequences.Scan]) -> Side:

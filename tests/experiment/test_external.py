@@ -193,7 +193,7 @@ def add_lesions(run_and_workdir, judge, name, tmp_path_factory):
     test, examples = found['test']
     others = create_columns(test)
     if not run.is_scan_run:
-        others |= dict(zip(('lungs_area', 'lesions_area'), judge.get_areas('test'), strict=True))
+        others |= dict(zip(('lungs_area', 'lesions_area', 'lesions_peak'), judge.get_found('test'), strict=True))
     names = {field: [getattr(one, field) for one in examples] for field in ('scan', 'patient')}
     write_test(workdir, names, np.array([one.label for one in examples]), test.logits, others)
     return run._replace(rules=rules, lesions=judge.lesions), workdir

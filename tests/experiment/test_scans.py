@@ -14,7 +14,7 @@ from covidjax.data.sequences import NUM_SLICES, group_scans
 from covidjax.errors import UserError
 from covidjax.evaluation.calibration import fit_temperature
 from covidjax.evaluation.predictions import softmax
-from covidjax.evaluation.sick import compute_features, compute_sick, join
+from covidjax.evaluation.sick import Found, compute_features, compute_sick, join, parse_rule
 from covidjax.experiment import scans, sick, slices
 from covidjax.experiment.config import save_config
 from tests.variables import draw_variables
@@ -43,20 +43,22 @@ def config(data):
 
 
 @pytest.fixture
-def areas(data, monkeypatch):
-    """Areas of lungs and lesions by split, in place of those that a model would outline."""
+def outlined(data, monkeypatch):
+    """What is found in the slices of each split, in place of what a model would find."""
     rng = np.random.default_rng(0)
     found = {}
     for split, rows in data.rows.items():
         lesions = rng.uniform(0, 30, len(rows)) * np.array([row.label != 0 for row in rows])
-        found[split] = sick.Areas(np.full(len(rows), 100.0), lesions)
+        found[split] = Found(np.full(len(rows), 100.0), lesions, lesions / 40)
     model = types.SimpleNamespace(name='box', digest='d', threshold=0.5)
     monkeypatch.setattr(sick, 'load_lesions', lambda name: model)
     monkeypatch.setattr(sick, 'measure_split', lambda lesions, data, split: found[split])
     return found
 
 
-def test_the_lesions_decide_on_sick_and_the_sequence_model_on_the_disease(data, config, areas, tmp_path, monkeypatch):
+def test_the_lesions_decide_on_sick_and_the_sequence_model_on_the_disease(
+    data, config, outlined, tmp_path, monkeypatch
+):
     monkeypatch.setattr(covidjax.report.scans, 'build_scan_sections', lambda *_: [])
     variables = draw_variables(scans.create_model(config), jnp.zeros((1, SIZE, SIZE, 1)), jnp.ones(1, jnp.int32))
     alone = scans.create_experiment(config, data, tmp_path)
@@ -73,10 +75,10 @@ def test_the_lesions_decide_on_sick_and_the_sequence_model_on_the_disease(data, 
     whole = group_scans(data.rows['test'])
     assert {len(scan.records) for scan in whole} <= {17, 18}
     assert {len(scan.records) for scan in joined.examples['test']} == {16}
-    features = np.stack([compute_features(*areas['test'].select(scan.records)) for scan in whole])
+    features = np.stack([compute_features(outlined['test'].select(scan.records)) for scan in whole])
     findings = joined.examine(variables, predictions, {})
     rule = findings.rules['sick']
-    expected = compute_sick(sick.SickRule(rule['weights'], rule['bias']), features)
+    expected = compute_sick(parse_rule(rule), features)
     np.testing.assert_allclose(found.sick, expected)
     np.testing.assert_allclose(softmax(found.logits), join(expected, softmax(found.classifier)))
     assert rule['digest'] == 'd'
@@ -110,7 +112,9 @@ def test_a_wrong_lesion_model_is_refused_first(experiment, tmp_path, monkeypatch
         experiment.train(config.lock(), tmp_path / 'run')
 
 
-def test_data_without_normals_are_refused_before_the_slice_model_is_trained(data, config, areas, tmp_path, monkeypatch):
+def test_data_without_normals_are_refused_before_the_slice_model_is_trained(
+    data, config, outlined, tmp_path, monkeypatch
+):
     monkeypatch.setattr(scans.slices, 'train', lambda *_: pytest.fail('the slice model is trained'))
     sick_alone = {split: [row for row in rows if row.label] for split, rows in data.rows.items()}
     monkeypatch.setattr(scans.common, 'load_data', lambda *_: data._replace(rows=sick_alone))

@@ -6,7 +6,7 @@ import pytest
 from covidjax.data.lists import Row
 from covidjax.data.sequences import group_scans
 from covidjax.errors import UserError
-from covidjax.evaluation.sick import compute_sick
+from covidjax.evaluation.sick import Found, compute_sick
 from covidjax.experiment import sick
 
 # Lesions of a slice in hundredths of its lungs, by scan.
@@ -14,20 +14,20 @@ TRAIN = {0: [(0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (0, 0, 2)], 2: [(0, 10, 20, 0, 0)
 
 
 def make_rows(scans):
-    """Returns the rows of a split, and the areas of its slices."""
+    """Returns the rows of a split, and what is found in its slices."""
     rows, lesions = [], []
     for label, of_class in scans.items():
         for number, shares in enumerate(of_class):
             name = f'{label}-{number}'
             rows += [Row(f'{name}_{i}.png', label, (0, 0, 9, 9), name, name, i) for i in range(len(shares))]
             lesions += shares
-    return rows, sick.Areas(np.full(len(lesions), 100.0), np.array(lesions, float))
+    return rows, Found(np.full(len(lesions), 100.0), np.array(lesions, float), np.array(lesions) / 200)
 
 
 @pytest.fixture
 def judge(monkeypatch):
-    rows, areas = make_rows(TRAIN)
-    monkeypatch.setattr(sick, 'measure_split', lambda lesions, data, split: areas)
+    rows, found = make_rows(TRAIN)
+    monkeypatch.setattr(sick, 'measure_split', lambda lesions, data, split: found)
     return sick.Judge(
         types.SimpleNamespace(name='box', digest='d', threshold=0.5), types.SimpleNamespace(rows={'train': rows})
     )
@@ -35,11 +35,18 @@ def judge(monkeypatch):
 
 def test_a_scan_is_judged_by_all_its_slices(judge):
     scans = group_scans(make_rows(TRAIN)[0])
-    # The share of the lungs of the scan, and that of the worst fifth: one of up to five slices.
-    features = [(0, 0), (0.002, 0.01), (2 / 300, 0.02), (0.06, 0.2), (0.1, 0.3), (0.5, 0.5)]
+    # The share of the lungs of the scan, that of the worst fifth, which is one slice of up to five, and its peak.
+    features = [
+        (0, 0, 0),
+        (0.002, 0.01, 0.005),
+        (2 / 300, 0.02, 0.01),
+        (0.06, 0.2, 0.1),
+        (0.1, 0.3, 0.15),
+        (0.5, 0.5, 0.25),
+    ]
     np.testing.assert_allclose(judge.compute_scan_sick(scans, 'train'), compute_sick(judge.rule, np.array(features)))
     assert (judge.compute_scan_sick(scans, 'train') > 0.5).tolist() == [False] * 3 + [True] * 3
-    single = compute_sick(judge.rule, np.array([[0.02, 0.02], [0.1, 0.1]]))
+    single = compute_sick(judge.rule, np.array([[0.02, 0.02, 0.01], [0.1, 0.1, 0.05]]))
     np.testing.assert_allclose(judge.compute_slice_sick('train')[[12, 14]], single)
     described = judge.describe(1.5)
     assert {'weights': described['weights'], 'bias': described['bias']} == judge.rule._asdict()
