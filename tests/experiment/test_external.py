@@ -276,9 +276,11 @@ def test_the_run_on_its_own_list_gives_its_own_predictions(name, folders, evalua
     assert [row['scan'] for row in ours] == [row['scan'] for row in theirs]
     for name in CLASSES:
         np.testing.assert_allclose(*([float(row[f'p_{name}']) for row in rows] for rows in (ours, theirs)), atol=1e-6)
+    # Random weights give nearly equal probabilities; that predictions.csv rounds them decides a few ranks.
+    tolerance = 0.01 if run[0].lesions else 1e-6
     for score in results['comparison']['scores'].values():
         if score['note'] == '' and score['interval']:
-            assert score['difference'] == pytest.approx(0, abs=1e-6)
+            assert score['difference'] == pytest.approx(0, abs=tolerance)
 
 
 def test_a_class_is_absent_and_an_image_unreadable(slice_run, folders, evaluate, tmp_path):
