@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from covidjax.configs import att2, lesions, lite, seq
+from covidjax.data.preprocess import apply_window
 from covidjax.errors import UserError
 from covidjax.experiment.config import save_config
 from covidjax.experiment.runs import Member, Run, create_lesion_run
@@ -67,9 +68,9 @@ def test_a_reader_that_fails_leaves_the_work_to_the_caller(tmp_path):
 
 
 def test_what_is_refused_and_what_needs_a_model(tmp_path):
-    flat = np.where(HU < -950, -1350, 100).astype(np.int16)
+    flat = np.where(HU < -950, apply_window(HU), 237).astype(np.uint8)[:3]  # a body without lungs
     recipe = plan_recipe(None, 3)
-    refused = read_scan(write_series(tmp_path / 'flat', flat), None, recipe, force=False, with_slices=False)
+    refused = read_scan(write_images(tmp_path / 'flat', flat), None, recipe, force=False, with_slices=False)
     assert isinstance(refused.prepared, UserError)
     assert refused.volume.sha256
     images = write_images(tmp_path / 'images', np.full((3, 64, 64), 9, np.uint8))
