@@ -26,7 +26,7 @@ from covidjax.evaluation.outlines import outline_slices
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
-from covidjax.evaluation.sick import SickRule, compute_sick, describe_disagreement, join
+from covidjax.evaluation.sick import compute_sick, describe_disagreement, join, parse_rule
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import (
     Run,
@@ -451,8 +451,7 @@ def vote(run: Run, by_member: tuple[SliceOutputs, ...]) -> tuple[np.ndarray, lis
 
 def _compute_sick(run: Run, features: np.ndarray) -> np.ndarray:
     """Returns the probability of sick, [1], by the lesions."""
-    rule = SickRule(*(run.rules['sick'][name] for name in SickRule._fields))
-    return compute_sick(rule, features[np.newaxis])
+    return compute_sick(parse_rule(run.rules['sick']), features[np.newaxis])
 
 
 def _join(sick: np.ndarray, logits_K: np.ndarray) -> np.ndarray:
