@@ -157,10 +157,11 @@ def predict(values: flags.FlagValues) -> None:
     options = {'series': values.series, 'force': values.force, 'masks': values.masks, 'windows': windows}
     reader = Reader(workdir, inputs, **options)
     _start_jax(values)
-    from covidjax.predict.dicom_results import check_package
     from covidjax.predict.scan import predict_all
 
     if values.dicom:
+        from covidjax.predict.dicom_results import check_package
+
         check_package()
     if not predict_all(workdir, inputs, output, dicom=values.dicom, reader=reader, **options):
         sys.exit(1)
