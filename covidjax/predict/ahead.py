@@ -94,7 +94,7 @@ def _serve(
 
     exit_with_parent(main_pid)
     try:
-        recipe = plan_recipe(workdir, windows)
+        recipe = plan_run(workdir, windows)
         for path in inputs:
             try:
                 result = read_scan(path, series, recipe, force=force, with_slices=masks)
@@ -150,7 +150,7 @@ def prepare(
     return prepared
 
 
-def plan_recipe(workdir: Path | None, windows: int) -> 'Recipe':
+def plan_run(workdir: Path | None, windows: int) -> 'Recipe':
     """Returns what `scan.create_recipe` will return for a run, from its config alone.
 
     Args:
@@ -160,18 +160,15 @@ def plan_recipe(workdir: Path | None, windows: int) -> 'Recipe':
     Raises:
       Exception: the config or the lesion model can't be read.
     """
-    from covidjax.data.sequences import NUM_SLICES
-    from covidjax.predict.prepare import Recipe
+    from covidjax.predict.prepare import plan_recipe
 
     config = None if workdir is None else _read_config(workdir)
     if config is None or config['name'] == 'lesions':
         size = _find_outline_size('box' if workdir is None else str(workdir))
-        return Recipe(size, 'body', 1, False, size)
-    data, is_scan_run = config['data'], 'extractor' in config
-    min_slices = data['min_slices'] if is_scan_run else 1
-    hu_step = 0 if windows == 1 else 1 if is_scan_run and min_slices == NUM_SLICES else 2
+        return plan_recipe({'image_size': size}, is_scan_run=False, outline_size=size, windows=1)
     outline_size = _find_outline_size(config['lesions']) if config.get('lesions') else 0
-    return Recipe(data['image_size'], data.get('region', 'body'), min_slices, is_scan_run, outline_size, hu_step)
+    is_scan_run = 'extractor' in config
+    return plan_recipe(config['data'], is_scan_run=is_scan_run, outline_size=outline_size, windows=windows)
 
 
 def _read_config(workdir: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceCla
 from covidjax.predict.ahead import Reader, prepare, read_scan
 from covidjax.predict.masks import create_labels, write_nifti, write_overlays
 from covidjax.predict.outline import choose_slices, compute_view_features, outline_scan
-from covidjax.predict.prepare import PreparedScan, Recipe, stack_images
+from covidjax.predict.prepare import PreparedScan, Recipe, plan_recipe, stack_images
 from covidjax.predict.windows import compare_windows
 from covidjax.report.burden import LesionPrediction, Outlined, describe_burden
 from covidjax.report.prediction import (
@@ -300,18 +300,10 @@ def compute_version(run: Run, windows: int = 3) -> str:
 
 
 def create_recipe(run: Run, windows: int = 1) -> Recipe:
-    """Returns how scans are prepared for a run.
-
-    Args:
-      run: the model.
-      windows: 3 also looks at slices through two further windows, where there are Hounsfield units: at every second
-        one, or at those that a scan run selects. 1 does not.
-    """
-    data = run.config.data
+    """Returns how scans are prepared for a run; for `windows` see `prepare.plan_recipe`."""
     outline_size = run.lesions.image_size if run.lesions else 0
-    is_wanted = windows > 1 and bool(run.members)
-    hu_step = 0 if not is_wanted else 1 if run.is_scan_run and run.min_slices == sequences.NUM_SLICES else 2
-    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run, outline_size, hu_step)
+    windows = windows if run.members else 1  # a lesion model alone gives no call that could change
+    return plan_recipe(run.config.data, is_scan_run=run.is_scan_run, outline_size=outline_size, windows=windows)
 
 
 def describe_scan(run: Run, prepared: PreparedScan) -> dict[str, Any]:
