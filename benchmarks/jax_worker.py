@@ -19,10 +19,11 @@ from covidjax.data.loader import load_train_batches
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.folding import fold_batch_norm
+from covidjax.models.lesions import LesionNet
 from covidjax.training import runtime
 from covidjax.training.augment import AugmentOptions, augment
 from covidjax.training.devices import compile_step, place_batch, place_state
-from covidjax.training.losses import create_cross_entropy
+from covidjax.training.losses import create_cross_entropy, create_mask_objective
 from covidjax.training.optimizer import create_optimizer
 from covidjax.training.state import create_train_state
 from covidjax.training.step import train_step
@@ -30,9 +31,14 @@ from covidjax.training.step import train_step
 CLASS_WEIGHTS = (1.0, 1.0, 1.0)
 
 
+def create_model(options):
+    return LesionNet() if options.model == 'lesions' else Att2(backbone=options.model)
+
+
 def create_variables(model, image_size):
+    full = {} if isinstance(model, LesionNet) else {'full': True}
     initialise = jax.jit(
-        lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, full=True),
+        lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 1)), train=False, **full),
         compiler_options={'xla_backend_optimization_level': 0},
     )
     return initialise(jax.random.key(0))
@@ -42,26 +48,35 @@ def draw_images(batch_size, image_size):
     return np.random.default_rng(0).integers(0, 256, (batch_size, image_size, image_size, 1), dtype=np.uint8)
 
 
-def draw_batch(batch_size, image_size):
-    labels = np.random.default_rng(1).integers(0, 3, batch_size).astype(np.int32)
+def draw_batch(batch_size, image_size, model='resnet'):
+    rng = np.random.default_rng(1)
+    if model == 'lesions':
+        masks = rng.integers(0, 8, (batch_size, image_size, image_size, 1), dtype=np.uint8)
+        targets = {'masks': masks, 'known': np.full(batch_size, 7, np.uint8)}
+    else:
+        targets = {'label': rng.integers(0, 3, batch_size).astype(np.int32)}
     images = draw_images(batch_size, image_size)
-    return place_batch({'image': images, 'label': labels, 'mask': np.ones(batch_size, np.float32)})
+    return place_batch({'image': images, 'mask': np.ones(batch_size, np.float32), **targets})
 
 
 def create_training(model, variables, *, full=False, **options):
     """Returns the initial state and the uncompiled Adam step (state, batch, axis_name)."""
-    is_frozen = (lambda path: False) if full else functools.partial(is_dead, compatibility=model.compatibility)
+    outlines = isinstance(model, LesionNet)
+    is_dead_here = functools.partial(is_dead, compatibility=getattr(model, 'compatibility', None))
+    is_frozen = (lambda path: False) if full or outlines else is_dead_here
+    objective = create_mask_objective() if outlines else create_cross_entropy(CLASS_WEIGHTS)
     optimizer = create_optimizer(
         optax.constant_schedule(5e-4), weight_decay=0.0, decay='decoupled', is_frozen=is_frozen
     )
 
     def forward(variables, images, _):
+        if outlines:
+            logits, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+            return logits, updates['batch_stats']
         outputs, updates = model.apply(variables, images, train=True, full=full, mutable=['batch_stats'])
         return outputs.logits, updates['batch_stats']
 
-    step = functools.partial(
-        train_step, forward=forward, optimizer=optimizer, objective=create_cross_entropy(CLASS_WEIGHTS), **options
-    )
+    step = functools.partial(train_step, forward=forward, optimizer=optimizer, objective=objective, **options)
     # Copies, because the step donates the state.
     state = create_train_state(jax.tree.map(jnp.copy, variables), optimizer, jax.random.key(0))
     return place_state(state), step
@@ -78,7 +93,7 @@ def create_inference(model, *, dtype='float32', full=False):
 
 def create_train_round(options, augmentation=None):
     """Returns a function that makes one step per batch and waits for the last one; and the worker's facts."""
-    model = Att2(backbone=options.model)
+    model = create_model(options)
     state, step = create_training(
         model, create_variables(model, options.image_size), augmentation=augmentation, dtype=options.dtype
     )
@@ -89,18 +104,18 @@ def create_train_round(options, augmentation=None):
         count = 0
         for batch in batches:
             state, sums = compiled(state, batch)
-            count += len(batch['label'])
+            count += len(batch['image'])
         jax.block_until_ready(sums)
         return count
 
     shapes = jax.eval_shape(lambda: state)
-    batch = jax.eval_shape(lambda: draw_batch(options.batch_size, options.image_size))
+    batch = jax.eval_shape(lambda: draw_batch(options.batch_size, options.image_size, options.model))
     return train, {**describe(), 'flops': compiled.lower(shapes, batch).cost_analysis()['flops']}
 
 
 def start_training(options):
     train, facts = create_train_round(options)
-    batch = draw_batch(options.batch_size, options.image_size)
+    batch = draw_batch(options.batch_size, options.image_size, options.model)
     return lambda: train(itertools.repeat(batch, options.steps)), facts
 
 

@@ -100,7 +100,7 @@ def compare_steps(
     what: str,
     shared: dict[str, object],
     bfloat16: tuple[str, ...],
-    goals: dict[str, tuple[float | None, float]],
+    goals: dict[str, tuple[float | None, float | None]],
 ) -> Row:
     """Measures steps on data in memory against every PyTorch variant.
 
@@ -197,6 +197,11 @@ def run_light_training(options: argparse.Namespace) -> Row:
 def run_light_inference(options: argparse.Namespace) -> Row:
     goals = {'channels_last': (1.3, 1.5)}
     return compare_steps(options, 'inference, light', {**LIGHT, 'task': 'inference', 'steps': 8}, (), goals)
+
+
+def run_lesion_training(options: argparse.Namespace) -> Row:
+    shared = {'model': 'lesions', 'task': 'train', 'steps': 4}
+    return compare_steps(options, 'training step, lesions', shared, (), {'channels_last': (1, None)})
 
 
 def run_augmentation(options: argparse.Namespace) -> Row:
@@ -311,6 +316,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
     'inference': run_inference,
     'light_train': run_light_training,
     'light_inference': run_light_inference,
+    'lesion_train': run_lesion_training,
     'engines': run_engines,
     'light_engines': run_light_engines,
     'augment': run_augmentation,

@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks import workers
-from tests.goldens.torch_models import Lite0Att2, ResNet50Att2
+from tests.goldens.torch_models import Lite0Att2, Lite0Lesions, ResNet50Att2
 
 NUM_WORKERS = 2
 CLASS_WEIGHTS = torch.ones(3)
@@ -50,22 +50,38 @@ def to_input(images, options):
 
 def create_model(options):
     torch.manual_seed(0)
-    model = {'resnet': ResNet50Att2, 'efficientnet_lite0': Lite0Att2}[options.model]()
+    model = {'resnet': ResNet50Att2, 'efficientnet_lite0': Lite0Att2, 'lesions': Lite0Lesions}[options.model]()
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
+def compute_mask_loss(logits, targets):
+    """Computes `losses.compute_mask_losses` of planes that are all known, float32 [B, h, h, 3]."""
+    lesion = targets[..., 1]
+    shares = torch.stack([torch.ones_like(lesion), torch.ones_like(lesion), lesion], -1)
+    targets = torch.cat([targets[..., :2], (targets[..., 2:] / lesion[..., None].clamp(min=1e-6)).clamp(max=1)], -1)
+    crosses = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, targets, reduction='none', pos_weight=torch.tensor([1.0, 2.0, 1.0])
+    )
+    cross = (shares * crosses).sum((1, 2)) / shares.sum((1, 2)).clamp(min=1e-6)
+    p = torch.sigmoid(logits)
+    outlined = (shares * targets).sum((1, 2))
+    dice = 1 - 2 * (shares * p * targets).sum((1, 2)) / ((shares * p).sum((1, 2)) + outlined + 1e-6)
+    return (3 * cross + torch.where(outlined > 0, dice, 0)).sum(-1).mean()
+
+
 def create_train_round(options):
-    """Returns a function that makes one step per batch (images, labels)."""
+    """Returns a function that makes one step per batch (images, labels or planes)."""
     model = create_model(options).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
-    loss_function = torch.nn.CrossEntropyLoss(CLASS_WEIGHTS)
+    loss_function = compute_mask_loss if options.model == 'lesions' else torch.nn.CrossEntropyLoss(CLASS_WEIGHTS)
 
     def train(batches):
         count = 0
         for images, labels in batches:
             optimizer.zero_grad()
             with torch.autocast('cpu', torch.bfloat16, enabled=options.dtype == 'bfloat16'):
-                logits, _, _ = model(to_input(images, options))
+                outputs = model(to_input(images, options))
+                logits = outputs if options.model == 'lesions' else outputs[0]
                 loss = loss_function(logits.float(), labels)
             loss.backward()
             optimizer.step()
@@ -78,8 +94,13 @@ def create_train_round(options):
 
 def start_training(options):
     train = create_train_round(options)
-    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 3, options.batch_size))
-    batch = draw_images(options), labels
+    rng = np.random.default_rng(1)
+    if options.model == 'lesions':
+        side = options.image_size // 4
+        targets = torch.from_numpy(rng.uniform(size=(options.batch_size, side, side, 3)).astype(np.float32))
+    else:
+        targets = torch.from_numpy(rng.integers(0, 3, options.batch_size))
+    batch = draw_images(options), targets
     return lambda: train(itertools.repeat(batch, options.steps)), describe()
 
 

@@ -33,7 +33,7 @@ def serve(tasks: dict[str, Callable[[argparse.Namespace], tuple[Callable[[], int
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the driver reports the interruption
     parser = argparse.ArgumentParser()
     parser.add_argument('--task', choices=tasks, required=True)
-    parser.add_argument('--model', choices=('resnet', 'efficientnet_lite0'), default='resnet', help='backbone')
+    parser.add_argument('--model', choices=('resnet', 'efficientnet_lite0', 'lesions'), default='resnet')
     parser.add_argument('--image_size', type=int, default=224)
     parser.add_argument('--batch_size', type=int, default=16)
     parser.add_argument('--steps', type=int, default=1, help='batches per round')

@@ -66,7 +66,7 @@ def _load_model():
     def apply(variables, image_SxS):
         return jax.nn.sigmoid(model.apply(variables, normalise(image_SxS)[None, ..., None], train=False)[0])
 
-    return lambda image_SxS: np.asarray(apply(box.variables, image_SxS)), box.image_size
+    return lambda image_SxS: np.asarray(apply(box.folded, image_SxS)), box.image_size
 
 
 def find_outside_air(grey_HxW: np.ndarray) -> np.ndarray:

@@ -56,6 +56,7 @@ class SliceBurden(NamedTuple):
       is_infected: see `INFECTED_RULE`.
       score: to rank slices by; mean lesion probability in the lungs, times their area, over the area of the lungs in
         the slice where these are largest. The area above the threshold, which is 0 in many slices, ranks them worse.
+      peak: highest lesion probability in the lungs; 0 without lungs.
     """
 
     number: int
@@ -65,6 +66,7 @@ class SliceBurden(NamedTuple):
     lesions_percent: float
     is_infected: bool
     score: float
+    peak: float
 
 
 class Burden(NamedTuple):
@@ -180,7 +182,8 @@ def measure_burden(
     right_V = np.clip((midline - (np.cumsum(wide) - wide)) / wide, 0, 1)  # share of each column of cells
 
     areas_Tx3x2 = np.zeros((num_slices, 3, 2))  # of lungs, lesions and consolidation, right and left, in pixels
-    expected_T, outside_T, hu_sum, num_hu = np.zeros(num_slices), np.zeros(num_slices), 0.0, 0.0
+    expected_T, peaks_T, outside_T = np.zeros((3, num_slices))
+    hu_sum, num_hu = 0.0, 0.0
     for place, (layer, of_slice) in enumerate(zip(layers_T, probabilities_Txhxwx3, strict=True)):
         lungs_GxV, lesion_GxV = lungs_txGxV[layer], resize(of_slice[..., 1])
         called_GxV = lesion_GxV >= threshold
@@ -190,6 +193,7 @@ def measure_burden(
             columns_V = (tall @ mask_GxV) * wide
             areas_Tx3x2[place, i] = columns_V @ right_V, columns_V @ (1 - right_V)
         expected_T[place] = (tall[:, np.newaxis] * wide * lesion_GxV)[lungs_GxV].sum()
+        peaks_T[place] = lesion_GxV[lungs_GxV].max(initial=0)
         outside_T[place] = (tall @ (called_GxV & ~lungs_GxV)) @ wide
         if has_mm and inside_GxV.any():
             weights = np.outer(tall, wide)[inside_GxV] * thickness_T[place]
@@ -201,7 +205,7 @@ def measure_burden(
     areas_Tx3 = areas_Tx3x2.sum(2)
     depths_T = np.cumsum(thickness_T) - thickness_T / 2
     thirds_T = _split_height(depths_T, thickness_T, areas_Tx3[:, 0] > 0)
-    slices = _describe_slices(areas_Tx3, expected_T, size, pixel_mm2 if has_mm else None)
+    slices = _describe_slices(areas_Tx3, expected_T, peaks_T, size, pixel_mm2 if has_mm else None)
     grade = None
     if whole.lesions_percent is not None:
         # Rounding errors must not push 25 % into the next grade.
@@ -288,7 +292,11 @@ def _create_amount(volumes_3: Sequence[float], has_mm: bool) -> Amount:
 
 
 def _describe_slices(
-    areas_Tx3: np.ndarray, expected_T: np.ndarray, size: tuple[int, int], pixel_mm2: float | None
+    areas_Tx3: np.ndarray,
+    expected_T: np.ndarray,
+    peaks_T: np.ndarray,
+    size: tuple[int, int],
+    pixel_mm2: float | None,
 ) -> list[SliceBurden]:
     largest = areas_Tx3[:, 0].max()
     return [
@@ -300,9 +308,10 @@ def _describe_slices(
             100 * lesions / lungs if lungs else 0.0,
             bool(lesions and lesions >= INFECTED_SHARE * largest),
             expected / largest if largest else 0.0,
+            peak,
         )
-        for place, ((lungs, lesions, _), expected) in enumerate(
-            zip(areas_Tx3.tolist(), expected_T.tolist(), strict=True)
+        for place, ((lungs, lesions, _), expected, peak) in enumerate(
+            zip(areas_Tx3.tolist(), expected_T.tolist(), peaks_T.tolist(), strict=True)
         )
     ]
 

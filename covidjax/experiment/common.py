@@ -363,7 +363,8 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         # This runs once: optimising the program would take longer than running it unoptimised.
         initialise = jax.jit(experiment.create_variables, compiler_options={'xla_backend_optimization_level': 0})
         variables = experiment.load_weights(initialise(init_key))
-        return place_state(create_train_state(variables, optimizer, train_key))
+        # One program: jax would compile, or load, one for every shape of the optimizer's state.
+        return place_state((variables, train_key), lambda both: create_train_state(both[0], optimizer, both[1]))
 
     def load_batches(state: TrainState) -> Iterator[dict]:
         batches = experiment.load_batches(state)  # called now, not lazily: the first step donates the state

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import numpy as np
@@ -12,30 +12,18 @@ from covidjax.data import covidx_ct, lists, preprocess
 from covidjax.data.sequences import Scan, group_scans
 from covidjax.evaluation.metrics import compute_ranking, compute_share_interval
 from covidjax.evaluation.outlines import outline_slices
-from covidjax.evaluation.sick import SickRule, compute_features, compute_sick, count_areas, fit_sick, join
+from covidjax.evaluation.sick import Found, SickRule, compute_features, compute_sick, find_in_slices, fit_sick, join
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.progress import track
 
 NORMAL = lists.CLASSES.index('normal')
 _AT_ONCE = 256  # slices that are read together
 
-
-class Areas(NamedTuple):
-    """Areas of the lungs and of the lesions in the N slices of a split, float [N]."""
-
-    lungs: np.ndarray
-    lesions: np.ndarray
-
-    def select(self, places: Sequence[int]) -> 'Areas':
-        """Returns the areas of some slices."""
-        return Areas(self.lungs[list(places)], self.lesions[list(places)])
+# What is found, by model and raw directory, and by file: a cross-validation asks for most of it twice.
+_MEASURED: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
 
 
-# Areas (lungs, lesions) by model and raw directory, and by file: a cross-validation asks for most of them twice.
-_MEASURED: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-
-
-def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) -> Areas:
+def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) -> Found:
     """Outlines the whole slices of a split, as their images are, not as the classifier sees them.
 
     A process outlines a slice once by each model.
@@ -50,16 +38,14 @@ def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) ->
         slices = joblib.Parallel(n_jobs=-1, prefer='threads')(
             load(str(Path(images) / file), None, lesions.image_size) for file in files
         )
-        areas = count_areas(outline_slices(lesions, np.stack(slices)), lesions.threshold)
-        known.update(zip(files, zip(*(of_kind.tolist() for of_kind in areas), strict=True), strict=True))
-    found = np.array([known[row.file] for row in rows]).reshape(-1, 2)
-    return Areas(found[:, 0], found[:, 1])
+        found = find_in_slices(outline_slices(lesions, np.stack(slices)), lesions.threshold)
+        known.update(zip(files, zip(*(values.tolist() for values in found), strict=True), strict=True))
+    return Found(*np.array([known[row.file] for row in rows]).reshape(-1, 3).T)
 
 
-def compute_slice_sick(rule: SickRule, areas: Areas) -> np.ndarray:
+def compute_slice_sick(rule: SickRule, found: Found) -> np.ndarray:
     """Returns the probability of sick of every slice on its own, [N]."""
-    pairs = zip(*areas, strict=True)
-    return compute_sick(rule, np.stack([compute_features(np.array([a]), np.array([b])) for a, b in pairs]))
+    return compute_sick(rule, np.stack([compute_features(found.select([place])) for place in range(len(found.lungs))]))
 
 
 class Judge:
@@ -71,13 +57,12 @@ class Judge:
     """
 
     def __init__(self, lesions: LesionModel, data: covidx_ct.Prepared):
-        self.lesions, self._data, self._areas = lesions, data, {}
+        self.lesions, self._data, self._found = lesions, data, {}
 
-    def get_areas(self, split: str) -> Areas:
-        """Returns the areas in the slices of a split."""
-        if split not in self._areas:
-            self._areas[split] = measure_split(self.lesions, self._data, split)
-        return self._areas[split]
+    def _find(self, split: str) -> Found:
+        if split not in self._found:
+            self._found[split] = measure_split(self.lesions, self._data, split)
+        return self._found[split]
 
     @functools.cached_property
     def rule(self) -> SickRule:
@@ -88,15 +73,15 @@ class Judge:
 
     def compute_slice_sick(self, split: str) -> np.ndarray:
         """Returns the probability of sick of every slice on its own, [N]."""
-        return compute_slice_sick(self.rule, self.get_areas(split))
+        return compute_slice_sick(self.rule, self._find(split))
 
     def compute_scan_sick(self, scans: Sequence[Scan], split: str) -> np.ndarray:
         """Returns the probability of sick of every scan, [N]."""
         return compute_sick(self.rule, self._compute_features(scans, split))
 
     def _compute_features(self, scans: Sequence[Scan], split: str) -> np.ndarray:
-        areas = self.get_areas(split)
-        return np.stack([compute_features(*areas.select(scan.records)) for scan in scans])
+        found = self._find(split)
+        return np.stack([compute_features(found.select(scan.records)) for scan in scans])
 
     def describe(self) -> dict[str, Any]:
         """Returns what calibration.json stores of the rule."""

@@ -20,7 +20,7 @@ from covidjax.evaluation.baselines import compute_thumbnails
 from covidjax.evaluation.external import Side
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
-from covidjax.evaluation.sick import SickRule, join
+from covidjax.evaluation.sick import join, parse_rule
 from covidjax.evaluation.subgroups import COLUMNS, name_group, name_slices, name_thickness, read_columns
 from covidjax.experiment.external import (
     Inside,
@@ -198,8 +198,7 @@ def _score_slices(run: Run, source: _Joined) -> tuple[np.ndarray, np.ndarray | N
 
 def _compute_sick(run: Run, data: covidx_ct.Prepared, split: str) -> np.ndarray:
     """Returns the probability of sick of the slices of a list by their lesions, [N]."""
-    rule = SickRule(*(run.rules['sick'][name] for name in SickRule._fields))
-    return compute_slice_sick(rule, measure_split(run.lesions, data, split))
+    return compute_slice_sick(parse_rule(run.rules['sick']), measure_split(run.lesions, data, split))
 
 
 def _score_listed_scans(run: Run, source: _Joined, scans: Sequence[sequences.Scan]) -> Side:

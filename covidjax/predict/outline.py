@@ -9,7 +9,7 @@ import numpy as np
 
 from covidjax.evaluation.burden import Burden, measure_burden
 from covidjax.evaluation.outlines import outline_slices
-from covidjax.evaluation.sick import compute_features
+from covidjax.evaluation.sick import Found, compute_features
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.predict.masks import label_slice
 from covidjax.predict.prepare import PreparedScan
@@ -43,8 +43,8 @@ def outline_scan(lesions: LesionModel, prepared: PreparedScan) -> Outlined:
 
 
 def _compute_features(burden: Burden) -> np.ndarray:
-    lungs, affected = np.array([(s.lungs_percent, s.lungs_percent * s.lesions_percent / 100) for s in burden.slices]).T
-    return compute_features(lungs, affected)
+    found = [(s.lungs_percent, s.lungs_percent * s.lesions_percent / 100, s.peak) for s in burden.slices]
+    return compute_features(Found(*np.array(found).T))
 
 
 def compute_view_features(lesions: LesionModel, prepared: PreparedScan, whole_MxSxS: np.ndarray) -> np.ndarray:

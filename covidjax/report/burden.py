@@ -44,7 +44,7 @@ class Outlined(NamedTuple):
       summary: the part 'lesions' of prediction.json.
       burden: what the scan carries.
       probabilities: of lungs, lesion, and consolidation given lesion, float16 [T, h, h, 3].
-      features: see `sick.compute_features`, [2].
+      features: see `sick.compute_features`, [3].
       shown: slices of the page.
     """
 

@@ -51,8 +51,8 @@ def test_boxes_by_hand():
     assert found.is_from_hu
     check_amounts(found)
     assert found.infected == [4, 5, 10]
-    assert found.slices[3] == pytest.approx((4, 480 * 0.04, 60 * 0.04, 30.0, 12.5, True, 60 * 0.375 / 480))
-    assert found.slices[0] == burden.SliceBurden(1, 0, 0, 0, 0, False, 0)
+    assert found.slices[3] == pytest.approx((4, 480 * 0.04, 60 * 0.04, 30.0, 12.5, True, 60 * 0.375 / 480, 0.375))
+    assert found.slices[0] == burden.SliceBurden(1, 0, 0, 0, 0, False, 0, 0)
     assert found.grade == 1
     np.testing.assert_array_equal(found.lungs_txGxV, grid.lungs_txhxw)
     assert burden.measure_burden(probabilities, grid, threshold=0.38).whole.lesions_ml == 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from covidjax.models.att2 import Att2
+from covidjax.models.lesions import LesionNet
 from covidjax.models.seq import SequenceClassifier
 from covidjax.models.torch_names import to_torch
 from tests.variables import draw_variables
@@ -58,6 +59,12 @@ def draw_att2(compatibility: str = 'additive'):
     for name in ('attention1', 'attention2'):
         variables['params'][name]['u'] *= 0.1  # else nearly all attention would lie on one position
     return model, variables
+
+
+def draw_lesions():
+    """Returns the lesion model, without the mirror image, and its variables, float32."""
+    model = LesionNet(mirror=False)
+    return model, _draw_float32(model, jnp.zeros((1, 64, 64, 1)), train=False)
 
 
 def draw_images(num_images: int, size: int) -> np.ndarray:

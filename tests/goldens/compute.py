@@ -110,6 +110,16 @@ def compute_efficientnet_train(dtype) -> dict[str, np.ndarray]:
     }
 
 
+LESIONS_SIZE = 96
+
+
+def compute_lesions() -> dict[str, np.ndarray]:
+    """Computes the logits of the lesion model in evaluation mode, float32."""
+    model, variables = cases.draw_lesions()
+    images = cases.draw_images(2, LESIONS_SIZE).astype(np.float32)
+    return {'logits': jax.jit(functools.partial(model.apply, train=False))(variables, images)}
+
+
 ASTRA_SIZE = 96
 
 

@@ -116,6 +116,14 @@ def make_efficientnet(goldens: dict) -> None:
     record_statistics(goldens, prefix, module, counts, by_name, momentum=0.99)
 
 
+def make_lesions(goldens: dict) -> None:
+    """Records the logits of the lesion model in evaluation mode, float32."""
+    module = load(torch_models.Lite0Lesions(), to_torch(cases.draw_lesions()[1]), torch.float32).eval()
+    with torch.no_grad():
+        logits = module(to_lite0_input(cases.draw_images(2, compute.LESIONS_SIZE), torch.float32))
+    goldens['lesions/logits'] = cases.condense(logits, 256)
+
+
 def make_astra(goldens: dict) -> None:
     """Records stages 3 and 4 of torchvision's ResNet-152 with Astra's kernels, summed over depth, float32."""
     tensors = torch.load(find_weights(ASTRA), weights_only=True)['state_dict']
@@ -263,6 +271,7 @@ def main() -> None:
         make_eval,
         make_train,
         make_efficientnet,
+        make_lesions,
         make_astra,
         make_sequence,
         make_attention,
@@ -286,6 +295,7 @@ def measure_all(goldens: dict) -> Iterator[tuple[str, float]]:
     for size in compute.EFFICIENTNET_SIZES:
         found = compute.compute_efficientnet(size)
         yield f'EfficientNet-Lite0, {size} px, float32', compute.measure(found, goldens, f'efficientnet/{size}')
+    yield f'lesions, {compute.LESIONS_SIZE} px, float32', compute.measure(compute.compute_lesions(), goldens, 'lesions')
     yield f'Astra, {compute.ASTRA_SIZE} px, float32', compute.measure(compute.compute_astra(), goldens, 'astra')
     yield 'sequence, float32', compute.measure(compute.compute_sequence(jnp.float32), goldens, 'sequence/float32')
     for name in cases.AFFINES:

