@@ -29,8 +29,8 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     config.train = train = ConfigDict()
     train.batch_size = 16  # slices per step, over all devices
     train.steps_per_epoch = 0  # 0: one pass, in which slices with lesions come twice
-    train.num_epochs = 16  # maximum
-    train.patience = 16  # epochs without a better validation loss before stopping
+    train.num_epochs = 32  # maximum
+    train.patience = 32  # epochs without a better validation loss before stopping
     train.min_delta = 1e-4  # smallest decrease that counts as better
     train.learning_rate = 1e-3  # for Adam
     train.schedule = 'cosine'  # 'constant' or 'cosine' (to 0 at the last step)
