@@ -384,11 +384,15 @@ def _convolve_groups(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     )
 
 
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, int], jax.Array]:
     """Returns the pixels under each kernel entry (taps), each [B, h, w, C], in float32 or wider."""
     b, *sizes, c = x.shape
     h, w = ((size - kernel_size) // stride * stride + 1 for size in sizes)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _widen(x)
     return {
         (i, j): jax.lax.slice(x, (0, i, j, 0), (b, i + h, j + w, c), (1, stride, stride, 1))
         for i in range(kernel_size)
@@ -398,9 +402,8 @@ def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, i
 
 def _sum_taps(taps: dict[tuple[int, int], jax.Array], kernel: jax.Array) -> jax.Array:
     """Returns the sum of taps, each times its kernel entry, in the kernel's dtype."""
-    return sum(tap * kernel[place].astype(tap.dtype)[None, None, None] for place, tap in taps.items()).astype(
-        kernel.dtype
-    )
+    wide = _keep(_widen(kernel))  # else XLA converts the entries again for every pixel
+    return sum(tap * wide[place][None, None, None] for place, tap in taps.items()).astype(kernel.dtype)
 
 
 def _sum_maps(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -416,6 +419,8 @@ def _depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if len(kernel) > 3:  # every pixel is used 25 times: convert it once
+            x = _keep(_widen(x))
         return _sum_taps(_list_taps(x, len(kernel), stride), kernel)
 
     x = _keep(x)
@@ -447,7 +452,7 @@ def _spread_taps(g: jax.Array, kernel: jax.Array, shape: tuple[int, ...], stride
     rows, columns = -(-h // stride), -(-w // stride)
     behind_h, behind_w = rows - g.shape[1], columns - g.shape[2]
     padded = _keep(jnp.pad(g, ((0, 0), (before, behind_h), (before, behind_w), (0, 0))))
-    padded = padded.astype(jnp.promote_types(g.dtype, jnp.float32))
+    padded = _widen(padded)
 
     def compute_phase(p: int, q: int) -> jax.Array:
         taps = {}
