@@ -374,7 +374,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         '--only', type=lambda text: text.split(','), default=list(ROWS), help=f'rows to measure, from {",".join(ROWS)}'
     )
-    parser.add_argument('--rounds', type=int, default=5, help='rounds per contender; half as many for epochs')
+    parser.add_argument('--rounds', type=int, default=3, help='rounds per contender; half as many for epochs')
     parser.add_argument('--image_size', type=int, default=224, help='pixels, even')
     parser.add_argument(
         '--batch_size', type=int, default=16, help='images per step; four times as many for augmentation'

@@ -149,25 +149,21 @@ def predict(values: flags.FlagValues) -> None:
     for name in ('pages', 'shard', 'scheduler'):
         if values[name].value is not None:
             raise UserError(f'--{name} is for --archive')
-    _start_jax(values)
-    from covidjax.predict.dicom_results import check_package
-    from covidjax.predict.scan import predict_all
+    from covidjax.predict.ahead import Reader
 
     windows = _get_windows(values)
     output = None if values.output is None else Path(values.output)
     inputs = [Path(path) for path in values.input]
+    options = {'series': values.series, 'force': values.force, 'masks': values.masks, 'windows': windows}
+    reader = Reader(workdir, inputs, **options)
+    _start_jax(values)
+    from covidjax.predict.scan import predict_all
+
     if values.dicom:
+        from covidjax.predict.dicom_results import check_package
+
         check_package()
-    if not predict_all(
-        workdir,
-        inputs,
-        output,
-        series=values.series,
-        force=values.force,
-        masks=values.masks,
-        dicom=values.dicom,
-        windows=windows,
-    ):
+    if not predict_all(workdir, inputs, output, dicom=values.dicom, reader=reader, **options):
         sys.exit(1)
 
 

@@ -59,6 +59,7 @@ def main() -> None:
     os.environ['PYTHONPATH'] = os.pathsep.join([str(FOLDER.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     if not options.full:
         os.environ.setdefault('COVIDJAX_NOTEBOOK_STEPS', '5')
+        os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')  # notebooks share programs
     with contextlib.ExitStack() as stack:
         output = options.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         output.mkdir(parents=True, exist_ok=True)

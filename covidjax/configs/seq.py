@@ -18,6 +18,7 @@ def get_config(raw_dir: str = '') -> ConfigDict:
     config.name = 'seq'
     config.seed = 0  # for initial weights, data order and augmentation
     config.extractor = ''  # workdir of a finished att2 run; empty: train one in <workdir>/extractor
+    config.lesions = ''  # as in att2.py, for scans
 
     config.data = data = slices.data  # as in att2.py, for both models; `balance` is for the slice model
     # 16: takes 16 slices from each scan that has them. Less: takes each scan with at least so many slices, whole.

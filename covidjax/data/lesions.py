@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy
 from PIL import Image
 
 from covidjax.data import phantom, preprocess
 from covidjax.data.lists import CLASSES, Row
 from covidjax.data.masked_slices import LESION
+from covidjax.data.slice_lungs import find_dark_lungs
 from covidjax.errors import UserError, join_faults
 
 LIST_NAME = 'slices.csv'
 _DEFAULT_CLASS = 'covid19'
-MIN_LUNG = 0.05  # share of the image
 
 
 class LesionSlice(NamedTuple):
@@ -32,7 +31,7 @@ class LesionSlice(NamedTuple):
       label: index into `CLASSES`.
       image: uint8 [S, S, 1], the network input.
       lesion: bool [S, S] with at least one True pixel.
-      lung: bool [S, S] including the lesion, or None where `find_lung` fails.
+      lung: bool [S, S] including the lesion, or None where `slice_lungs.find_dark_lungs` fails.
     """
 
     name: str
@@ -104,7 +103,9 @@ def _read_row(folder: Path, row: dict[str, str | None], size: int, region: str) 
     if label not in CLASSES:
         raise ValueError(f'class {label!r} is not one of {", ".join(CLASSES)}')
     image, mask = _load_pair(*_find_pair(folder, row), None, size, region)
-    return LesionSlice(name, row.get('patient') or name, CLASSES.index(label), image, mask, find_lung(image, mask))
+    return LesionSlice(
+        name, row.get('patient') or name, CLASSES.index(label), image, mask, find_dark_lungs(image[..., 0], mask)
+    )
 
 
 def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int, region: str = 'body') -> list[LesionSlice]:
@@ -121,7 +122,9 @@ def read_phantom_lesions(raw_dir: Path, rows: Sequence[Row], size: int, region: 
         if mask_path.exists():
             image, mask = _load_pair(raw_dir / phantom.IMAGE_FOLDER / row.file, mask_path, row.box, size, region)
             if mask.any():
-                slices.append(LesionSlice(row.file, row.patient, row.label, image, mask, find_lung(image, mask)))
+                slices.append(
+                    LesionSlice(row.file, row.patient, row.label, image, mask, find_dark_lungs(image[..., 0], mask))
+                )
     return slices
 
 
@@ -226,23 +229,3 @@ def _load_pair(
         raise ValueError(f'{mask_path.name}: {error}') from error
     small = mask.crop(place).resize((size, size), Image.Resampling.BOX)
     return preprocess.resize(grey, size)[..., np.newaxis], np.asarray(small) >= 128
-
-
-def find_lung(image: np.ndarray, lesion: np.ndarray) -> np.ndarray | None:
-    """Finds the lungs by a rule: dark regions that touch no corner of the slice, plus the lesion, with holes filled.
-
-    Args:
-      image: uint8 [S, S, 1].
-      lesion: bool [S, S].
-
-    Returns:
-      bool [S, S], or None if it covers less than 5 % of the image, which means that the rule failed.
-    """
-    grey = image[..., 0]
-    regions, count = scipy.ndimage.label(grey < preprocess.compute_otsu_threshold(grey))
-    # Air outside the body is in the corners. The lungs can touch the sides if the slice is cropped to them.
-    corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
-    areas = np.bincount(regions.ravel(), minlength=count + 1)
-    kept = np.setdiff1d(np.flatnonzero(areas >= 0.005 * grey.size), [0, *corners])
-    lung = scipy.ndimage.binary_fill_holes(np.isin(regions, kept) | lesion)
-    return lung if lung.mean() >= MIN_LUNG else None

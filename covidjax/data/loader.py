@@ -6,21 +6,20 @@ Records may hold 'embedding' [E] instead of 'image'.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from covidjax.data.balance import Stratum
 
-# Threads suffice for reading ahead because PNG decoding releases the GIL. Grain's default buffers 500 batches.
-READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)
-
+if TYPE_CHECKING:
+    import grain
 
 # Columns of a record that batches hold, with their dtypes; others are names.
 _INPUTS = {'image': np.asarray, 'embedding': np.asarray, 'label': np.int32, 'masks': np.asarray, 'known': np.uint8}
 
 
-class _Records(grain.sources.RandomAccessDataSource):
+class _Records:
     """Prepared records as the items of a batch, with their number and a mask.
 
     Args:
@@ -65,6 +64,8 @@ def load_train_batches(
       strata: groups of records that take turns by their shares, each reshuffled in its own passes; none: all records
         are one group.
     """
+    import grain  # see `_read_ahead`
+
     process, num_processes = shard
     groups = [stratum.records for stratum in strata] or [None]
     streams = [
@@ -73,7 +74,7 @@ def load_train_batches(
     ]
     records = grain.MapDataset.mix(streams, [stratum.share for stratum in strata]) if strata else streams[0]
     dataset = records.batch(batch_size // num_processes)[process::num_processes]
-    iterator = iter(dataset.to_iter_dataset(READ_AHEAD))
+    iterator = _read_ahead(dataset)
     iterator.set_state({'next_index': first_step})
     return iterator
 
@@ -83,6 +84,8 @@ def load_eval_batches(source: Sequence[dict], *, batch_size: int, shard: tuple[i
 
     `batch_size` and `shard` are as in `load_train_batches`. All processes yield the same number of batches.
     """
+    import grain  # see `_read_ahead`
+
     process, num_processes = shard
     records, rows = _Records(source), batch_size // num_processes
     empty = {name: np.zeros((rows, *np.shape(value)), np.asarray(value).dtype) for name, value in records[0].items()}
@@ -96,4 +99,12 @@ def load_eval_batches(source: Sequence[dict], *, batch_size: int, shard: tuple[i
         return batch
 
     num_batches = -(-len(records) // batch_size)
-    return iter(grain.MapDataset.range(num_batches).map(load).to_iter_dataset(READ_AHEAD))
+    return _read_ahead(grain.MapDataset.range(num_batches).map(load))
+
+
+def _read_ahead(dataset: 'grain.MapDataset') -> 'grain.DatasetIterator':
+    """Iterates over a dataset and reads ahead; grain is imported late because predictions need none."""
+    import grain
+
+    # Threads suffice because PNG decoding releases the GIL. Grain's default buffers 500 batches.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)))

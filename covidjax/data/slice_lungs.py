@@ -1,4 +1,11 @@
-"""Finds the lungs in a slice without Hounsfield units, with the lesion model of this package, and cuts slices to them.
+"""Finds the lungs in a slice without Hounsfield units, and cuts slices to them.
+
+There are two ways:
+- `find_lungs_in_slice` uses the lesion model of this package. It cuts slices (`data.region=lungs`), restricts maps to
+  the lungs, and gives audit and baselines the outline of the lungs.
+- `find_dark_lungs` is a rule for grey values, which takes any dark region inside the slice for a lung. Doubts whether a
+  scan is a chest CT use it, because they must not load a model (`scan.body.find_doubts`). So does the score "energy
+  inside lung" of maps on outlined slices (`lesions.LesionSlice`), whose lesion it adds.
 
 Shapes: H rows, W columns.
 """
@@ -19,11 +26,12 @@ _THRESHOLD = 0.25
 _SURE = 0.5  # probability of lungs that each region has somewhere
 _SKIN = 0.015  # of the longer side; a model's outline of the air reaches into it
 _MIN_LUNGS = 0.01  # share of the slice
+MIN_DARK_LUNGS = 0.05  # likewise, by the rule for grey values
 _MAX_CONTACT = 2.3  # pixels of a dark region at the border of the slice, over the square root of its area, see `lungs`
 
 
 def find_lungs_in_slice(grey_HxW: np.ndarray) -> np.ndarray | None:
-    """Finds the lungs in a slice without Hounsfield units.
+    """Finds the lungs in a slice without Hounsfield units, by the lesion model of this package.
 
     In a slice that is already cut to the lungs, the lungs are all that is not black. In other slices, they are what the
     lesion model of this package calls lungs or lesions, without the air outside the body and with holes filled. The
@@ -66,7 +74,27 @@ def _load_model():
     def apply(variables, image_SxS):
         return jax.nn.sigmoid(model.apply(variables, normalise(image_SxS)[None, ..., None], train=False)[0])
 
-    return lambda image_SxS: np.asarray(apply(box.variables, image_SxS)), box.image_size
+    return lambda image_SxS: np.asarray(apply(box.folded, image_SxS)), box.image_size
+
+
+def find_dark_lungs(grey_HxW: np.ndarray, lesion_HxW: np.ndarray | None = None) -> np.ndarray | None:
+    """Finds the lungs by a rule, without a model: dark regions that touch no corner of the slice, with holes filled.
+
+    Args:
+      grey_HxW: uint8, cropped to the body or to the lungs.
+      lesion_HxW: bool, an outlined lesion, which counts as lung; None for none.
+
+    Returns:
+      bool [H, W], or None if it covers less than 5 % of the slice, which means that the rule failed.
+    """
+    regions, count = scipy.ndimage.label(grey_HxW < compute_otsu_threshold(grey_HxW))
+    # Air outside the body is in the corners. The lungs can touch the sides if the slice is cropped to them.
+    corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
+    areas = np.bincount(regions.ravel(), minlength=count + 1)
+    kept = np.setdiff1d(np.flatnonzero(areas >= 0.005 * grey_HxW.size), [0, *corners])
+    lungs = np.isin(regions, kept)
+    lungs = scipy.ndimage.binary_fill_holes(lungs if lesion_HxW is None else lungs | lesion_HxW)
+    return lungs if lungs.mean() >= MIN_DARK_LUNGS else None
 
 
 def find_outside_air(grey_HxW: np.ndarray) -> np.ndarray:

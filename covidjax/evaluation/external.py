@@ -70,8 +70,7 @@ def compare_sides(inside: Side, outside: Side, rules: Mapping[str, Any], classes
     """
     sides = {'inside': inside, 'outside': outside}
     present = {name: set(np.unique(side.labels).tolist()) for name, side in sides.items()}
-    # Without examples inside, the classes of outside are kept.
-    common = sorted(present['inside'] & present['outside'] if len(inside.labels) else present['outside'])
+    common = sorted(present['inside'] & present['outside'])
     kept = {name: _keep(side, common) for name, side in sides.items()}
     # Independent seeds, as the patients differ. That of outside is the one of its other scores.
     found = {name: _estimate(kept[name], rules, classes, seed=seed) for name, seed in (('inside', 1), ('outside', 0))}
@@ -146,8 +145,6 @@ def _explain(
         return ''
     if key == 'unusual':
         return 'not measured ' + ' and '.join(undefined)
-    if not len(kept['inside'].labels) and undefined == ['inside']:
-        return 'no scores of the own test list to compare with'
     score, _, what = key.partition('_')
     if what in classes and classes.index(what) not in present:
         return f'no {what} in these data'

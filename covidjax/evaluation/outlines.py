@@ -11,7 +11,6 @@ from covidjax.data.slice_lungs import find_outside_air
 from covidjax.evaluation.outputs import BATCH_SIZE, apply_in_batches
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
-from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.models.lesions import LesionNet
 
@@ -28,7 +27,7 @@ def outline_slices(lesions: LesionModel, images_NxSxS: np.ndarray) -> np.ndarray
       lesions: the model.
       images_NxSxS: whole slices uint8, S = `lesions.image_size`, N at least 1.
     """
-    outline = functools.partial(_outline, lesions.model, fold_batch_norm(lesions.variables))
+    outline = functools.partial(_outline, lesions.model, lesions.folded)
     probabilities = apply_in_batches(outline, BATCH_SIZE, images_NxSxS)
     return np.stack([clear_outside(p, image) for p, image in zip(probabilities, images_NxSxS, strict=True)])
 

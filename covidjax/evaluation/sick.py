@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from covidjax.errors import UserError
+from covidjax.evaluation.predictions import softmax
 
 _WORST = 0.2  # share of the slices of a scan
 _FLOOR = 1e-4  # of a share, before its logarithm: 0.01 % of the lungs
@@ -94,9 +95,9 @@ def fit_sick(features_Nx3: np.ndarray, is_sick_N: np.ndarray) -> SickRule:
 
 
 def compute_sick(rule: SickRule, features_Nx3: np.ndarray) -> np.ndarray:
-    """Returns the probability of sick [N]."""
+    """Returns the probability of sick [N], never 0 or 1, so that its logarithm is finite."""
     logits = _transform(features_Nx3) @ np.array(rule.weights) + rule.bias
-    return 1 / (1 + np.exp(-logits))
+    return np.clip(1 / (1 + np.exp(-logits)), _TINY, 1 - _TINY)
 
 
 def _transform(features_Nx3: np.ndarray) -> np.ndarray:
@@ -129,6 +130,11 @@ def join(sick_N: np.ndarray, probabilities_NxK: np.ndarray) -> np.ndarray:
     pneumonia_N, covid19_N = probabilities_NxK[:, 1] + _TINY, probabilities_NxK[:, 2] + _TINY
     q_N = covid19_N / (pneumonia_N + covid19_N)
     return np.stack([1 - sick_N, sick_N * (1 - q_N), sick_N * q_N], axis=1)
+
+
+def join_logits(sick_N: np.ndarray, logits_NxK: np.ndarray) -> np.ndarray:
+    """Returns the logarithms of `join` [N, K], which serve as logits; `logits_NxK` are the classifier's."""
+    return np.log(join(sick_N, softmax(logits_NxK)))
 
 
 def describe_disagreement(joined_K: Sequence[float], classifier_K: Sequence[float]) -> str:

@@ -13,9 +13,8 @@ from covidjax.data.lists import CLASSES
 from covidjax.data.sequences import NUM_SLICES, Scan
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.metrics import compute_interval, compute_metrics, draw_resamples, group_by_patient
-from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import fit_rules
-from covidjax.evaluation.sick import join
+from covidjax.evaluation.sick import join_logits
 
 TOP_K = (2, 3, 5, 8)
 _TINY = 1e-12  # replaces a probability of 0 before the logarithm
@@ -156,7 +155,7 @@ def fit_vote_rules(
     rule, accuracies = choose_rule([apply_temperature(x, temperature) for x in slice_logits], labels)
     votes = np.stack([compute_vote_logits(x, temperature, rule) for x in slice_logits])
     if sick is not None:
-        votes = np.log(join(sick, softmax(votes)))
+        votes = join_logits(sick, votes)
     rules = fit_rules(votes, labels, [scan.patient for scan in scans], CLASSES)
     return {'rule': rule, 'validation_accuracy': accuracies, **rules}
 

@@ -82,7 +82,7 @@ class Predictions(NamedTuple):
     """Outputs of a slice model for a split, in the order of the split.
 
     Attributes:
-      logits: float32 [N, K]; with `config.lesions`, of the verdict that joins lesions and classifier.
+      logits: [N, K]; with `config.lesions`, of the verdict that joins lesions and classifier.
       classifier: with `config.lesions`, the classifier's own logits; else None.
       sick: with `config.lesions`, the probability of sick by the lesions [N]; else None.
     """
@@ -363,7 +363,8 @@ def fit(experiment: Experiment, checkpoints: Checkpoints, workdir: Path) -> list
         # This runs once: optimising the program would take longer than running it unoptimised.
         initialise = jax.jit(experiment.create_variables, compiler_options={'xla_backend_optimization_level': 0})
         variables = experiment.load_weights(initialise(init_key))
-        return place_state(create_train_state(variables, optimizer, train_key))
+        # One program: jax would compile, or load, one for every shape of the optimizer's state.
+        return place_state((variables, train_key), lambda both: create_train_state(both[0], optimizer, both[1]))
 
     def load_batches(state: TrainState) -> Iterator[dict]:
         batches = experiment.load_batches(state)  # called now, not lazily: the first step donates the state
@@ -522,6 +523,7 @@ def test(
     published = experiment.paper.scores if is_the_papers else None
     parts = [
         *sections.build_scores(results, published, table=experiment.paper.name, unit=unit, others=findings.others),
+        *sections.build_verdicts(results.get('verdicts'), unit=unit),
         *sections.build_statistics(results, rules, unit=unit),
         *build_subgroups(results['subgroups'], unit=unit),
         *findings.sections,

@@ -89,8 +89,7 @@ def add_later_fields(config: ConfigDict) -> None:
     if config.name == 'lesions':
         return
     of_slices = config.att2 if 'att2' in config else config
-    if 'att2' not in config:
-        _add(config, {'lesions': ''})
+    _add(config, {'lesions': ''})
     if of_slices is not config:
         _add(config.model, {'head': 'lstm'})
         _add(config.train, _LATER['train'])

@@ -55,6 +55,7 @@ from covidjax.experiment.config import check_config, check_workdir, flatten_conf
 from covidjax.experiment.lesion_folds import plan_lesions, read_seen_sources, train_lesions
 from covidjax.experiment.preprocessing import describe_preprocessing
 from covidjax.experiment.runs import EXPERIMENTS
+from covidjax.experiment.sick import check_both
 from covidjax.experiment.workdir import FOLDS, list_folds
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.pretrained import LESION_BOX
@@ -203,12 +204,17 @@ def _check_sources(config: ConfigDict, data: covidx_ct.Prepared, folds: Sequence
     """Checks that every fold can do without its sources.
 
     Raises:
-      UserError: the lesion model can't be trained without them, or their pictures are also among those to train on.
+      UserError: the lesion model, or the rule of sick or normal, can't be trained without them, or their pictures are
+        also among those to train on.
     """
     pictures = _measure_pictures(data)
     for fold in folds:
         if config.get('lesions'):
             plan_lesions(config.lesions, _find_left_out(data, fold))
+            try:
+                check_both(select_fold(data, fold).rows['train'])
+            except UserError as error:
+                raise UserError(f'{fold.name}: {error}') from error
         held_out = pictures.take(_name_held_out(data, fold))
         others = pictures.take(set(pictures.names) - set(held_out.names))
         shared = find_shared_pictures(others, held_out)

@@ -63,7 +63,7 @@ def export_run(workdir: Path, output: Path) -> None:
             '.stablehlo': lambda path: write_lesion_stablehlo(path, model),
         }[output.suffix]
     else:
-        run = load_run(workdir)
+        run = _describe_without_lesions(load_run(workdir))
         results, write = run.results, functools.partial(WRITERS[output.suffix], run=run)
     try:
         with replace_file(output) as temporary:
@@ -79,6 +79,17 @@ def export_run(workdir: Path, output: Path) -> None:
         print(f'Trained on {results["notice"]}.')
     for warning in results.get('warnings', ()):
         print(f'Warning: {warning}.')
+
+
+def _describe_without_lesions(run: Run) -> Run:
+    """Returns the run with a warning if its lesion model, which neither format holds, decides on sick or not."""
+    if run.lesions is None:
+        return run
+    warning = (
+        'this file holds the classifier alone, so its probabilities are not the verdict of the run: the lesions, '
+        'which decide on sick or not, are not in it'
+    )
+    return run._replace(results={**run.results, 'warnings': [*run.results.get('warnings', ()), warning]})
 
 
 def write_lesion_safetensors(path: Path, lesions: LesionModel, results: dict[str, Any]) -> str:
@@ -118,7 +129,7 @@ def write_safetensors(path: Path, run: Run) -> str:
     The file's metadata are strings. These are JSON:
       classes: names of the outputs.
       normalisation: maps a grey slice to an input: (x - mean) / std in `channels` equal channels, or what 'rule' says.
-      temperature: divisor of the logits for calibrated probabilities.
+      temperature: divisor of the logits for calibrated probabilities; of the classifier alone, if the run has lesions.
       warnings: warnings about the training data.
       config: config of the run.
       members: for an ensemble, the temperature of every member; empty for a single model.
@@ -140,7 +151,7 @@ def write_safetensors(path: Path, run: Run) -> str:
         'warnings': json.dumps(run.results.get('warnings', [])),
         'classes': json.dumps(CLASSES),
         'normalisation': json.dumps(describe_scaling(run.config)),
-        'temperature': json.dumps(run.temperature),
+        'temperature': json.dumps(run.classifier_temperature),
         'members': json.dumps([member.temperature for member in run.members] if is_ensemble else []),
         'config': json.dumps(run.config.to_dict()),
     }
@@ -160,8 +171,8 @@ def write_stablehlo(path: Path, run: Run) -> str:
     `evidence.combine_evidence`). Scans also have 'attention' [B, T] and 'evidence' [B, T, K], the share of each slice
     (see `seq.HeadOutputs`). Of an ensemble all these are means over the members, logits and evidence after division by
     the member's temperature, and 'disagreement' [B] is that of the members (see `evaluation.disagreement`). The name of
-    the program holds the model, for an ensemble 'ensemble_of_5', the classes in order and, for a run on phantoms,
-    'trained_on_phantoms'.
+    the program holds the model, for an ensemble 'ensemble_of_5', the classes in order, 'without_lesions' for a run with
+    a lesion model, and 'trained_on_phantoms' for a run on phantoms.
     """
     size, count = run.config.data.image_size, len(run.members)
     if not run.is_scan_run:
@@ -173,11 +184,12 @@ def write_stablehlo(path: Path, run: Run) -> str:
         length = NUM_SLICES if run.min_slices == NUM_SLICES else 't'  # see `scans.thin_scans`
         shape = jax.export.symbolic_shape(f'b, {length}, {size}, {size}')
         inputs = jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct(shape[:2], jnp.bool)
-    function = average_functions(parts, run.temperature)
+    function = average_functions(parts, run.classifier_temperature)
     words = [
         run.results['model'].split()[0],
         *([f'ensemble_of_{count}'] if count > 1 else []),
         *CLASSES,
+        *(['without_lesions'] if run.lesions else []),
         *(['trained_on_phantoms'] if run.results['notice'] else []),
     ]
     function.__name__ = '_'.join(words).replace('-', '_')

@@ -24,6 +24,7 @@ from covidjax.evaluation.external import Side, compare_sides, correct_to_own_sha
 from covidjax.evaluation.metrics import compute_metrics
 from covidjax.evaluation.novelty import MAX_EXAMPLES
 from covidjax.evaluation.predictions import softmax, write_predictions
+from covidjax.evaluation.sick import Found, compute_features, compute_sick, join_logits
 from covidjax.evaluation.subgroups import compute_subgroups
 from covidjax.evaluation.summary import summarise
 from covidjax.evaluation.voting import compute_vote_logits
@@ -165,30 +166,33 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 def read_inside_side(run: Run, workdir: Path, unit: str) -> Side:
     """Returns what a run said of its own test list, from its table of predictions.
 
-    There are no examples for votes of a run with a lesion model: they need more than the table holds.
-
     Raises:
       UserError: the file is missing or damaged.
     """
     path = _find_predictions(workdir)
     rows = _read_rows(path)
-    if run.lesions is not None and not run.is_scan_run and unit == 'scans':
-        return Side(np.zeros(0, int), np.zeros((0, len(CLASSES))), [], None, [])
+    of_votes = not run.is_scan_run and unit == 'scans'
+    prefix = 'classifier_' if of_votes and run.lesions else 'p_'  # votes are joined with lesions, not made of joined
     try:
         labels = np.array([int(row['label']) for row in rows])
         patients = [row['patient'] for row in rows]
-        p = np.array([[float(row[f'p_{name}']) for name in CLASSES] for row in rows])
+        p = np.array([[float(row[prefix + name]) for name in CLASSES] for row in rows])
         # The table of an ensemble is calibrated, that of a single run is not.
         logits = np.log(np.maximum(p, _SMALLEST)) * (run.temperature if len(run.members) > 1 else 1)
-        if run.is_scan_run or unit == 'slices':
+        if not of_votes:
             return Side(labels, logits, patients, None, [])
+        names = ('lungs_area', 'lesions_area', 'lesions_peak') if run.lesions else ()
+        found = [np.array([float(row[name]) for row in rows]) for name in names]
         members: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
             members.setdefault((row['scan'], labels[i]), []).append(i)
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f'{path} is damaged: --mode=evaluate writes it again') from error
-    rule, temperature = get_rules(run, unit)['rule'], run.temperature
+        raise UserError(f'{path} is damaged or of an earlier version: --mode=evaluate writes it again') from error
+    rule, temperature = get_rules(run, unit)['rule'], run.classifier_temperature
     votes = np.stack([compute_vote_logits(logits[of_scan], temperature, rule) for of_scan in members.values()])
+    if run.lesions:
+        features = [compute_features(Found(*found).select(of_scan)) for of_scan in members.values()]
+        votes = join_logits(compute_sick(run.sick_rule, np.stack(features)), votes)
     return Side(np.array([label for _, label in members]), votes, [patients[m[0]] for m in members.values()], None, [])
 
 

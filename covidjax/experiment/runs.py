@@ -13,6 +13,7 @@ from covidjax.errors import UserError
 from covidjax.evaluation.home import Home, compute_distances, load_home
 from covidjax.evaluation.novelty import Novelty, compute_novelty, load_novelty
 from covidjax.evaluation.outputs import SliceOutputs, compute_outputs
+from covidjax.evaluation.sick import SickRule, parse_rule
 from covidjax.experiment import common, lesions, scans, slices
 from covidjax.experiment.config import load_config
 from covidjax.experiment.lesions import load_lesions
@@ -97,8 +98,18 @@ class Run(NamedTuple):
 
     @property
     def temperature(self) -> float:
-        """Divisor of the averaged logits for calibrated probabilities."""
+        """Divisor of the averaged logits for calibrated probabilities; with lesions, of the joined ones."""
         return self.rules['temperature']
+
+    @property
+    def classifier_temperature(self) -> float:
+        """Divisor of the classifier's own averaged logits."""
+        return self.rules['sick']['classifier_temperature'] if self.lesions else self.temperature
+
+    @property
+    def sick_rule(self) -> SickRule:
+        """The rule by which lesions tell sick from normal, of a run with classes and lesions; see `parse_rule`."""
+        return parse_rule(self.rules['sick'])
 
 
 def load_run(workdir: Path | None) -> Run:

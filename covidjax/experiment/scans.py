@@ -16,19 +16,29 @@ from covidjax.data.lists import CLASSES, SPLITS
 from covidjax.data.sequences import Scan
 from covidjax.errors import UserError
 from covidjax.evaluation import baselines, voting
+from covidjax.evaluation.calibration import fit_temperature
 from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.predictions import softmax
+from covidjax.evaluation.sick import join_logits
 from covidjax.experiment import common, slices
 from covidjax.experiment.common import Classification, Findings, PaperTable, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.embeddings import compute_embeddings, run_pass
+from covidjax.experiment.sick import (
+    Judge,
+    compare_splits,
+    create_columns,
+    create_judge,
+    format_verdicts,
+    load_configured,
+)
 from covidjax.explain.catalogue import LESIONS
 from covidjax.explain.evidence import contrast
 from covidjax.models.att2 import normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.folding import fold_batch_norm
 from covidjax.models.seq import Seq, SeqOutputs, is_extractor
-from covidjax.training.checkpoints import Checkpoints, open_checkpoints
+from covidjax.training.checkpoints import Checkpoints, has_checkpoint, open_checkpoints
 from covidjax.training.devices import get_shard, pad_batch_size, replicate
 from covidjax.training.state import TrainState
 from covidjax.training.step import Forward
@@ -47,17 +57,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       workdir: workdir of the run; without `config.extractor` the slice experiment runs in its folder extractor/.
 
     Raises:
-      UserError: bad config, data, extractor or workdir.
+      UserError: bad config, data, extractor, lesion model or workdir.
     """
     extractor_dir = _get_extractor_dir(config, workdir)
+    if config.lesions and not has_checkpoint(workdir):
+        load_configured(config.lesions)  # refuses a wrong one before the slices are prepared
     if config.extractor:
         config = adopt_extractor(config, extractor_dir)
 
     def create(config: ConfigDict, data: covidx_ct.Prepared) -> Classification:
+        judge = create_judge(config.lesions, data)  # refuses data without normals before the slice model is trained
         if not config.extractor:
             log.info('no config.extractor: training the slice model in %s', extractor_dir)
             slices.train(get_slice_config(config), extractor_dir, data)
-        return create_experiment(config, data, extractor_dir)
+        return create_experiment(config, data, extractor_dir, judge)
 
     return common.train(config, workdir, Procedure(common.load_data, create, common.test, format_summary))
 
@@ -160,16 +173,20 @@ class ScanPredictions(NamedTuple):
     """Predictions for M scans, in the order of the split.
 
     Attributes:
-      logits: [M, K] from the sequence model.
+      logits: [M, K] from the sequence model; with `config.lesions`, of the verdict that joins it with the lesions.
       attention: per scan [T].
       evidence: per scan [T, K], the share of each slice in the logits (see `seq.HeadOutputs`).
       slice_probabilities: per scan [T, K], from the slice model alone.
+      classifier: with `config.lesions`, the logits of the sequence model; else None.
+      sick: with `config.lesions`, the probability of sick by the lesions [M]; else None.
     """
 
     logits: np.ndarray
     attention: list[np.ndarray]
     evidence: list[np.ndarray]
     slice_probabilities: list[np.ndarray]
+    classifier: np.ndarray | None = None
+    sick: np.ndarray | None = None
 
 
 # Defined here, not in `create_predictor`, so that validation and test share one compilation.
@@ -303,14 +320,36 @@ def create_embedding_feed(
     return Feed(load_batches, forward, compute_val_logits)
 
 
-def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path) -> Classification:
-    """Returns the experiment of a config on its data; a new run loads its slice model from `extractor_dir`."""
+def create_experiment(
+    config: ConfigDict, data: covidx_ct.Prepared, extractor_dir: Path, judge: Judge | None = None
+) -> Classification:
+    """Returns the experiment of a config on its data.
+
+    Args:
+      config: of the run.
+      data: its slices.
+      extractor_dir: a new run loads its slice model from there.
+      judge: of `config.lesions`, if it is already loaded.
+
+    Raises:
+      UserError: `config.lesions` is no lesion model.
+    """
     model = create_model(config)
+    judge = judge or create_judge(config.lesions, data)
     selections = select_scans(config.data, data)
     chosen = {split: selection.scans for split, selection in selections.items()}
     for split in SPLITS:
         log.info('%s scans: %s', split, common.format_counts([scan.label for scan in chosen[split]]))
     feed = (create_embedding_feed if config.data.cached_draws else create_image_feed)(config, model, data, selections)
+
+    predict = create_predictor(model, data, selections, config.train.batch_size)
+
+    def predict_verdicts(variables: dict[str, Any], split: str) -> ScanPredictions:
+        found = predict(variables, split)
+        if judge is None:
+            return found
+        sick = judge.compute_scan_sick(selections[split].whole, split)  # the lesions see every slice of a scan
+        return found._replace(logits=join_logits(sick, found.logits), classifier=found.logits, sick=sick)
 
     def load_weights(variables: dict[str, Any]) -> dict[str, Any]:
         with open_checkpoints(extractor_dir) as source:
@@ -335,6 +374,8 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
         }
         lead = _load_lead(extractor_dir)
         found = _compare(config, data, selections, predictions, probabilities)
+        if judge is not None:
+            found = _add_lesions(found, judge, chosen, predictions)
         shown = build_scan_sections(
             model.extractor,
             get_extractor(variables),
@@ -375,7 +416,7 @@ def create_experiment(config: ConfigDict, data: covidx_ct.Prepared, extractor_di
             config.train.label_smoothing,
             feed.compute_val_logits,
         ),
-        predict=create_predictor(model, data, selections, config.train.batch_size),
+        predict=predict_verdicts,
         examine=examine,
         compute_baselines=lambda: _compute_baselines(data, selections),
     )
@@ -400,7 +441,7 @@ def _load_lead(extractor_dir: Path) -> dict[str, Any] | None:
         return None
     lead = common.load_output(extractor_dir, 'results.json').get('explanations', {}).get('leading_map')
     if lead and (lead['name'] or '').startswith(LESIONS):
-        return {**lead, 'name': None}  # scan runs have no lesion model
+        return {**lead, 'name': None}  # of the slice run's lesion model, which a scan run does not use for maps
     return lead
 
 
@@ -416,7 +457,10 @@ def _compare(
     predictions: dict[str, ScanPredictions],
     probabilities_MxK: np.ndarray,
 ) -> Findings:
-    """Returns the findings that need no attention map: votes on the same slices, baselines and predictions."""
+    """Returns the findings that need no attention map: votes on the same slices, baselines and predictions.
+
+    The votes are compared with the sequence model alone, without the lesions.
+    """
     from covidjax.report import figures  # see `common.test`
 
     chosen = {split: selection.scans for split, selection in selections.items()}
@@ -425,7 +469,9 @@ def _compare(
 
     rule, val_accuracies = voting.choose_rule(predictions['val'].slice_probabilities, labels['val'])
     votes = {r: voting.vote_all(slice_probabilities, r) for r in voting.RULES}
-    scan_level = voting.compare_on_scans(test, labels['test'], probabilities_MxK, votes, rule, slice_probabilities)
+    classifier = predictions['test'].classifier
+    alone = probabilities_MxK if classifier is None else softmax(classifier)
+    scan_level = voting.compare_on_scans(test, labels['test'], alone, votes, rule, slice_probabilities)
     scan_level['vote']['validation_accuracy'] = val_accuracies
     return Findings(
         baselines=_compute_baselines(data, selections),
@@ -465,11 +511,28 @@ def _compare(
     )
 
 
+def _add_lesions(
+    found: Findings, judge: Judge, examples: dict[str, list[Scan]], predictions: dict[str, ScanPredictions]
+) -> Findings:
+    """Returns the findings with the comparison of sequence model, lesions and both, and the rule of sick or normal."""
+    labels = np.array([scan.label for scan in examples['val']])
+    return found._replace(
+        results={**found.results, 'verdicts': compare_splits(examples, predictions)},
+        rules={**found.rules, 'sick': judge.describe(fit_temperature(predictions['val'].classifier, labels))},
+        others={'sequence model alone': found.results['scan_level']['sequence'], **found.others},
+        columns={**found.columns, **create_columns(predictions['test'])},
+    )
+
+
 def format_summary(results: dict[str, Any], workdir: Path) -> str:
     """Returns the summary printed at the end of a run: Table IV, the slice votes and the output files."""
     level = results['scan_level']
     vote, paired, conflicts, short = (level[k] for k in ('vote', 'sequence_minus_vote', 'conflicts', 'short_scans'))
-    lines = ['', 'Sequence model (Table IV)', format_table(level['sequence'], unit='Scans'), '']
+    lines = []
+    if 'verdicts' in results:
+        lines += ['', 'Verdict of lesions and sequence model', format_table(results, unit='Scans')]
+        lines += format_verdicts(results['verdicts'])
+    lines += ['', 'Sequence model (Table IV)', format_table(level['sequence'], unit='Scans'), '']
     lines += [
         f'Votes of the slice model on the same slices (rule {vote["rule"]!r}, chosen on validation)',
         format_table(vote, unit='Scans'),

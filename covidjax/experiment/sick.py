@@ -1,18 +1,25 @@
-"""Lesions of a dataset's slices, and the rule by which they tell sick from normal."""
+"""Lesions of a dataset's slices, the rule by which they tell sick from normal, and what runs report of both.
+
+Shapes: N slices or scans, K classes.
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import joblib
 import numpy as np
 
 from covidjax.data import covidx_ct, lists, preprocess
 from covidjax.data.sequences import Scan, group_scans
-from covidjax.evaluation.metrics import compute_ranking, compute_share_interval
+from covidjax.errors import UserError
+from covidjax.evaluation.metrics import compute_ranking, compute_share_interval, format_score
 from covidjax.evaluation.outlines import outline_slices
+from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.sick import Found, SickRule, compute_features, compute_sick, find_in_slices, fit_sick, join
+from covidjax.experiment.common import Example
+from covidjax.experiment.lesions import load_lesions
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.progress import track
 
@@ -21,6 +28,13 @@ _AT_ONCE = 256  # slices that are read together
 
 # What is found, by model and raw directory, and by file: a cross-validation asks for most of it twice.
 _MEASURED: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
+
+
+class Verdicts(Protocol):
+    """Outputs of a model for a split; see `common.Predictions`."""
+
+    classifier: np.ndarray
+    sick: np.ndarray
 
 
 def measure_split(lesions: LesionModel, data: covidx_ct.Prepared, split: str) -> Found:
@@ -48,18 +62,45 @@ def compute_slice_sick(rule: SickRule, found: Found) -> np.ndarray:
     return compute_sick(rule, np.stack([compute_features(found.select([place])) for place in range(len(found.lungs))]))
 
 
+def compute_scan_sick(rule: SickRule, found: Found, scans: Sequence[Scan]) -> np.ndarray:
+    """Returns the probability of sick of every scan, [N]; `scans` have all their slices."""
+    return compute_sick(rule, _compute_scan_features(found, scans))
+
+
+def _compute_scan_features(found: Found, scans: Sequence[Scan]) -> np.ndarray:
+    return np.stack([compute_features(found.select(scan.records)) for scan in scans])
+
+
+def check_both(rows: Sequence[lists.Row]) -> None:
+    """Checks that a training list has sick and normal slices.
+
+    Raises:
+      UserError: it has not.
+    """
+    if len({row.label == NORMAL for row in rows}) < 2:
+        raise UserError(
+            'config.lesions needs sick and normal training scans, to learn which share of lesions is sick, and the '
+            'training list does not have both: add the other, or leave config.lesions out'
+        )
+
+
 class Judge:
     """Tells sick from normal by the lesions of the slices of a dataset; outlines a split when it is first asked for.
 
     Args:
       lesions: the model of lesions.
       data: the dataset; the rule is fitted on its training scans.
+
+    Raises:
+      UserError: all training scans are sick, or none is.
     """
 
     def __init__(self, lesions: LesionModel, data: covidx_ct.Prepared):
+        check_both(data.rows['train'])
         self.lesions, self._data, self._found = lesions, data, {}
 
-    def _find(self, split: str) -> Found:
+    def get_found(self, split: str) -> Found:
+        """Returns what is found in the slices of a split."""
         if split not in self._found:
             self._found[split] = measure_split(self.lesions, self._data, split)
         return self._found[split]
@@ -69,28 +110,50 @@ class Judge:
         """The rule, fitted on the training scans with all their slices; many scans may have a single one."""
         scans = group_scans(self._data.rows['train'])
         is_sick = np.array([scan.label != NORMAL for scan in scans])
-        return fit_sick(self._compute_features(scans, 'train'), is_sick)
+        return fit_sick(_compute_scan_features(self.get_found('train'), scans), is_sick)
 
     def compute_slice_sick(self, split: str) -> np.ndarray:
         """Returns the probability of sick of every slice on its own, [N]."""
-        return compute_slice_sick(self.rule, self._find(split))
+        return compute_slice_sick(self.rule, self.get_found(split))
 
     def compute_scan_sick(self, scans: Sequence[Scan], split: str) -> np.ndarray:
-        """Returns the probability of sick of every scan, [N]."""
-        return compute_sick(self.rule, self._compute_features(scans, split))
+        """Returns the probability of sick of every scan, [N]; `scans` have all their slices."""
+        return compute_scan_sick(self.rule, self.get_found(split), scans)
 
-    def _compute_features(self, scans: Sequence[Scan], split: str) -> np.ndarray:
-        found = self._find(split)
-        return np.stack([compute_features(found.select(scan.records)) for scan in scans])
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what calibration.json stores of the rule."""
+    def describe(self, classifier_temperature: float) -> dict[str, Any]:
+        """Returns the part `sick` of calibration.json, given the temperature of the classifier's own logits."""
         return {
             'lesions': self.lesions.name,
             'digest': self.lesions.digest,
             'threshold': self.lesions.threshold,
             **self.rule._asdict(),
+            'classifier_temperature': classifier_temperature,
         }
+
+
+def load_configured(name: str) -> LesionModel:
+    """Loads the lesion model that `config.lesions` names.
+
+    Raises:
+      UserError: there is no such model; names the field.
+    """
+    try:
+        return load_lesions(name)
+    except UserError as error:
+        raise UserError(f'config.lesions={name}: {error}') from error
+
+
+def create_judge(name: str, data: covidx_ct.Prepared) -> Judge | None:
+    """Returns the judge of a run, None without a lesion model.
+
+    Args:
+      name: `config.lesions`.
+      data: of the run.
+
+    Raises:
+      UserError: there is no such model, or the rule can't be fitted on these data.
+    """
+    return Judge(load_configured(name), data) if name else None
 
 
 def compare_verdicts(
@@ -119,3 +182,39 @@ def compare_verdicts(
         interval = compute_share_interval(is_right, patients)
         compared[name] |= {'accuracy': float(is_right.mean()), 'accuracy_interval': interval}
     return compared
+
+
+def compare_splits(
+    examples: Mapping[str, Sequence[Example]], predictions: Mapping[str, Verdicts]
+) -> dict[str, dict[str, Any]]:
+    """Returns `verdicts` of results.json: `compare_verdicts` by split.
+
+    Args:
+      examples: by split.
+      predictions: by split, in the same order.
+    """
+    compared = {}
+    for split, found in predictions.items():
+        labels, patients = zip(*((one.label, one.patient) for one in examples[split]), strict=True)
+        compared[split] = compare_verdicts(np.array(labels), patients, softmax(found.classifier), found.sick)
+    return compared
+
+
+def create_columns(predictions: Verdicts) -> dict[str, np.ndarray]:
+    """Returns columns of predictions.csv: the classifier alone, not calibrated, and the probability of sick."""
+    alone = softmax(predictions.classifier).T
+    return {
+        **{f'classifier_{name}': p for name, p in zip(lists.CLASSES, alone, strict=True)},
+        'sick': predictions.sick,
+    }
+
+
+def format_verdicts(verdicts: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of a summary that compare classifier, lesions and both."""
+    lines = ['', 'Lesions decide on sick or not, the classifier on which disease']
+    for split, compared in verdicts.items():
+        for name, found in compared.items():
+            auc = format_score(found['sick_auc'], found['interval'])
+            accuracy = format_score(found.get('accuracy'), found.get('accuracy_interval'))
+            lines.append(f'{split:<5}{name:<11}AUC of sick {auc:<21}  accuracy of three classes {accuracy}')
+    return lines

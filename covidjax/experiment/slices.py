@@ -29,14 +29,20 @@ from covidjax.evaluation.calibration import fit_temperature
 from covidjax.evaluation.metrics import format_table
 from covidjax.evaluation.patient_level import compute_patient_level, format_comparison
 from covidjax.evaluation.predictions import compute_logits, softmax
-from covidjax.evaluation.sick import join
+from covidjax.evaluation.sick import join_logits
 from covidjax.evaluation.voting import fit_vote_rules
 from covidjax.experiment import common
 from covidjax.experiment.common import Classification, Findings, PaperTable, Predictions, Procedure
 from covidjax.experiment.config import load_config
 from covidjax.experiment.features import MAX_BYTES, KeptFeatures, count_bytes, keep_features, list_shapes, unpack
-from covidjax.experiment.lesions import load_lesions
-from covidjax.experiment.sick import Judge, compare_verdicts
+from covidjax.experiment.sick import (
+    Judge,
+    compare_splits,
+    create_columns,
+    create_judge,
+    format_verdicts,
+    load_configured,
+)
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.ct_weights import ASTRA, STAGE_SIZES
 from covidjax.models.fast import compile_fast
@@ -71,6 +77,8 @@ def train(config: ConfigDict, workdir: Path, data: covidx_ct.Prepared | None = N
             find_version(Path(config.data.raw_dir).expanduser())
         if config.model.pretrained:
             find_weights(config.model.pretrained)
+        if config.lesions:
+            load_configured(config.lesions)  # refuses a wrong one before the slices are prepared
     return common.train(adopt_pooling(config, workdir), workdir, create_procedure(create_experiment), data)
 
 
@@ -283,14 +291,14 @@ def create_experiment(
         None if lesions_dir is None else read_lesion_folder(lesions_dir, config.data.image_size, config.data.region)
     )
 
-    judge = Judge(load_lesions(config.lesions), data) if config.lesions else None
+    judge = create_judge(config.lesions, data)
 
     def predict_verdicts(variables: dict[str, Any], split: str) -> Predictions:
         logits = feed.predict(variables, split)
         if judge is None:
             return Predictions(logits)
         sick = judge.compute_slice_sick(split)
-        return Predictions(np.log(join(sick, softmax(logits))), logits, sick)
+        return Predictions(join_logits(sick, logits), logits, sick)
 
     def read_lesions(split: str) -> list[LesionSlice]:
         return read_phantom_lesions(data.raw_dir, data.rows[split], config.data.image_size, config.data.region)
@@ -398,7 +406,7 @@ def _compare(
                 for name, s in {'model': probabilities_NxK, **scores}.items()
             },
         },
-        results={} if judge is None else {'verdicts': _compare_verdicts(data, predictions)},
+        results={} if judge is None else {'verdicts': compare_splits(data.rows, predictions)},
         rules=_fit_scan_rules(data, predictions['val'], rules, judge),
         others={},
         columns={
@@ -409,6 +417,7 @@ def _compare(
             'slice': [row.slice_index for row in rows],
             'label': [row.label for row in rows],
             **{f'p_{name}': p for name, p in zip(CLASSES, probabilities_NxK.T, strict=True)},
+            **({} if judge is None else _create_lesion_columns(judge, predictions['test'])),
         },
         figures={},
         sections=[],
@@ -426,17 +435,19 @@ def _fit_scan_rules(
     sick = judge.compute_scan_sick(scans, 'val')
     return {
         'scans': fit_vote_rules(val.classifier, scans, temperature, sick),
-        'sick': {**judge.describe(), 'classifier_temperature': temperature},
+        'sick': judge.describe(temperature),
     }
 
 
-def _compare_verdicts(data: covidx_ct.Prepared, predictions: dict[str, Predictions]) -> dict[str, Any]:
-    """Returns `sick.compare_verdicts` of the slices of validation and test."""
-    compared = {}
-    for split, found in predictions.items():
-        labels, patients = zip(*((row.label, row.patient) for row in data.rows[split]), strict=True)
-        compared[split] = compare_verdicts(np.array(labels), patients, softmax(found.classifier), found.sick)
-    return compared
+def _create_lesion_columns(judge: Judge, test: Predictions) -> dict[str, np.ndarray]:
+    """Returns columns of predictions.csv, from which the verdict on whole scans can be computed."""
+    found = judge.get_found('test')
+    return {
+        **create_columns(test),
+        'lungs_area': found.lungs,
+        'lesions_area': found.lesions,
+        'lesions_peak': found.peaks,
+    }
 
 
 def score_file_names(data: covidx_ct.Prepared) -> np.ndarray:
@@ -452,5 +463,6 @@ def format_summary(results: dict[str, Any], workdir: Path) -> str:
     """Returns the summary printed at the end of a run: Table III, the baselines and the output files."""
     lines = ['', format_table(results, unit='Slices')]
     lines += common.format_baselines(results)
+    lines += format_verdicts(results['verdicts']) if 'verdicts' in results else []
     lines += ['', format_comparison(results['covid19_against_pneumonia_per_patient']), '']
     return '\n'.join(lines + common.format_ending(results, workdir, unit='slices'))

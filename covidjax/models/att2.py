@@ -174,18 +174,17 @@ class Att2(nn.Module):
             found = [module(x, g) for module, x in zip(attend, local, strict=True)]
             return [context for context, _ in found], [attention for _, attention in found]
 
-        def look(images: jax.Array) -> View:
-            maps = encode(images)
+        def look(maps: Sequence[jax.Array]) -> View:
             flat = [x.reshape(b, h * w, c) for x in maps for b, h, w, c in [x.shape]]
             local = [pool(x) for x in flat] if self.pooled else flat
             self.sow('intermediates', FEATURES, local)
             contexts, attention = attend_to(local)
             return View(contexts, attention, flat, [x.shape[1:3] for x in maps])
 
-        if features is None:
-            views = [look(images_BxHxWx1)]
-            if self.mirror and not train:
-                views.append(look(images_BxHxWx1[:, :, ::-1]))
+        if features is None and self.mirror and not train and not self.is_initializing():
+            views = [look(maps) for maps in split_views(encode(stack_views(images_BxHxWx1)))]
+        elif features is None:
+            views = [look(encode(images_BxHxWx1))]
         else:
             views = [View(*attend_to(local), [], []) for local in features]
         contexts = [sum(of_module) / len(views) for of_module in zip(*(view.contexts for view in views), strict=True)]
@@ -228,6 +227,17 @@ def _draw_evidence(
     """Returns the evidence of a module as maps [B, h, w, K]."""
     shares = spread_evidence(a_BxN, x_BxNxC, w_CxK) if is_spread else a_BxN[..., None] * (x_BxNxC @ w_CxK)
     return shares.reshape(x_BxNxC.shape[0], *size, w_CxK.shape[-1])
+
+
+def stack_views(images_BxHxWx1: jax.Array) -> jax.Array:
+    """Returns every slice followed by its mirror image, [2 B, H, W, 1]: a network is traced once for both."""
+    both = jnp.stack([images_BxHxWx1, images_BxHxWx1[:, :, ::-1]], axis=1)
+    return both.reshape(-1, *images_BxHxWx1.shape[1:])
+
+
+def split_views(arrays: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """Returns arrays [2 B, ...] made from `stack_views` as those of the slices and of the mirror images, [B, ...]."""
+    return [[x.reshape(-1, 2, *x.shape[1:])[:, i] for x in arrays] for i in range(2)]
 
 
 def average_views(maps: Sequence[jax.Array]) -> jax.Array:

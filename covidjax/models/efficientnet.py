@@ -65,6 +65,12 @@ class DepthwiseConv(nn.Module):
         """Returns [B, ceil(H / stride), ceil(W / stride), C]."""
         kernel = self.param('kernel', _DEPTHWISE_INIT, (self.size, self.size, 1, x_BxHxWxC.shape[-1]))
         x, kernel = nn.dtypes.promote_dtype(x_BxHxWxC, kernel)
+        if self.is_initializing():
+            # Only shapes matter. Tracing the fast form would take most of the time.
+            strides, layout, groups = (self.stride,) * 2, ('NHWC', 'HWIO', 'NHWC'), x.shape[-1]
+            return jax.lax.conv_general_dilated(
+                x, kernel, strides, 'SAME', dimension_numbers=layout, feature_group_count=groups
+            )
         return fast.depthwise_conv(x, kernel[:, :, 0], self.stride)
 
 

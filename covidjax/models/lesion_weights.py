@@ -4,11 +4,12 @@ The names and layouts are those of `torch_names`, so that PyTorch can read the f
 say how the model is used and where it comes from.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import safetensors.numpy
 
 import covidjax
 from covidjax.errors import UserError, compare_shapes, join_faults
+from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesions import LesionNet
 from covidjax.models.torch_names import from_torch, list_shapes, to_torch
 
@@ -25,7 +27,8 @@ BOX = Path(covidjax.__file__).parent / 'weights' / 'lesions.safetensors'
 _MARK = 'decoder_0.weight'  # only the model of lesions has it
 
 
-class LesionModel(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LesionModel:
     """A trained lesion model, ready to use.
 
     Attributes:
@@ -46,6 +49,11 @@ class LesionModel(NamedTuple):
     notice: str
     digest: str
     data: str
+
+    @functools.cached_property
+    def folded(self) -> dict[str, Any]:
+        """Variables for evaluation mode, on the device (see `folding.fold_batch_norm`)."""
+        return jax.device_put(fold_batch_norm(self.variables))
 
 
 def compute_digest(variables: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from covidjax.models.att2 import average_views, split_views, stack_views
 from covidjax.models.batch_norm import BatchNorm
 from covidjax.models.efficientnet import EfficientNetLite0
 from covidjax.models.resnet import Conv3x3, relu
@@ -56,10 +57,10 @@ class LesionNet(nn.Module):
                 x = relu(norm(convolution(x), train=train))
             return classifier(x).astype(jnp.float32)
 
-        logits = outline(images_BxSxSx1)
-        if self.mirror and not train:
-            logits = (logits + outline(images_BxSxSx1[:, :, ::-1])[:, :, ::-1]) / 2
-        return logits
+        if self.mirror and not train and not self.is_initializing():
+            ((logits,), (mirrored,)) = split_views([outline(stack_views(images_BxSxSx1))])
+            return average_views([logits, mirrored])
+        return outline(images_BxSxSx1)
 
 
 def _double(x_BxHxWxC: jax.Array) -> jax.Array:

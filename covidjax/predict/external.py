@@ -19,8 +19,7 @@ from covidjax.errors import UserError, join_faults
 from covidjax.evaluation.baselines import compute_thumbnails
 from covidjax.evaluation.external import Side
 from covidjax.evaluation.outputs import SliceOutputs
-from covidjax.evaluation.predictions import softmax
-from covidjax.evaluation.sick import join, parse_rule
+from covidjax.evaluation.sick import Found, join_logits
 from covidjax.evaluation.subgroups import COLUMNS, name_group, name_slices, name_thickness, read_columns
 from covidjax.experiment.external import (
     Inside,
@@ -34,7 +33,7 @@ from covidjax.experiment.external import (
     write_external,
 )
 from covidjax.experiment.runs import Run, average_outputs, compute_mean_novelty, compute_member_outputs, load_run
-from covidjax.experiment.sick import compute_slice_sick, measure_split
+from covidjax.experiment.sick import compute_scan_sick, compute_slice_sick, measure_split
 from covidjax.experiment.workdir import lock_workdir
 from covidjax.files import report_full_disk
 from covidjax.predict.prepare import prepare_scan
@@ -148,8 +147,7 @@ def score_lists(run: Run, workdir: Path, inside: Inside, path: Path, split: str,
     if not run.is_scan_run:
         logits, unusual = _score_slices(run, source)
         if run.lesions is not None:
-            sick = np.concatenate([_compute_sick(run, data, one) for one in data.rows])
-            logits = np.log(join(sick, softmax(logits)))
+            logits = join_logits(compute_slice_sick(run.sick_rule, _measure(run, data)), logits)
         side = Side(np.array([row.label for row in rows]), logits, [row.patient for row in rows], unusual, [])
         side = side._replace(slice_patients=side.patients)
         scan_of = {record: scan for scan in whole for record in scan.records}
@@ -166,6 +164,9 @@ def score_lists(run: Run, workdir: Path, inside: Inside, path: Path, split: str,
             raise UserError(f'{path}: no scan has the {run.min_slices} slices that this model needs: use a slice run')
         examples = sequences.thin_scans(scans, run.min_slices)
         side = _score_listed_scans(run, source, examples)
+        if run.lesions is not None:
+            sick = compute_scan_sick(run.sick_rule, _measure(run, data), scans)
+            side = side._replace(logits=join_logits(sick, side.logits))
         thumbnails = np.stack([thumbnails[list(scan.records)].mean(0) for scan in examples])
         names = {'scan': [scan.scan for scan in examples]}
     return Outside(
@@ -196,9 +197,10 @@ def _score_slices(run: Run, source: _Joined) -> tuple[np.ndarray, np.ndarray | N
     return np.concatenate(logits), _join_flags(unusual)
 
 
-def _compute_sick(run: Run, data: covidx_ct.Prepared, split: str) -> np.ndarray:
-    """Returns the probability of sick of the slices of a list by their lesions, [N]."""
-    return compute_slice_sick(parse_rule(run.rules['sick']), measure_split(run.lesions, data, split))
+def _measure(run: Run, data: covidx_ct.Prepared) -> Found:
+    """Returns what the lesion model finds in the slices of all lists, one list after the other."""
+    by_list = [measure_split(run.lesions, data, split) for split in data.rows]
+    return Found(*map(np.concatenate, zip(*by_list, strict=True)))
 
 
 def _score_listed_scans(run: Run, source: _Joined, scans: Sequence[sequences.Scan]) -> Side:

@@ -1,7 +1,7 @@
 """Prepares the slices of one scan for a model. Workers import this module; it needs no jax."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,6 +40,21 @@ class Recipe(NamedTuple):
     def with_lungs(self) -> bool:
         """Whether the lungs are wanted where there are Hounsfield units."""
         return self.region == 'lungs' or self.outline_size > 0
+
+
+def plan_recipe(data: Mapping[str, Any], *, is_scan_run: bool, outline_size: int, windows: int) -> Recipe:
+    """Returns how scans are prepared for a run.
+
+    Args:
+      data: section `data` of the run's config.
+      is_scan_run: a sequence model classifies whole scans.
+      outline_size: see `Recipe`.
+      windows: 3 also looks at slices through two further windows, where there are Hounsfield units: at every second
+        one, or at those that a scan run selects. 1 does not.
+    """
+    min_slices = data['min_slices'] if is_scan_run else 1
+    hu_step = 0 if windows == 1 else 1 if is_scan_run and min_slices == sequences.NUM_SLICES else 2
+    return Recipe(data['image_size'], data.get('region', 'body'), min_slices, is_scan_run, outline_size, hu_step)
 
 
 class Views(NamedTuple):

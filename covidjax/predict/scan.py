@@ -16,7 +16,7 @@ import numpy as np
 from covidjax.data import sequences
 from covidjax.data.lists import CLASSES
 from covidjax.data.preprocess import WINDOW_HU
-from covidjax.data.scan.volume import Volume, format_counts, read_volume
+from covidjax.data.scan.volume import Volume, format_counts
 from covidjax.errors import UserError
 from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.conformal import predict_sets
@@ -26,7 +26,7 @@ from covidjax.evaluation.outlines import outline_slices
 from covidjax.evaluation.outputs import SliceOutputs
 from covidjax.evaluation.predictions import softmax
 from covidjax.evaluation.screening import TARGETS, compute_target_scores
-from covidjax.evaluation.sick import compute_sick, describe_disagreement, join, parse_rule
+from covidjax.evaluation.sick import compute_sick, describe_disagreement, join, join_logits
 from covidjax.evaluation.voting import compute_vote_logits
 from covidjax.experiment.runs import (
     Run,
@@ -39,9 +39,10 @@ from covidjax.experiment.runs import (
 from covidjax.explain.maps import Explanations
 from covidjax.files import report_full_disk, report_write_errors, write_json
 from covidjax.models.seq import HEADS, GatedClassifier, HeadOutputs, SequenceClassifier
+from covidjax.predict.ahead import Reader, prepare, read_scan
 from covidjax.predict.masks import create_labels, write_nifti, write_overlays
 from covidjax.predict.outline import choose_slices, compute_view_features, outline_scan
-from covidjax.predict.prepare import PreparedScan, Recipe, prepare_scan, stack_images
+from covidjax.predict.prepare import PreparedScan, Recipe, plan_recipe, stack_images
 from covidjax.predict.windows import compare_windows
 from covidjax.report.burden import LesionPrediction, Outlined, describe_burden
 from covidjax.report.prediction import (
@@ -69,6 +70,7 @@ def predict_all(
     masks: bool = False,
     dicom: bool = False,
     windows: int = 3,
+    reader: Reader | None = None,
 ) -> bool:
     """Writes prediction.json and prediction.html of every input and prints a line for each; says whether all went well.
 
@@ -81,6 +83,7 @@ def predict_all(
       force: goes on in spite of doubts, and says so on the report.
       masks, dicom: see `predict_one`.
       windows: see `create_recipe`.
+      reader: reads the same inputs with the same settings; None: this process reads them.
 
     Raises:
       UserError: the run or the output is no good. What is wrong with an input is a line on stderr.
@@ -113,6 +116,7 @@ def predict_all(
                     dicom=dicom,
                     windows=windows,
                     loading=loading,
+                    reader=reader,
                 )
                 print(line, flush=True)
             except UserError as error:
@@ -143,6 +147,7 @@ def predict_one(
     dicom: bool = False,
     windows: int = 3,
     loading: Future | None = None,
+    reader: Reader | None = None,
 ) -> str:
     """Reads a scan, predicts it, writes prediction.json and prediction.html, and returns a line that says it.
 
@@ -158,20 +163,26 @@ def predict_one(
         why.
       windows: see `create_recipe`.
       loading: of `load_programs`; the model waits for it, so that nothing is compiled twice.
+      reader: whose next scan this is; None: this process reads it.
 
     Raises:
       UserError: the scan is refused, or the folder can't be written.
     """
-    start = time.perf_counter()
     recipe = create_recipe(run, windows)
     try:
-        volume = read_volume(path, series, with_lungs=recipe.with_lungs, hu_step=recipe.hu_step)
-        seconds = {'reading': time.perf_counter() - start}
+        read = None if reader is None else reader.get(recipe)
+        if read is None:
+            read = read_scan(path, series, recipe, force=force, with_slices=masks)
+        volume, prepared, seconds = read
         if loading is not None:
             wait([loading])  # whatever went wrong there goes wrong again below
         if is_shared:
             folder = folder.with_name(f'{folder.name}-{volume.sha256[:8]}')
-        prediction = predict_scan(run, volume, seconds, force=force, path=path, windows=windows)
+        if isinstance(prepared, UserError):
+            raise prepared
+        if prepared is None:
+            prepared = prepare(volume, path, recipe, seconds, force=force)
+        prediction = predict_prepared(run, prepared, seconds)
     except UserError as error:
         if dicom:
             with report_write_errors(folder, '--output'), report_full_disk(folder):
@@ -264,13 +275,11 @@ def predict_scan(
     Raises:
       UserError: too few slices, or doubts.
     """
-    start = time.perf_counter()
-    try:
-        prepared = prepare_scan(volume, create_recipe(run, windows), force=force)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from error
-    seconds['preparing'] = time.perf_counter() - start
+    return predict_prepared(run, prepare(volume, path, create_recipe(run, windows), seconds, force=force), seconds)
 
+
+def predict_prepared(run: Run, prepared: PreparedScan, seconds: dict[str, float]) -> Prediction | LesionPrediction:
+    """Returns the prediction for a prepared scan; `seconds` gets 'model'."""
     start = time.perf_counter()
     prediction = conclude(run, prepared, compute_member_outputs(run, stack_images(prepared)))
     seconds['model'] = time.perf_counter() - start
@@ -291,18 +300,10 @@ def compute_version(run: Run, windows: int = 3) -> str:
 
 
 def create_recipe(run: Run, windows: int = 1) -> Recipe:
-    """Returns how scans are prepared for a run.
-
-    Args:
-      run: the model.
-      windows: 3 also looks at slices through two further windows, where there are Hounsfield units: at every second
-        one, or at those that a scan run selects. 1 does not.
-    """
-    data = run.config.data
+    """Returns how scans are prepared for a run; for `windows` see `prepare.plan_recipe`."""
     outline_size = run.lesions.image_size if run.lesions else 0
-    is_wanted = windows > 1 and bool(run.members)
-    hu_step = 0 if not is_wanted else 1 if run.is_scan_run and run.min_slices == sequences.NUM_SLICES else 2
-    return Recipe(data.image_size, data.region, run.min_slices, run.is_scan_run, outline_size, hu_step)
+    windows = windows if run.members else 1  # a lesion model alone gives no call that could change
+    return plan_recipe(run.config.data, is_scan_run=run.is_scan_run, outline_size=outline_size, windows=windows)
 
 
 def describe_scan(run: Run, prepared: PreparedScan) -> dict[str, Any]:
@@ -343,7 +344,7 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         stored = run.rules.get('scans')
         rule = stored['rule'] if stored else FALLBACK_RULE
         attention = None
-        temperature = _get_slice_temperature(run)
+        temperature = run.classifier_temperature
         shares, bias = sum_evidence(run, outputs)
         scan_logits, votes = vote(run, by_member)
     else:
@@ -352,7 +353,8 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
     joined = {}
     if outlined:
         sick = _compute_sick(run, outlined.features)
-        alone = softmax(scan_logits[np.newaxis])
+        # Votes are of calibrated slices.
+        alone = apply_temperature(scan_logits[np.newaxis], run.classifier_temperature if run.is_scan_run else 1.0)
         scan_logits, *votes = (_join(sick, x) for x in (scan_logits, *votes))
         joined = {
             'lesions': outlined.summary,
@@ -379,7 +381,9 @@ def conclude(run: Run, prepared: PreparedScan, by_member: tuple[SliceOutputs, ..
         'members': _describe_members(votes, stored),
         'vote': rule and {'rule': rule, 'is_chosen_on_validation': stored is not None},
         'evidence': {
-            'of': 'the logits of each slice' if attention is None else 'the logits of the scan',
+            'of': 'the logits of each slice'
+            if attention is None
+            else f'the logits of the scan{" by the sequence model alone" if outlined else ""}',
             'bias': np.asarray(bias).tolist(),
         },
         'rests_on': sorted((used[top] + 1).tolist()),
@@ -426,14 +430,10 @@ def _take(by_member: tuple[SliceOutputs, ...], chosen: slice | np.ndarray) -> tu
     return jax.tree.map(lambda x: x[chosen], by_member)
 
 
-def _get_slice_temperature(run: Run) -> float:
-    return run.rules['sick']['classifier_temperature'] if run.lesions else run.temperature
-
-
 def vote(run: Run, by_member: tuple[SliceOutputs, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns the logits [K] of a scan by a slice run, and those by each of its members alone."""
     stored = run.rules.get('scans')
-    rule, temperature = stored['rule'] if stored else FALLBACK_RULE, _get_slice_temperature(run)
+    rule, temperature = stored['rule'] if stored else FALLBACK_RULE, run.classifier_temperature
     return compute_vote_logits(average_outputs(run, by_member).logits, temperature, rule), [
         compute_vote_logits(of_member.logits / member.temperature, temperature, rule)
         for member, of_member in zip(run.members, by_member, strict=True)
@@ -442,11 +442,11 @@ def vote(run: Run, by_member: tuple[SliceOutputs, ...]) -> tuple[np.ndarray, lis
 
 def _compute_sick(run: Run, features: np.ndarray) -> np.ndarray:
     """Returns the probability of sick, [1], by the lesions."""
-    return compute_sick(parse_rule(run.rules['sick']), features[np.newaxis])
+    return compute_sick(run.sick_rule, features[np.newaxis])
 
 
 def _join(sick: np.ndarray, logits_K: np.ndarray) -> np.ndarray:
-    return np.log(join(sick, softmax(logits_K[np.newaxis])))[0]
+    return join_logits(sick, logits_K[np.newaxis])[0]
 
 
 def _look_through_windows(

@@ -177,7 +177,8 @@ def _build_verdict(summary: dict[str, Any]) -> Section:
         parts += describe_sick(summary['sick'])
     basis = 'validation' if summary['members'] is None else 'out-of-fold'
     if vote is None:
-        parts.append(f'The sequence model combines the slices. Its temperature was fitted on {basis} scans.')
+        whose = 'The temperature of the joined verdict' if 'sick' in summary else 'Its temperature'
+        parts.append(f'The sequence model combines the slices. {whose} was fitted on {basis} scans.')
     elif vote['is_chosen_on_validation']:
         parts.append(
             f'Slices vote by the rule {vote["rule"]!r}, the best on {basis} scans. The temperature of the votes was '
@@ -326,15 +327,14 @@ def _build_top(prediction: Prediction, results: dict[str, Any]) -> Section:
             draw_tiles(examples, len(examples), 'The top slices'),
         ]
         return Section('slices', 'Top slices', parts)
-    maps = catalogue.compute_maps(explained, size, combination)
-    maps |= catalogue.restrict(maps, catalogue.find_lungs(images[..., np.newaxis]))
+    maps = catalogue.compute_map(shown, explained, images, combination)
     of_slices = np.asarray(combine_evidence(explained.evidence, size, combination))
     called = explained.probabilities.argmax(1)
     signed = {name: scale_signed(values) for name, values in contrast(of_slices, called).items()}
-    regions = segment(maps[shown])
+    regions = segment(maps)
     leading_rows = [
         (title, [Example('slice', image), Example('map', image, m), Example('region', image, region)])
-        for title, image, m, region in zip(titles, images, maps[shown], regions, strict=True)
+        for title, image, m, region in zip(titles, images, maps, regions, strict=True)
     ]
     parts += [
         f'The map {shown!r} of each slice as the model sees it, and the region at or above its Otsu threshold. It '

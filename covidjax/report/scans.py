@@ -60,9 +60,9 @@ def create_examples(
     images = np.stack([source[record]['image'] for record in thinned.records])
     overlays = [None] * len(images)
     if shown_map is not None:
-        maps = catalogue.compute_maps(explain(extractor, variables, images), images.shape[1], extractor.combination)
-        maps |= catalogue.restrict(maps, catalogue.find_lungs(images))
-        overlays = maps[shown_map] * (weights / weights.max())[:, None, None]
+        explained = explain(extractor, variables, images)
+        maps = catalogue.compute_map(shown_map, explained, images[..., 0], extractor.combination)
+        overlays = maps * (weights / weights.max())[:, None, None]
     shown = list(zip(thinned.slices, weights, images[..., 0], overlays, strict=True))
     return (
         [Example(str(index), image) for index, _, image, _ in shown],

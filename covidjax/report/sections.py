@@ -133,6 +133,44 @@ def build_scores(
     return [accuracy, scores_section]
 
 
+def build_verdicts(verdicts: Mapping[str, Any] | None, *, unit: str) -> list[Section]:
+    """Returns the section 'verdicts': classifier, lesions and both; none without a lesion model.
+
+    Args:
+      verdicts: part of results.json, see `experiment.sick.compare_splits`.
+      unit: 'slices' or 'scans'.
+    """
+    if verdicts is None:
+        return []
+    names = {'classifier': 'classifier alone', 'lesions': 'lesions alone', 'both': 'both, which is the verdict'}
+    titles = {'val': f'Validation {unit}', 'test': f'Test {unit}'}
+    columns = ('verdict', 'sick against normal, area under ROC', 'interval', 'accuracy of three classes', 'interval')
+    tables = [
+        Table(
+            titles[split],
+            columns,
+            [
+                (
+                    names[name],
+                    found['sick_auc'],
+                    found['interval'],
+                    found.get('accuracy'),
+                    found.get('accuracy_interval'),
+                )
+                for name, found in compared.items()
+            ],
+        )
+        for split, compared in verdicts.items()
+    ]
+    text = (
+        'The lesions decide on sick or not, the classifier on which disease: with s the probability of sick by the '
+        'lesions and q that of COVID-19 against pneumonia by the classifier, normal, pneumonia and COVID-19 have the '
+        'probabilities 1 - s, s (1 - q) and s q. So lesions alone tell sick from normal only, and rank it as both do. '
+        'A classifier that knows the hospital can score higher here and fail elsewhere.'
+    )
+    return [Section('verdicts', 'Lesions and classifier', [text, *tables])]
+
+
 def build_statistics(results: dict[str, Any], rules: dict[str, Any], *, unit: str) -> list[Section]:
     """Returns the sections 'curves', 'screening', 'calibration' and 'uncertainty'.
 

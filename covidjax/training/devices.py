@@ -63,9 +63,9 @@ def place_batch(batch: dict[str, np.ndarray], parallelism: str = 'jit') -> dict[
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
-def place_state(state: Any) -> Any:
-    """Replicates a state on all devices of all processes; every process passes the same state."""
-    return jax.jit(lambda tree: tree, out_shardings=create_shardings()[1])(state)
+def place_state(state: Any, create: Callable[[Any], Any] = lambda state: state) -> Any:
+    """Replicates `create(state)` on all devices of all processes; every process passes the same state."""
+    return jax.jit(create, out_shardings=create_shardings()[1])(state)
 
 
 def replicate(tree: Any) -> Any:

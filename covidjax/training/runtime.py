@@ -9,10 +9,18 @@ import jax
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_MIN_SECONDS = 'jax_persistent_cache_min_compile_time_secs'
 
 
 def use_compilation_cache() -> None:
-    """Caches compiled programs in ~/.cache/covidjax/xla (XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR is set."""
+    """Caches compiled programs in ~/.cache/covidjax/xla (XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR is set.
+
+    Small programs are cached too, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set. By default jax compiles
+    them again in every process; an operation outside a program takes 35 ms for each new shape, from the cache 11 ms.
+    """
+    if _MIN_SECONDS.upper() not in os.environ:
+        jax.config.update(_MIN_SECONDS, 0)
+        os.environ[_MIN_SECONDS.upper()] = '0'
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
         cache = str(folder / 'covidjax' / 'xla')

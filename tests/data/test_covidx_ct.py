@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from covidjax.data import covidx_ct, lists, preprocess
+from covidjax.data import covidx_ct, lists, preprocess, records
 from covidjax.data.loader import load_train_batches
 from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.errors import UserError
@@ -122,14 +122,14 @@ def test_other_versions(run, tmp_path, version):
 
 
 def test_shards_keep_the_order(run, monkeypatch):
-    monkeypatch.setattr(covidx_ct, 'SHARD_SIZE', 4)
+    monkeypatch.setattr(records, 'SHARD_SIZE', 4)
     prepared = run()
     assert len([f for f in os.listdir(prepared.path) if 'train.array_record' in f]) == 5
     assert [r['label'] for r in prepared.sources['train']] == [row.label for row in prepared.rows['train']]
 
 
 def test_worker_processes_keep_the_order(run, monkeypatch):
-    monkeypatch.setattr(covidx_ct, 'BATCH_SIZE', 2)
+    monkeypatch.setattr(records, 'BATCH_SIZE', 2)
     prepared = run()
     alone = run(prepared_dir=prepared.path + '-alone')
     for several, one in zip(prepared.sources['train'], alone.sources['train'], strict=True):
@@ -203,7 +203,7 @@ def test_skip_bad_drops_and_records(run, raw):
 
 
 def test_a_shard_without_a_good_image(run, raw, monkeypatch):
-    monkeypatch.setattr(covidx_ct, 'SHARD_SIZE', 3)
+    monkeypatch.setattr(records, 'SHARD_SIZE', 3)
     for i in range(3):
         spoil(raw, split='val', position=i, data=b'')
     prepared = run(skip_bad=True)
@@ -335,7 +335,7 @@ def test_a_killed_worker_is_told_from_a_full_disk(run, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(joblib, 'cpu_count', lambda: 2)
-    monkeypatch.setattr(covidx_ct, 'BATCH_SIZE', 1)  # with one batch, this process would do the work
+    monkeypatch.setattr(records, 'BATCH_SIZE', 1)  # with one batch, this process would do the work
     monkeypatch.setattr(preprocess, 'encode_slices', die)
     assert 'a worker process was killed, most likely for want of memory' in get_error(run)
     assert list_datasets(tmp_path) == list_leftovers(tmp_path) == []

@@ -80,11 +80,6 @@ def test_phantom_lesions_lie_in_their_lungs(tmp_path):
         assert (s.lung | ~s.lesion).all()
 
 
-def test_flat_slice_has_no_lung():
-    image, none = np.full((32, 32, 1), 90, np.uint8), np.zeros((32, 32), bool)
-    assert lesions.find_lung(image, none) is None
-
-
 def test_otsu_by_hand():
     # All thresholds between two clusters tie, so the middle is returned.
     assert preprocess.compute_otsu_threshold(np.array([0.0, 0, 0, 1, 1])) == pytest.approx(0.5, abs=0.01)

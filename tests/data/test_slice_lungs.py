@@ -126,3 +126,20 @@ def test_outside_air_by_hand():
     assert outside[36:, 5:50].all()
     assert outside.sum() == 4 * 45 + 45 + 2 * 4
     assert not slice_lungs.find_outside_air(np.full((8, 8), 7, np.uint8)).any()
+
+
+def test_dark_lungs_by_hand():
+    grey = np.full((40, 40), 200, np.uint8)
+    grey[:6] = 0  # air outside, in two corners
+    grey[10:30, 4:14] = grey[10:30, 26:36] = 30
+    grey[18:20, 6:8] = 200  # a vessel
+    lesion = np.zeros((40, 40), bool)
+    lesion[30:34, 4:14] = True
+    lungs = np.zeros((40, 40), bool)
+    lungs[10:30, 4:14] = lungs[10:30, 26:36] = True
+    np.testing.assert_array_equal(slice_lungs.find_dark_lungs(grey), lungs)
+    np.testing.assert_array_equal(slice_lungs.find_dark_lungs(grey, lesion), lungs | lesion)
+    assert slice_lungs.find_dark_lungs(np.full((32, 32), 90, np.uint8)) is None
+    grey[:, 14:] = 200  # one narrow lung, less than 5 % of the slice
+    grey[10:30, 7:14] = 200
+    assert slice_lungs.find_dark_lungs(grey) is None

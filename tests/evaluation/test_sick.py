@@ -37,6 +37,8 @@ def test_rule_orders_scans_by_their_lesions():
     assert (np.argsort(p) == np.argsort(features[:, 0])).all()
     assert ((p > 0.5) == is_sick).mean() > 0.9
     assert sick.compute_sick(rule, np.zeros((1, 3)))[0] < 0.2
+    sure = sick.compute_sick(sick.SickRule((3.0, 3.0, 0.0), 40.0), np.array([[0, 0, 0], [1, 1, 1]]))
+    assert np.isfinite(sick.join_logits(sure, np.zeros((2, 3)))).all()
 
 
 def test_lesions_below_the_threshold_count():

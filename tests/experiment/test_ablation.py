@@ -23,6 +23,7 @@ def create_tiny_config(raw_dir):
     return config.lock()
 
 
+@pytest.mark.usefixtures('without_pictures')
 def test_comparison_of_tiny_runs(tmp_path):
     raw_dir, output = tmp_path / 'raw', tmp_path / 'out'
     write_phantoms(

@@ -11,7 +11,6 @@ import jax.export
 import numpy as np
 import pytest
 import safetensors.numpy
-from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from covidjax.configs import att2, seq
@@ -26,7 +25,6 @@ from covidjax.experiment.runs import compute_member_outputs, load_run
 from covidjax.experiment.workdir import list_folds
 from covidjax.models.torch_names import from_torch
 from covidjax.predict import scan
-from covidjax.report import slices as report_slices
 from covidjax.training.devices import compile_step
 from tests.scan_files import make_chest, write_series
 
@@ -54,7 +52,7 @@ def config(raw_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def be_quick():
+def be_quick(without_pictures):
     """Leaves out what takes most of the time: maps, figures, and compiling a step for every fold."""
     shared = []
 
@@ -63,16 +61,9 @@ def be_quick():
             shared.append(compile_step(*arguments))
         return shared[0]
 
-    def save(figure, target, format=None, **_):
-        target.write('<svg/>') if format == 'svg' else target.write_bytes(b'')
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(report_slices, 'score_explanations', lambda *_, **__: {'leading_map': None})
-    patch.setattr(report_slices, 'build_slice_sections', lambda *_: [])
-    patch.setattr(common, 'compile_step', compile_once)
-    patch.setattr(Figure, 'savefig', save)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, 'compile_step', compile_once)
+        yield
 
 
 @pytest.fixture(scope='module')

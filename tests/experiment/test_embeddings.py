@@ -15,6 +15,7 @@ from covidjax.experiment.embeddings import compute_embeddings
 from covidjax.models.att2 import normalise
 from covidjax.training.augment import AugmentOptions, augment
 from covidjax.training.checkpoints import open_checkpoints
+from covidjax.training.devices import compile_step
 from covidjax.training.state import create_train_state
 from tests.variables import draw_variables
 
@@ -82,10 +83,21 @@ def extractor(tmp_path_factory):
     return model, variables, workdir
 
 
+compiled = {}  # steps by what they depend on: equal runs share one, compiled once
+
+
 def run(workdir, extractor_dir, data=None, **changes):
     """Returns the history without timings and the variables of the best epoch."""
     config = make_config(**changes)
-    with open_checkpoints(workdir) as checkpoints:
+    key = tuple(sorted((name, value) for name, value in changes.items() if name != 'train__num_epochs'))
+
+    def compile_once(*arguments):
+        if key not in compiled:
+            compiled[key] = compile_step(*arguments)
+        return compiled[key]
+
+    with open_checkpoints(workdir) as checkpoints, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, 'compile_step', compile_once)
         experiment = scans.create_experiment(config, data or make_data(), extractor_dir)
         history = common.fit(experiment, checkpoints, workdir)
         variables = scans.restore_best(config, checkpoints)

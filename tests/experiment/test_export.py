@@ -14,7 +14,7 @@ from covidjax.configs import att2, seq
 from covidjax.errors import UserError
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.predictions import softmax
-from covidjax.experiment import scans, slices
+from covidjax.experiment import runs, scans, slices
 from covidjax.experiment.config import save_config
 from covidjax.experiment.export import export_run, write_stablehlo
 from covidjax.experiment.runs import Member, Run
@@ -215,3 +215,22 @@ def test_failure_keeps_the_old_file(tmp_path, monkeypatch, make_run):
         export_run(tmp_path / 'run', path)
     assert path.read_text() == 'old'
     assert {path.name for path in tmp_path.iterdir()} == {'run', 'model.safetensors'}
+
+
+def test_a_run_on_lesions_exports_its_classifier_and_says_so(make_run, tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / 'run', 'seq')
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    write_json(tmp_path / 'run' / 'config.json', {**config, 'lesions': 'box'})
+    rules = {'temperature': 1.5, 'sick': {'digest': 'd', 'classifier_temperature': 2.0}}
+    write_json(tmp_path / 'run' / 'calibration.json', rules)
+    monkeypatch.setattr(runs, 'load_lesions', lambda name: types.SimpleNamespace(name=name, digest='d'))
+    output = tmp_path / 'model.safetensors'
+    export_run(tmp_path / 'run', output)
+    with safetensors.safe_open(output, 'numpy') as file:
+        metadata = file.metadata()
+    assert json.loads(metadata['temperature']) == 2.0
+    [warning] = json.loads(metadata['warnings'])
+    assert 'the classifier alone' in warning
+    assert warning in capsys.readouterr().out
+    run = runs.load_run(tmp_path / 'run')
+    assert run.temperature == 1.5

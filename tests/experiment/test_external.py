@@ -17,17 +17,22 @@ from covidjax.data.phantom import PhantomOptions, write_phantoms
 from covidjax.data.scan.volume import read_volume
 from covidjax.data.sequences import group_scans
 from covidjax.errors import UserError
+from covidjax.evaluation.calibration import apply_temperature
 from covidjax.evaluation.novelty import fit_novelty
 from covidjax.evaluation.outputs import compute_outputs
 from covidjax.evaluation.predictions import softmax, write_predictions
 from covidjax.evaluation.screening import fit_rules
+from covidjax.evaluation.sick import compute_sick, join, join_logits
 from covidjax.evaluation.summary import summarise
-from covidjax.evaluation.voting import fit_vote_rules
+from covidjax.evaluation.voting import compute_vote_logits, fit_vote_rules
 from covidjax.experiment import common, scans, slices
 from covidjax.experiment import external as writing
 from covidjax.experiment.config import save_config
 from covidjax.experiment.runs import Member, Run, compute_member_outputs
+from covidjax.experiment.sick import Judge, create_columns
 from covidjax.files import write_json
+from covidjax.models.lesion_weights import LesionModel
+from covidjax.models.lesions import LesionNet
 from covidjax.predict import external
 from covidjax.predict.scan import classify_sequence, predict_scan
 from tests.scan_files import make_chest, write_series
@@ -117,8 +122,8 @@ def write_run(workdir, config, data, rules, logits, labels, patients):
     return results
 
 
-def write_test(workdir, names, labels, logits):
-    columns = {**names, 'label': labels.tolist()}
+def write_test(workdir, names, labels, logits, others=None):
+    columns = {**names, 'label': labels.tolist(), **(others or {})}
     columns |= {f'p_{name}': p for name, p in zip(CLASSES, softmax(logits).T, strict=True)}
     write_predictions(workdir / 'predictions.csv', columns)
 
@@ -151,6 +156,57 @@ def scan_run(folders, slice_run, tmp_path_factory):
     results |= {'model': 'a model (scans)', 'scans': {'taking_part': taking_part}}
     write_test(workdir, names['test'], labels['test'], logits['test'])
     return run._replace(results=results, rules=rules), workdir
+
+
+@pytest.fixture(scope='module')
+def judge(folders):
+    """Judges the data of the run by a lesion model with random weights."""
+    model = LesionNet(mirror=False)
+    variables = draw_variables(model, jnp.zeros((1, SIZE, SIZE, 1)), train=False)
+    lesions = LesionModel('a model', model, variables, SIZE, 0.5, '', 'd' * 64, 'some slices')
+    return Judge(lesions, covidx_ct.prepare(str(folders[0]), image_size=SIZE, prepared_dir=str(folders[2])))
+
+
+def add_lesions(run_and_workdir, judge, name, tmp_path_factory):
+    """Returns a run with a lesion model, and its workdir."""
+    run, workdir = run_and_workdir
+    workdir = shutil.copytree(workdir, tmp_path_factory.mktemp('runs') / name)
+    data, found = judge._data, {}
+    for split in ('val', 'test'):
+        source, whole = data.sources[split], group_scans(data.rows[split])
+        images = np.stack([source[i]['image'] for i in range(len(source))])
+        if run.is_scan_run:
+            of_scans = [compute_member_outputs(run, images[list(scan.records)]) for scan in whole]
+            logits = np.stack([classify_sequence(run, one)[0] for one in of_scans])
+            sick, examples = judge.compute_scan_sick(whole, split), whole
+        else:
+            logits = compute_member_outputs(run, images)[0].logits
+            sick, examples = judge.compute_slice_sick(split), data.rows[split]
+        found[split] = common.Predictions(join_logits(sick, logits), logits, sick), examples
+    val, of_val = found['val']
+    labels, patients = (np.array([getattr(one, field) for one in of_val]) for field in ('label', 'patient'))
+    rules = fit_rules(val.logits, labels, patients.tolist(), CLASSES)
+    if not run.is_scan_run:
+        whole = group_scans(data.rows['val'])
+        rules['scans'] = fit_vote_rules(val.classifier, whole, 1.25, judge.compute_scan_sick(whole, 'val'))
+    rules['sick'] = judge.describe(1.25)
+    test, examples = found['test']
+    others = create_columns(test)
+    if not run.is_scan_run:
+        others |= dict(zip(('lungs_area', 'lesions_area', 'lesions_peak'), judge.get_found('test'), strict=True))
+    names = {field: [getattr(one, field) for one in examples] for field in ('scan', 'patient')}
+    write_test(workdir, names, np.array([one.label for one in examples]), test.logits, others)
+    return run._replace(rules=rules, lesions=judge.lesions), workdir
+
+
+@pytest.fixture(scope='module')
+def slice_run_on_lesions(slice_run, judge, tmp_path_factory):
+    return add_lesions(slice_run, judge, 'att2-lesions', tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def scan_run_on_lesions(scan_run, judge, tmp_path_factory):
+    return add_lesions(scan_run, judge, 'seq-lesions', tmp_path_factory)
 
 
 @pytest.fixture
@@ -210,17 +266,21 @@ def test_lists_of_another_seed(slice_run, folders, evaluate, capsys):
     assert 'outside less inside' in capsys.readouterr().out
 
 
-def test_the_run_on_its_own_list_gives_its_own_predictions(slice_run, folders, evaluate, monkeypatch):
+@pytest.mark.parametrize('name', ['slice_run', 'slice_run_on_lesions', 'scan_run', 'scan_run_on_lesions'])
+def test_the_run_on_its_own_list_gives_its_own_predictions(name, folders, evaluate, monkeypatch, request):
     monkeypatch.setattr(external, 'refuse_shared_patients', lambda *_: None)
     monkeypatch.setattr(external, 'refuse_shared_pictures', lambda *_, **__: None)
-    results, folder = evaluate(slice_run, folders[0])
-    ours, theirs = (read_csv(path / 'predictions.csv') for path in (slice_run[1], folder))
-    assert [row['file'] for row in ours] == [row['file'] for row in theirs]
+    run = request.getfixturevalue(name)
+    results, folder = evaluate(run, folders[0])
+    ours, theirs = (read_csv(path / 'predictions.csv') for path in (run[1], folder))
+    assert [row['scan'] for row in ours] == [row['scan'] for row in theirs]
     for name in CLASSES:
         np.testing.assert_allclose(*([float(row[f'p_{name}']) for row in rows] for rows in (ours, theirs)), atol=1e-6)
+    # Random weights give nearly equal probabilities; that predictions.csv rounds them decides a few ranks.
+    tolerance = 0.01 if run[0].lesions else 1e-6
     for score in results['comparison']['scores'].values():
         if score['note'] == '' and score['interval']:
-            assert score['difference'] == pytest.approx(0, abs=1e-6)
+            assert score['difference'] == pytest.approx(0, abs=tolerance)
 
 
 def test_a_class_is_absent_and_an_image_unreadable(slice_run, folders, evaluate, tmp_path):
@@ -318,7 +378,7 @@ def scan_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('name', ['slice_run', 'scan_run'])
+@pytest.mark.parametrize('name', ['slice_run', 'scan_run', 'slice_run_on_lesions', 'scan_run_on_lesions'])
 def test_scans_by_csv(name, scan_folder, evaluate, request):
     results, folder = evaluate(request.getfixturevalue(name), scan_folder)
     rows = read_csv(folder / 'predictions.csv')
@@ -333,6 +393,38 @@ def test_scans_by_csv(name, scan_folder, evaluate, request):
     assert [group['group'] for group in columns['thickness']['groups']] == ['above 3.5 mm']
     assert all(group['scores'] is None for group in columns['sex']['groups'])
     assert results['comparison']['absent'] == ['pneumonia']
+    assert results['comparison']['scores']['accuracy']['inside']['value'] is not None
+
+
+def test_votes_inside_are_joined_with_the_lesions_of_the_whole_scan(slice_run_on_lesions, judge):
+    run, workdir = slice_run_on_lesions
+    side = writing.read_inside_side(run, workdir, 'scans')
+    data, whole = judge._data, group_scans(judge._data.rows['test'])
+    images = np.stack([one['image'] for one in map(data.sources['test'].__getitem__, range(len(data.rows['test'])))])
+    logits = compute_member_outputs(run, images)[0].logits
+    rule = run.rules['scans']['rule']
+    votes = np.stack([compute_vote_logits(logits[list(scan.records)], 1.25, rule) for scan in whole])
+    expected = join(judge.compute_scan_sick(whole, 'test'), softmax(votes))
+    np.testing.assert_allclose(softmax(side.logits), expected, atol=1e-6)
+    assert side.labels.tolist() == [scan.label for scan in whole]
+    (workdir / 'old').mkdir()
+    write_test(workdir / 'old', {'scan': side.patients, 'patient': side.patients}, side.labels, side.logits)
+    with pytest.raises(UserError, match='of an earlier version: --mode=evaluate writes it again'):
+        writing.read_inside_side(run, workdir / 'old', 'scans')
+
+
+def test_a_scan_run_on_lesions_predicts_the_joined_verdict(scan_run, scan_run_on_lesions, scan_folder):
+    run, path = scan_run_on_lesions[0], scan_folder / 'scan1'
+    found = predict_scan(run, read_volume(path, with_lungs=True), {}, force=True, path=path, windows=1)
+    summary, features = found.summary, found.outlined.features
+    images = found.images[..., np.newaxis]
+    logits = classify_sequence(scan_run[0], compute_member_outputs(scan_run[0], images))[0][np.newaxis]
+    sick = compute_sick(run.sick_rule, features[np.newaxis])
+    expected = apply_temperature(np.log(join(sick, softmax(logits))), run.rules['temperature'])[0]
+    np.testing.assert_allclose(list(summary['probabilities'].values()), expected, atol=1e-5)
+    assert summary['sick']['probability'] == pytest.approx(sick[0])
+    alone = apply_temperature(logits, 1.25)[0]  # calibrated on its own
+    np.testing.assert_allclose(list(summary['sick']['classifier_alone'].values()), alone, atol=1e-5)
 
 
 def test_scans_are_scored_as_predict_does(slice_run, scan_folder, evaluate):

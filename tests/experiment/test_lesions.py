@@ -11,6 +11,15 @@ from covidjax.experiment import lesions
 from covidjax.experiment.config import check_config
 from covidjax.experiment.export import export_run
 from covidjax.experiment.lesions import Drawn, exclude_seen, load_lesions
+from covidjax.models import efficientnet
+
+
+@pytest.fixture(scope='module', autouse=True)
+def shallow():
+    """Leaves one block of each stage of the backbone: compiling takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(efficientnet, 'STAGES', [stage._replace(num_blocks=1) for stage in efficientnet.STAGES])
+        yield
 
 
 @pytest.fixture(scope='module')

@@ -343,7 +343,11 @@ def main():
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ |= {'TFDS_DATA_DIR': str(folder / 'prepared'), 'XDG_CACHE_HOME': str(folder / 'cache')}
+        os.environ |= {
+            'TFDS_DATA_DIR': str(folder / 'prepared'),
+            'XDG_CACHE_HOME': str(folder / 'cache'),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',  # only the first run of an experiment compiles
+        }
         raw = folder / 'raw'
         write_phantoms(
             raw, PhantomOptions(num_train=9, num_val=6, num_test=6, image_size=64, min_slices=8, max_slices=20)

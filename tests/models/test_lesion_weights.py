@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def path(lesions, tmp_path_factory):
 
 def test_round_trip_in_half_precision(lesions, path):
     found = read_lesion_weights(path, 'box')
-    assert found._replace(name='run', variables=lesions.variables) == lesions
+    assert dataclasses.replace(found, name='run', variables=lesions.variables) == lesions
     for ours, theirs in zip(jax.tree.leaves(lesions.variables), jax.tree.leaves(found.variables), strict=True):
         assert theirs.dtype == np.float32
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)

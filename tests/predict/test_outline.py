@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from covidjax.data.phantom import render_volume
+from covidjax.data.scan.volume import read_volume
 from covidjax.experiment.runs import create_lesion_run
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.models.lesions import LesionNet
 from covidjax.predict.outline import choose_slices, outline_scan
 from covidjax.predict.prepare import prepare_scan
-from covidjax.predict.scan import create_recipe, format_line, predict_one, read_volume
+from covidjax.predict.scan import create_recipe, format_line, predict_one
 from covidjax.predict.tables import create_row
 from tests.variables import draw_variables
 

@@ -1,6 +1,5 @@
 import re
 
-import numpy as np
 import pytest
 
 from covidjax.data.lists import CLASSES
@@ -53,10 +52,3 @@ def test_summary_has_a_line_per_score(tmp_path, labels):
             assert shown == pytest.approx(score['difference'], abs=6e-4), key
     assert 'nan' not in text
     assert ('no pneumonia in these data' in text) == (1 not in labels)
-
-
-def test_without_examples_inside_nothing_is_compared():
-    empty = make_side(10, 3, 1)._replace(labels=np.zeros(0, int), logits=np.zeros((0, 3)), patients=[])
-    found = compare(make_side(60, 3, 2), inside=empty)
-    assert found['scores']['accuracy']['note'] == 'no scores of the own test list to compare with'
-    assert found['scores']['accuracy']['outside']['value'] is not None

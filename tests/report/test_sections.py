@@ -84,3 +84,18 @@ def test_a_single_patient_has_no_interval(tmp_path):
     page = write(tmp_path / 'report.html', np.array([0, 1, 2, 0]), None)
     assert '75.0% of 4 test slices' in page
     assert 'one patient, so no interval' in page
+
+
+def test_verdicts_are_compared_only_with_lesions(tmp_path):
+    assert sections.build_verdicts(None, unit='scans') == []
+    found = {'sick_auc': 0.625, 'interval': [0.5, 0.75]}
+    counted = {**found, 'accuracy': 0.375, 'accuracy_interval': [0.25, 0.5]}
+    of_split = {'classifier': counted, 'lesions': found, 'both': counted}
+    [section] = sections.build_verdicts({'val': of_split, 'test': of_split}, unit='scans')
+    _, results = make_results(np.arange(120) % 3)
+    sections.write_report(tmp_path / 'report.html', results, [section], unit='scans')
+    page = (tmp_path / 'report.html').read_text()
+    for title in ('Validation scans', 'Test scans'):
+        assert title in page
+    assert page.count('0.625') == 6
+    assert page.count('0.375') == 4

@@ -11,6 +11,7 @@ from PIL import Image
 from covidjax.configs import att2
 from covidjax.data.preprocess import apply_window
 from covidjax.data.scan import nifti
+from covidjax.data.scan.volume import read_volume
 from covidjax.errors import TooLargeError, UserError
 from covidjax.experiment.runs import Member
 from covidjax.explain import catalogue
@@ -81,7 +82,7 @@ def test_the_pictures_are_the_slices_from_head_to_feet(run, tmp_path):
 
 def test_leading_maps_are_those_of_the_catalogue(run, tmp_path):
     source = write_series(tmp_path / 'source', HU)
-    prediction = scan.predict_scan(run, scan.read_volume(source), {}, force=False, path=source)
+    prediction = scan.predict_scan(run, read_volume(source), {}, force=False, path=source)
     explained = prediction.explained
     maps = catalogue.compute_maps(Explanations(*explained), 32, prediction.combination)
     maps |= catalogue.restrict(maps, catalogue.find_lungs(prediction.images[..., None]))
@@ -130,7 +131,7 @@ def list_zip(folder):
 
 def test_words(run, tmp_path):
     source = write_series(tmp_path / 'source', HU)
-    summary = scan.predict_scan(run, scan.read_volume(source), {}, force=False, path=source).summary
+    summary = scan.predict_scan(run, read_volume(source), {}, force=False, path=source).summary
     summary |= {'novelty': {'median': 1.5, 'share_unusual': 0.8}, 'left_out': {'copies': 2}, 'forced': ['no lungs']}
     summary['sick'] = {
         'probability': 0.9,

@@ -15,8 +15,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def one_device(folder):
-    return compare_devices.run(folder, 'small att2')
+def one_device():
+    with jax.enable_x64(True):
+        return compare_devices.train('small att2', 'jit')
 
 
 @pytest.mark.parametrize(('parallelism', 'devices', 'processes'), [('jit', 8, 1), ('pmap', 8, 1), ('jit', 2, 2)])

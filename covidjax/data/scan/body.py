@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy
 
-from covidjax.data.lesions import MIN_LUNG, find_lung
 from covidjax.data.preprocess import Box, compute_otsu_threshold
+from covidjax.data.slice_lungs import MIN_DARK_LUNGS, find_dark_lungs
 
 _MIN_BODY = 0.05  # share of the slice
 _MIN_LUNG_SLICES = 0.25  # share of the slices; a chest CT that extends far into the abdomen has twice that
@@ -95,9 +95,9 @@ def has_lung(grey: np.ndarray) -> bool:
     low = grey < compute_otsu_threshold(grey)
     if not low.any() or grey[~low].mean() - grey[low].mean() < _MIN_CONTRAST:
         return False
-    lung = find_lung(grey[..., np.newaxis], np.zeros_like(low))
+    lung = find_dark_lungs(grey)
     y, x = np.ogrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
-    return lung is not None and (lung & (x**2 + y**2 < 0.9**2)).mean() >= MIN_LUNG
+    return lung is not None and (lung & (x**2 + y**2 < 0.9**2)).mean() >= MIN_DARK_LUNGS
 
 
 def compute_separation(grey: np.ndarray) -> float:
