@@ -102,6 +102,7 @@ def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _max_pool_backward(place: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     b, h, w, c = g.shape
+    g = _keep(g)  # else XLA computes in bfloat16, thirty times slower
 
     # Window o covers the pixels 2o - 1, 2o and 2o + 1: an even pixel lies in one window, an odd one in two.
     def merge(first: jax.Array, middle: jax.Array, last: jax.Array, axis: int) -> jax.Array:
@@ -111,7 +112,7 @@ def _max_pool_backward(place: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 
     rows = [merge(*(jnp.where(place == 3 * i + j, g, 0) for i in range(3)), axis=1) for j in range(3)]
     rows = [row.reshape(b, 2 * h, w, c) for row in rows]
-    return (merge(*rows, axis=2).reshape(b, 2 * h, 2 * w, c),)
+    return (_keep(merge(*rows, axis=2).reshape(b, 2 * h, 2 * w, c)),)
 
 
 _max_pool_even.defvjp(_max_pool_forward, _max_pool_backward)
@@ -226,6 +227,32 @@ def _sum_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return sum(products).astype(x.dtype)
 
 
+def _turn(kernel: jax.Array) -> jax.Array:
+    """Returns the kernel whose convolution is the input gradient of a convolution with stride 1."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+def _spread_shifted(g: jax.Array, kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the input gradient of a convolution with stride 2 of maps of the given shape.
+
+    Output o covers the pixels 2o - 1, 2o and 2o + 1: an even pixel lies under one output, an odd one under two.
+    """
+    _, h, w, c = shape
+    b, rows, columns, _ = g.shape
+    padded = _keep(jnp.pad(g, ((0, 0), (0, 1), (0, 1), (0, 0))))
+    places = (((1, 0),), ((2, 0), (0, 1)))  # of even and odd pixels: kernel entry, shift of the output
+
+    def compute_phase(p: int, q: int) -> jax.Array:
+        products = [
+            _sum_products(padded[:, top : top + rows, left : left + columns], kernel[i, j], (3,), (1,))
+            for (i, top), (j, left) in itertools.product(places[p], places[q])
+        ]
+        return sum(products).astype(g.dtype)
+
+    phases = [_keep(jnp.stack([compute_phase(p, q) for q in (0, 1)], 3)) for p in (0, 1)]
+    return jnp.stack(phases, 2).reshape(b, 2 * rows, 2 * columns, c)[:, :h, :w]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv3x3_by_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jax.lax.platform_dependent(
@@ -241,7 +268,7 @@ def _conv3x3_backward(stride: int, kept: tuple[jax.Array, jax.Array], g: jax.Arr
         return jax.vjp(functools.partial(_convolve, stride=stride), x, kernel)[1](g)
 
     def pull_shifted(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        d_x = _sum_shifted(g, kernel[::-1, ::-1].swapaxes(2, 3), 1) if stride == 1 else pull(x, kernel, g)[0]
+        d_x = _sum_shifted(g, _turn(kernel), 1) if stride == 1 else _spread_shifted(g, kernel, x.shape)
         d_kernel = [_sum_products(shifted, g, (0, 1, 2), (0, 1, 2)) for shifted in _shift(x, stride).values()]
         return d_x, jnp.stack(d_kernel).reshape(kernel.shape).astype(kernel.dtype)
 
@@ -290,9 +317,9 @@ def _combine(matrix: Sequence[Sequence[float]], arrays: Sequence[jax.Array]) -> 
     ]
 
 
-@functools.partial(jax.jit, static_argnums=2)  # traced once a shape
-def _multiply_tiles(x: jax.Array, kernel: jax.Array, tile: int) -> jax.Array:
-    """Returns the 3x3 convolution with stride 1 by Winograd's minimal filtering.
+@functools.partial(jax.jit, static_argnums=(2, 3))  # traced once a shape
+def _multiply_tiles(x: jax.Array, kernel: jax.Array, tile: int, is_transposed: bool = False) -> jax.Array:
+    """Returns the 3x3 convolution with stride 1 by Winograd's minimal filtering, or a convolution's input gradient.
 
     Every tile of t x t outputs takes (t + 2)^2 products per pair of channels instead of 9 t^2: 16 instead of 36 with
     t = 2, 36 instead of 144 with t = 4. The transformations only add. Rounding errors are those of a convolution with
@@ -300,11 +327,13 @@ def _multiply_tiles(x: jax.Array, kernel: jax.Array, tile: int) -> jax.Array:
     """
     of_input, of_kernel, of_output = _WINOGRAD[tile]
     b, h, w, c = x.shape
-    f, n = kernel.shape[-1], tile + 2
+    f, n = kernel.shape[2 if is_transposed else 3], tile + 2
     rows, columns = -(-h // tile), -(-w // tile)
     padding = ((0, 0), (1, rows * tile + 1 - h), (1, columns * tile + 1 - w), (0, 0))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     padded, kernel = _keep(jnp.pad(x.astype(wide), padding)), kernel.astype(wide)
+    if is_transposed:
+        kernel = kernel[::-1, ::-1]  # the products exchange its channels: a copy with exchanged ones is slow
     shifted = [
         jax.lax.slice(padded, (0, i, 0, 0), (b, i + (rows - 1) * tile + 1, columns * tile + 2, c), (1, tile, 1, 1))
         for i in range(n)
@@ -319,7 +348,8 @@ def _multiply_tiles(x: jax.Array, kernel: jax.Array, tile: int) -> jax.Array:
         outer = [[p * q for p in factors for q in others] for others in of_kernel]
         kernels = jnp.stack(_combine(outer, [kernel[i, j] for i in range(3) for j in range(3)]))
         inputs, kernels = _keep((inputs.astype(x.dtype), kernels.astype(x.dtype)))
-        product = jax.lax.dot_general(inputs, kernels, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+        contracted = ((2,), (2 if is_transposed else 1,))
+        product = jax.lax.dot_general(inputs, kernels, (contracted, ((0,), (0,))), preferred_element_type=wide)
         products.append(_keep(jnp.stack(_combine(of_output, list(product))).reshape(tile, b, rows, columns, f)))
     tiles = jnp.stack(_combine(of_output, products))  # row and column in the tile, B, row and column of the tile, F
     y = tiles.astype(x.dtype).transpose(2, 3, 0, 4, 1, 5).reshape(b, rows * tile, columns * tile, f)
@@ -344,7 +374,13 @@ def _conv3x3_by_tiles_backward(
         d_kernel = _conv3x3_backward(1, kept, g)[1]
     else:
         d_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, 1), kernel)[1](g)[0]
-    return _conv3x3_by_tiles(g, kernel[::-1, ::-1].swapaxes(2, 3), tile), d_kernel
+    d_x = jax.lax.platform_dependent(
+        g,
+        kernel,
+        cpu=functools.partial(_multiply_tiles, tile=tile, is_transposed=True),
+        default=lambda g, kernel: _convolve(g, _turn(kernel), 1),
+    )
+    return d_x, d_kernel
 
 
 _conv3x3_by_tiles.defvjp(
@@ -384,11 +420,15 @@ def _convolve_groups(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     )
 
 
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, int], jax.Array]:
     """Returns the pixels under each kernel entry (taps), each [B, h, w, C], in float32 or wider."""
     b, *sizes, c = x.shape
     h, w = ((size - kernel_size) // stride * stride + 1 for size in sizes)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = _widen(x)
     return {
         (i, j): jax.lax.slice(x, (0, i, j, 0), (b, i + h, j + w, c), (1, stride, stride, 1))
         for i in range(kernel_size)
@@ -398,9 +438,8 @@ def _list_taps(x: jax.Array, kernel_size: int, stride: int) -> dict[tuple[int, i
 
 def _sum_taps(taps: dict[tuple[int, int], jax.Array], kernel: jax.Array) -> jax.Array:
     """Returns the sum of taps, each times its kernel entry, in the kernel's dtype."""
-    return sum(tap * kernel[place].astype(tap.dtype)[None, None, None] for place, tap in taps.items()).astype(
-        kernel.dtype
-    )
+    wide = _keep(_widen(kernel))  # else XLA converts the entries again for every pixel
+    return sum(tap * wide[place][None, None, None] for place, tap in taps.items()).astype(kernel.dtype)
 
 
 def _sum_maps(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -416,6 +455,8 @@ def _depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if len(kernel) > 3:  # every pixel is used 25 times: convert it once
+            x = _keep(_widen(x))
         return _sum_taps(_list_taps(x, len(kernel), stride), kernel)
 
     x = _keep(x)
@@ -447,7 +488,7 @@ def _spread_taps(g: jax.Array, kernel: jax.Array, shape: tuple[int, ...], stride
     rows, columns = -(-h // stride), -(-w // stride)
     behind_h, behind_w = rows - g.shape[1], columns - g.shape[2]
     padded = _keep(jnp.pad(g, ((0, 0), (before, behind_h), (before, behind_w), (0, 0))))
-    padded = padded.astype(jnp.promote_types(g.dtype, jnp.float32))
+    padded = _widen(padded)
 
     def compute_phase(p: int, q: int) -> jax.Array:
         taps = {}
