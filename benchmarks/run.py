@@ -131,13 +131,13 @@ def run_training(options: argparse.Namespace) -> Row:
         'bfloat16 autocast, kept memory': (0.9, 1),
     }
     narrow = ('bfloat16 autocast', 'bfloat16 autocast, kept memory')
-    return compare_steps(options, 'training step', {'task': 'train', 'steps': 2}, narrow, goals)
+    return compare_steps(options, 'training step', {'task': 'train', 'steps': 1}, narrow, goals)
 
 
 def run_inference(options: argparse.Namespace) -> Row:
     goals = {'eager': (1.3, 2.5), 'bfloat16': (None, 1)}
     narrow = ('bfloat16', 'bfloat16, kept memory')
-    return compare_steps(options, 'inference', {'task': 'inference', 'steps': 4}, narrow, goals)
+    return compare_steps(options, 'inference', {'task': 'inference', 'steps': 2}, narrow, goals)
 
 
 LIGHT = {'model': 'efficientnet_lite0'}
@@ -182,25 +182,25 @@ def compare_engines(
 
 def run_engines(options: argparse.Namespace) -> Row:
     kinds = {'': True, ', with dead work': False}
-    return compare_engines(options, 'inference', {}, 4, kinds)
+    return compare_engines(options, 'inference', {}, 2, kinds)
 
 
 def run_light_engines(options: argparse.Namespace) -> Row:
-    return compare_engines(options, 'inference, light', LIGHT, 8, {'': True})
+    return compare_engines(options, 'inference, light', LIGHT, 4, {'': True})
 
 
 def run_light_training(options: argparse.Namespace) -> Row:
     goals = {'channels_last': (1, 1.2)}
-    return compare_steps(options, 'training step, light', {**LIGHT, 'task': 'train', 'steps': 4}, (), goals)
+    return compare_steps(options, 'training step, light', {**LIGHT, 'task': 'train', 'steps': 2}, (), goals)
 
 
 def run_light_inference(options: argparse.Namespace) -> Row:
     goals = {'channels_last': (1.3, 1.5)}
-    return compare_steps(options, 'inference, light', {**LIGHT, 'task': 'inference', 'steps': 8}, (), goals)
+    return compare_steps(options, 'inference, light', {**LIGHT, 'task': 'inference', 'steps': 4}, (), goals)
 
 
 def run_lesion_training(options: argparse.Namespace) -> Row:
-    shared = {'model': 'lesions', 'task': 'train', 'steps': 4}
+    shared = {'model': 'lesions', 'task': 'train', 'steps': 2}
     return compare_steps(options, 'training step, lesions', shared, (), {'channels_last': (1, None)})
 
 
