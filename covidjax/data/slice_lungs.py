@@ -21,7 +21,7 @@ from covidjax.data.preprocess import Box, compute_otsu_threshold, resize, resize
 _BLACK = 10  # grey value; outside the lungs, cut slices have traces of compression and resizing
 _MIN_BLACK, _MAX_LIT_BORDER = 0.25, 0.3  # in a cut slice: black share of the slice, share of its border that is not
 _MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body exceeds both: its depth as a share of the slice, its bright share
-# Probability of lungs or of lesion. Lower values would give more than 1.15 times the outlined lungs (docs/lesions.md).
+# Probability of lungs or of lesion. At most 1.15 times the outlined lungs of training slices pass it (docs/lesions.md).
 _THRESHOLD = 0.25
 _SURE = 0.5  # probability of lungs that each region has somewhere
 _SKIN = 0.015  # of the longer side; a model's outline of the air reaches into it

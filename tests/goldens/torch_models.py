@@ -77,6 +77,17 @@ class ResNet50Att2(ResNet):
         return logits, embedding, (map1, map2)
 
 
+def run_blocks(module, images):
+    """Returns the features of an EfficientNet-Lite0 at strides 4, 8 and 16, and those of its last block."""
+    x = module._swish(module._bn0(module._conv_stem(images)))
+    features = []
+    for i, block in enumerate(module._blocks):
+        x = block(x)
+        if i in (2, 4, 10):
+            features.append(x)
+    return features, x
+
+
 class Lite0Att2(EfficientNet):
     """EfficientNet-Lite0 with two attention modules; the global feature is the average of the last features."""
 
@@ -89,12 +100,7 @@ class Lite0Att2(EfficientNet):
 
     def extract(self, images):
         """Returns the features at strides 4, 8, 16 and 32."""
-        x = self._swish(self._bn0(self._conv_stem(images)))
-        features = []
-        for i, block in enumerate(self._blocks):
-            x = block(x)
-            if i in (2, 4, 10):
-                features.append(x)
+        features, x = run_blocks(self, images)
         return [*features, self._swish(self._bn1(self._conv_head(x)))]
 
     def forward(self, images):
@@ -122,12 +128,7 @@ class Lite0Lesions(EfficientNet):
 
     def forward(self, images):
         """Maps images [B, 3, S, S], (grey value - 127) / 128, to logits [B, S / 4, S / 4, 3]."""
-        x = self._swish(self._bn0(self._conv_stem(images)))
-        skips = []
-        for i, block in enumerate(self._blocks):
-            x = block(x)
-            if i in (2, 4, 10):
-                skips.append(x)
+        skips, x = run_blocks(self, images)
         for i, skip in enumerate(reversed(skips)):
             x = nn.functional.interpolate(x, scale_factor=2, mode='nearest')
             x = getattr(self, f'decoder_{i}')(torch.cat([x, skip], 1))
