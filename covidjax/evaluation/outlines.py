@@ -27,9 +27,12 @@ def outline_slices(lesions: LesionModel, images_NxSxS: np.ndarray) -> np.ndarray
       lesions: the model.
       images_NxSxS: whole slices uint8, S = `lesions.image_size`, N at least 1.
     """
-    outline = functools.partial(_outline, lesions.model, lesions.folded)
-    probabilities = apply_in_batches(outline, BATCH_SIZE, images_NxSxS)
-    return np.stack([clear_outside(p, image) for p, image in zip(probabilities, images_NxSxS, strict=True)])
+
+    def outline(images: np.ndarray) -> np.ndarray:
+        probabilities = jax.device_get(_outline(lesions.model, lesions.folded, images))
+        return np.stack([clear_outside(p, image) for p, image in zip(probabilities, images, strict=True)])
+
+    return apply_in_batches(outline, BATCH_SIZE, images_NxSxS)
 
 
 def clear_outside(probabilities_hxhxM: np.ndarray, image_SxS: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
 
 BATCH_SIZE = 16
+# XLA leaves cores idle wherever an operation runs on one; two batches at a time fill them. Devices queue the batches.
+_NUM_THREADS = 2
 
 
 class SliceOutputs(NamedTuple):
@@ -117,10 +120,13 @@ def apply_in_batches(apply: Callable[..., Any], batch_size: int, *arrays: np.nda
       batch_size: of every call.
       arrays: its arguments, [N, ...] each, N at least 1.
     """
-    count, parts = len(arrays[0]), []
-    for start in range(0, count, batch_size):
-        number = min(batch_size, count - start)
+    count = len(arrays[0])
+
+    def apply_from(start: int) -> Any:
         chosen = np.arange(start, start + batch_size).clip(max=count - 1)  # pad the last batch with the last example
         outputs = jax.device_get(apply(*(array[chosen] for array in arrays)))
-        parts.append(jax.tree.map(lambda x, number=number: x[:number], outputs))
+        return jax.tree.map(lambda x: x[: count - start], outputs)
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        parts = list(pool.map(apply_from, range(0, count, batch_size)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
