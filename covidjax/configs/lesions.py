@@ -49,6 +49,6 @@ def get_config(raw_dir: str = '') -> ConfigDict:
 
     if not raw_dir:
         data.image_size = 96
-        train.steps_per_epoch = 40
-        train.num_epochs = 8
+        train.steps_per_epoch = 80
+        train.num_epochs = 4
     return config.lock()

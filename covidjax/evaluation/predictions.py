@@ -1,7 +1,8 @@
 """Logits of a whole split, each example once, and the predictions.csv of a run."""
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ def compute_logits(
     Returns:
       float32 [N, K], in the order of the batches.
     """
-    results = []
-    pending = None
-    for batch in batches:
-        logits = apply(variables, batch)
-        if pending is not None:  # Read one batch late, so that the device computes the next one meanwhile.
-            results.append(np.asarray(pending))
-        pending = logits
-    results.append(np.asarray(pending))
+    results = [np.asarray(logits) for logits in read_late(apply(variables, batch) for batch in batches)]
     return np.concatenate(results)[:num_examples]
+
+
+def read_late(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields items, each after the next one was started, so that the device computes while an item is read."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def softmax(logits_NxK: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from covidjax.data.masked import LESION, MaskedData, MaskedRow, read_masked
 from covidjax.data.preprocess import resize_probabilities
 from covidjax.errors import UserError
 from covidjax.evaluation.outlines import clear_outside
-from covidjax.evaluation.predictions import write_predictions
+from covidjax.evaluation.predictions import read_late, write_predictions
 from covidjax.evaluation.segmentation import (
     THRESHOLDS,
     SliceMeasures,
@@ -130,8 +130,9 @@ def create_predictor(
     def predict(variables: dict[str, Any], split: str) -> Iterator[tuple[int, np.ndarray, float, float]]:
         count, variables = len(data.sources[split]), fold_batch_norm(variables)
         batches = load_eval_batches(data.sources[split], batch_size=batch_size, shard=get_shard())
-        for number, batch in enumerate(batches):
-            probabilities, losses_B, scores_B = jax.device_get(_apply(model, variables, place_batch(batch)))
+        computed = (_apply(model, variables, place_batch(batch)) for batch in batches)
+        for number, outputs in enumerate(read_late(computed)):
+            probabilities, losses_B, scores_B = jax.device_get(outputs)
             for i in range(min(batch_size, count - number * batch_size)):
                 yield number * batch_size + i, probabilities[i], float(losses_B[i]), float(scores_B[i])
 
