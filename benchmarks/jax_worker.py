@@ -16,9 +16,11 @@ import covidjax
 from benchmarks import workers
 from covidjax.data import covidx_ct, lists
 from covidjax.data.loader import load_train_batches
+from covidjax.evaluation.outlines import outline_slices
 from covidjax.models.att2 import Att2, is_dead, normalise
 from covidjax.models.fast import compile_fast
 from covidjax.models.folding import fold_batch_norm
+from covidjax.models.lesion_weights import load_box
 from covidjax.models.lesions import LesionNet
 from covidjax.training import runtime
 from covidjax.training.augment import AugmentOptions, augment
@@ -149,6 +151,13 @@ def start_inference(options):
     return infer, {**describe(), 'flops': apply.lower(variables, images).cost_analysis()['flops']}
 
 
+def start_outlines(options):
+    """A round outlines `steps` batches of slices with the model of this package, as a prediction does."""
+    box = load_box()
+    images = draw_images(options.batch_size * options.steps, box.image_size)[..., 0]
+    return lambda: len(outline_slices(box, images)), describe()
+
+
 def start_augmentation(options):
     images = draw_images(options.batch_size, options.image_size)
 
@@ -248,6 +257,7 @@ if __name__ == '__main__':
             'train': start_training,
             'compile': start_compilation,
             'inference': start_inference,
+            'outline': start_outlines,
             'augment': start_augmentation,
             'epoch': start_epoch,
             'load': start_loading,

@@ -204,6 +204,16 @@ def run_lesion_training(options: argparse.Namespace) -> Row:
     return compare_steps(options, 'training step, lesions', shared, (), {'channels_last': (1, None)})
 
 
+def run_lesion_pass(options: argparse.Namespace) -> Row:
+    """Measures the outlines of a scan of about 150 slices; the model of this package takes slices of 224 pixels."""
+    steps = -(-150 // options.batch_size)
+    shared = {'model': 'lesions', 'task': 'outline', 'steps': steps, 'batch_size': options.batch_size}
+    contenders = {'covidjax': jax_side(**shared), **torch_sides(options, FLOAT32, **shared)}
+    what = f'outlines of {steps * options.batch_size} slices, with mirror images'
+    comparisons = [Comparison(what, 'covidjax', name, unit='s') for name in FLOAT32]
+    return measure_pairs(comparisons, contenders, options.rounds)
+
+
 def run_augmentation(options: argparse.Namespace) -> Row:
     shared = {'task': 'augment', 'image_size': options.image_size, 'batch_size': 4 * options.batch_size, 'steps': 8}
     measurements = measure(
@@ -317,6 +327,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {
     'light_train': run_light_training,
     'light_inference': run_light_inference,
     'lesion_train': run_lesion_training,
+    'lesion_pass': run_lesion_pass,
     'engines': run_engines,
     'light_engines': run_light_engines,
     'augment': run_augmentation,

@@ -118,6 +118,21 @@ def start_inference(options):
     return infer, describe()
 
 
+def start_outlines(options):
+    """A round outlines `steps` batches of slices, averaged over each slice and its mirror image."""
+    model = create_model(options).eval()
+    images = draw_images(options)
+
+    def outline():
+        with torch.inference_mode():
+            for _ in range(options.steps):
+                logits = model(to_input(images, options)) + model(to_input(images.flip(-1), options)).flip(2)
+                torch.sigmoid(logits / 2).half()
+        return options.batch_size * options.steps
+
+    return outline, describe()
+
+
 class GreyImages(Dataset):
     """Decoded images in memory; each one is augmented on access."""
 
@@ -174,6 +189,7 @@ if __name__ == '__main__':
         {
             'train': start_training,
             'inference': start_inference,
+            'outline': start_outlines,
             'augment': start_augmentation,
             'epoch': start_epoch,
         }

@@ -13,7 +13,7 @@ import numpy as np
 from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
 
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 # XLA leaves cores idle wherever an operation runs on one; two batches at a time fill them. Devices queue the batches.
 _NUM_THREADS = 2
 
