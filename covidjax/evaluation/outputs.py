@@ -14,8 +14,9 @@ from covidjax.models.att2 import Att2, normalise
 from covidjax.models.fast import compile_fast
 
 BATCH_SIZE = 8
-# XLA leaves cores idle wherever an operation runs on one; two batches at a time fill them. Devices queue the batches.
+# XLA leaves cores idle wherever an operation runs on one; two batches at a time fill them. A GPU or TPU queues them.
 _NUM_THREADS = 2
+ROUND_SIZE = _NUM_THREADS * BATCH_SIZE  # slices that `OutputQueue` computes at a time
 
 
 class SliceOutputs(NamedTuple):
@@ -83,15 +84,15 @@ class OutputQueue:
         return len(self._counts)
 
     def compute_batch(self) -> list[tuple[Any, tuple[SliceOutputs, ...]]]:
-        """Runs the models over the next `BATCH_SIZE` slices, or all that wait.
+        """Runs the models over the next `ROUND_SIZE` slices, or all that wait.
 
         Returns:
           (key, outputs of every model) of the scans that are complete.
         """
         taken, number = [], 0
-        while self._waiting and number < BATCH_SIZE:
+        while self._waiting and number < ROUND_SIZE:
             key, images = self._waiting.popleft()
-            room = BATCH_SIZE - number
+            room = ROUND_SIZE - number
             if len(images) > room:
                 self._waiting.appendleft((key, images[room:]))
                 images = images[:room]

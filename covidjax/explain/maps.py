@@ -25,7 +25,7 @@ from covidjax.models.folding import fold_batch_norm
 from covidjax.models.lesion_weights import LesionModel
 from covidjax.progress import track
 
-BATCH_SIZE = 32
+BATCH_SIZE = 16
 NUM_STEPS = 8  # of an erasure curve
 
 

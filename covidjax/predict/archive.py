@@ -23,7 +23,7 @@ from joblib.externals import loky
 
 import covidjax
 from covidjax.errors import WORKER_KILLED, UserError
-from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue
+from covidjax.evaluation.outputs import ROUND_SIZE, OutputQueue
 from covidjax.experiment.runs import Run, load_run
 from covidjax.files import replace_file, report_full_disk, report_write_errors, write_json
 from covidjax.predict import tables, tasks
@@ -254,9 +254,9 @@ class _Job:
 
     def _work(self, pool: '_Pool') -> None:
         """Runs the model over what is ready: full batches, and the rest once nothing else is read."""
-        while self._queue.num_slices >= BATCH_SIZE or (self._queue.num_slices and not pool.is_reading):
+        while self._queue.num_slices >= ROUND_SIZE or (self._queue.num_slices and not pool.is_reading):
             start = time.monotonic()
-            count = min(BATCH_SIZE, self._queue.num_slices)
+            count = min(ROUND_SIZE, self._queue.num_slices)
             complete = self._queue.compute_batch()
             seconds = time.monotonic() - start
             self._seconds['model'] += seconds

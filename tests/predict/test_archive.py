@@ -13,7 +13,7 @@ import pytest
 
 from covidjax.data.preprocess import apply_window
 from covidjax.errors import UserError
-from covidjax.evaluation.outputs import BATCH_SIZE, OutputQueue, compute_outputs
+from covidjax.evaluation.outputs import ROUND_SIZE, OutputQueue, compute_outputs
 from covidjax.experiment.runs import Member
 from covidjax.predict import archive, scan, tables, tasks, units
 from tests.predict import crashing
@@ -261,7 +261,7 @@ def test_batches_that_mix_scans_give_the_outputs_of_each(run):
     queue, found = OutputQueue([(EXTRACTOR, run.members[0].slice_variables)]), {}
     for key, images in scans.items():
         queue.add(key, images)
-        while queue.num_slices >= BATCH_SIZE:
+        while queue.num_slices >= ROUND_SIZE:
             found |= queue.compute_batch()
     assert len(queue) > 0
     while queue.num_slices:
