@@ -23,6 +23,7 @@ WINDOW_HU = (WINDOW_LEVEL_HU - WINDOW_WIDTH_HU // 2, WINDOW_LEVEL_HU + WINDOW_WI
 FURTHER_WINDOWS_HU = ((-1000, 400), (-1200, 600))  # other usual lung windows
 
 REGIONS = ('body', 'lungs')  # what is left of a slice
+MAX_GROWTH = 1_000_000_000  # bytes; a worker that grows by more is replaced
 
 Box = tuple[int, int, int, int]
 
@@ -144,11 +145,17 @@ def encode_slices(
 def set_up_worker(main_pid: int) -> None:
     """Sets up a worker process: it exits with its parent, and a model that it runs takes one CPU core, no accelerator.
 
+    loky replaces a worker whose memory has grown by 300 MB since its first task. Here it may grow by `MAX_GROWTH`: a
+    model, the libraries of pages or one scan take 300 MB, and new workers would load everything again.
+
     Does nothing in the main process. Call it before the first import of jax.
     """
     if os.getpid() != main_pid:
         exit_with_parent(main_pid)
         os.environ.update(JAX_PLATFORMS='cpu', NPROC='1')
+        from joblib.externals.loky import process_executor
+
+        process_executor._MAX_MEMORY_LEAK_SIZE = MAX_GROWTH
 
 
 @functools.cache  # one watcher thread per process

@@ -109,7 +109,7 @@ def predict_archive(
     except filelock.Timeout as error:
         raise UserError(f'{output} is in use by another command: wait for it, or choose another --output') from error
     with lock, report_write_errors(output, '--output'), report_full_disk(output), warnings.catch_warnings():
-        # loky warns of each worker that it replaces, see `tasks.prepare_worker`; no task is lost by that.
+        # loky warns of each worker that it replaces, see `preprocess.set_up_worker`; no task is lost by that.
         warnings.filterwarnings('ignore', 'A worker stopped while some jobs were given', UserWarning)
         job = _Job(run, workdir, output, suffix, versions, pages, force, scheduler, dicom, windows)
         return job.run_units(units)

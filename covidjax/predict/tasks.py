@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from joblib.externals.loky import process_executor
-
 from covidjax.data.preprocess import set_up_worker
 from covidjax.data.scan.dicom import read_headers
 from covidjax.data.scan.volume import Found, find_scans
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 READ_SECONDS = 900  # for a unit; a file server that takes longer hangs
 IDLE_SECONDS = 0.02
-MAX_GROWTH = 1_000_000_000  # bytes; a worker that grows by more is replaced
 MAX_COPIES = 0.1  # share of the slices of a joined unit
 
 Known = frozenset[tuple[str, str]]  # (path, id) of scans that have a row
@@ -100,15 +97,11 @@ class UnitResult(NamedTuple):
 def prepare_worker(main_pid: int, *, with_pages: bool) -> None:
     """Prepares a worker of this host, before its first task.
 
-    loky replaces a worker whose memory has grown by 300 MB since its first task. The libraries of pages and one scan
-    take that much, so that workers were replaced, and loaded everything again, every few scans.
-
     Args:
       main_pid: see `prepare_unit`.
       with_pages: the worker will write pages.
     """
     set_up_worker(main_pid)
-    process_executor._MAX_MEMORY_LEAK_SIZE = MAX_GROWTH
     if with_pages:
         import covidjax.report.prediction  # noqa: F401
 
