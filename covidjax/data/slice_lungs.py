@@ -24,6 +24,7 @@ _MAX_DEPTH, _MAX_BRIGHT = 0.2, 0.33  # a body exceeds both: its depth as a share
 # Probability of lungs or of lesion. At most 1.15 times the outlined lungs of training slices pass it (docs/lesions.md).
 _THRESHOLD = 0.25
 _SURE = 0.5  # probability of lungs that each region has somewhere
+_ROUND = (0.75, 0.95)  # share of a slice inside a round field of view; a circle in a square covers 0.79
 _SKIN = 0.015  # of the longer side; a model's outline of the air reaches into it
 _MIN_LUNGS = 0.01  # share of the slice
 MIN_DARK_LUNGS = 0.05  # likewise, by the rule for grey values
@@ -109,7 +110,10 @@ def find_outside_air(grey_HxW: np.ndarray) -> np.ndarray:
     """
     if is_cut_to_lungs(grey_HxW):
         return np.zeros(grey_HxW.shape, bool)
-    regions, count = scipy.ndimage.label(grey_HxW < compute_otsu_threshold(grey_HxW))
+    # Black around a round field of view is no air: with it, the threshold would be below the air inside.
+    lit = grey_HxW[grey_HxW > _BLACK]
+    is_round = _ROUND[0] < lit.size / grey_HxW.size < _ROUND[1]
+    regions, count = scipy.ndimage.label(grey_HxW < compute_otsu_threshold(lit if is_round else grey_HxW))
     corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
     border = np.concatenate([regions[0], regions[-1], regions[1:-1, 0], regions[1:-1, -1]])
     contact, area = np.bincount(border, minlength=count + 1), np.bincount(regions.ravel(), minlength=count + 1)

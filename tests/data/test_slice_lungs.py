@@ -128,6 +128,17 @@ def test_outside_air_by_hand():
     assert not slice_lungs.find_outside_air(np.full((8, 8), 7, np.uint8)).any()
 
 
+def test_outside_air_in_a_round_field_of_view():
+    y, x = np.mgrid[-30:30, -30:30] + 0.5
+    image = np.where(np.hypot(y, x) < 30, 100, 0).astype(np.uint8)  # air as grey as the lungs, black around it
+    image[15:45, 10:50] = 200
+    image[20:40, 15:25] = image[20:40, 35:45] = 100  # lungs
+    outside = slice_lungs.find_outside_air(image)
+    assert outside[:14].all()
+    assert outside[46:].all()
+    assert not outside[17:43, 12:48].any()
+
+
 def test_dark_lungs_by_hand():
     grey = np.full((40, 40), 200, np.uint8)
     grey[:6] = 0  # air outside, in two corners
