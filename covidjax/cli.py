@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = [*arguments[1:], '--help']
         name, *rest = [argument for argument in arguments if argument not in _HELP] or ['']
         if not name:
-            print(format_help())
+            _show(format_help())
             sys.exit(0 if arguments else 1)
         if name == '--version':
             print(covidjax.__version__)
@@ -421,9 +421,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in COMMANDS:
             sys.exit(f'error: unknown command {name!r}: choose one of {", ".join(COMMANDS)} (see --help)')
         if len(rest) < len(arguments) - 1:
-            print(format_command_help(name))
+            _show(format_command_help(name))
         else:
             run_command(name, program, rest)
+
+
+def _show(text: str) -> None:
+    """Prints a text in one piece: with `| head -1`, a second piece may find the pipe closed."""
+    sys.stdout.write(f'{text}\n')
 
 
 @contextlib.contextmanager
