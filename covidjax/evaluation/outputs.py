@@ -44,7 +44,8 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
         mutable=['intermediates'],
         capture_intermediates=lambda module, _: module.name == 'backbone',
     )
-    stages = captured['intermediates']['backbone']['__call__'][0]  # of the slice; a model may add its mirror image
+    # A model may put the mirror image of each slice behind it, see `att2.stack_views`.
+    stages = [x[:: len(x) // len(images)] for x in captured['intermediates']['backbone']['__call__'][0]]
     if model.backbone == 'efficientnet_lite0':
         # Most channels of the head are 0 on most slices. Their rare values would make every held-out patient unusual.
         stages = stages[:-1]
@@ -126,7 +127,7 @@ def apply_in_batches(apply: Callable[..., Any], batch_size: int, *arrays: np.nda
     def apply_from(start: int) -> Any:
         chosen = np.arange(start, start + batch_size).clip(max=count - 1)  # pad the last batch with the last example
         outputs = jax.device_get(apply(*(array[chosen] for array in arrays)))
-        return jax.tree.map(lambda x: x[: count - start], outputs)
+        return jax.tree.map(lambda x: x[: min(batch_size, count - start)], outputs)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         parts = list(pool.map(apply_from, range(0, count, batch_size)))
