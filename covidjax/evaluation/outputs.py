@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from covidjax.models.att2 import Att2, normalise
+from covidjax.models.att2 import Att2, normalise, split_views
 from covidjax.models.fast import compile_fast
 
 BATCH_SIZE = 8
@@ -44,8 +44,9 @@ def _apply(model: Att2, variables: Any, images: jax.Array) -> SliceOutputs:
         mutable=['intermediates'],
         capture_intermediates=lambda module, _: module.name == 'backbone',
     )
-    # A model may put the mirror image of each slice behind it, see `att2.stack_views`.
-    stages = [x[:: len(x) // len(images)] for x in captured['intermediates']['backbone']['__call__'][0]]
+    stages = captured['intermediates']['backbone']['__call__'][0]
+    if model.mirror:
+        stages, _ = split_views(stages)
     if model.backbone == 'efficientnet_lite0':
         # Most channels of the head are 0 on most slices. Their rare values would make every held-out patient unusual.
         stages = stages[:-1]
